@@ -1,0 +1,65 @@
+"""Every error autopar raises on purpose, in one small tree.
+
+    AutoparError
+    +-- TraceError          the model could not be captured
+    +-- ClusterSpecError    a cluster description is wrong (unknown preset, unknown key, impossible number)
+    +-- PlanError           a plan file cannot be used (corrupt, truncated, newer)
+    |   +-- PlanMismatch    a good plan, but for another model, batch or world size
+    +-- PinError            a pin names nothing, or asks for something illegal
+    +-- Infeasible          no plan satisfies the limits
+    +-- VerifyError         the emitted program differs from the single-device model
+    +-- RuntimeFailure      a rank died, or the program was called outside torchrun
+
+Each message says what is wrong, where, and what to do about it, in this order.
+"""
+
+from __future__ import annotations
+
+
+class AutoparError(Exception):
+    """Base of all errors that autopar raises on purpose."""
+
+
+class TraceError(AutoparError):
+    """The model could not be captured; `source` is the user's line where known."""
+
+    def __init__(self, message: str, source: str | None = None) -> None:
+        super().__init__(message)
+        self.source = source
+
+
+class ClusterSpecError(AutoparError):
+    """A cluster description is wrong."""
+
+
+class PlanError(AutoparError):
+    """A plan file cannot be read or used."""
+
+
+class PlanMismatch(PlanError):
+    """The plan was made for another model, batch or world size."""
+
+
+class PinError(AutoparError):
+    """A pin matches nothing or asks for an illegal placement."""
+
+
+class Infeasible(AutoparError):
+    """No plan fits; `needed_bytes` is the smallest limit that would, where known."""
+
+    def __init__(self, message: str, needed_bytes: int | None = None, where: str | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.where = where
+
+
+class VerifyError(AutoparError):
+    """The emitted program is not equal to the single-device model; `node` is the first that differs."""
+
+    def __init__(self, message: str, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+class RuntimeFailure(AutoparError):
+    """The program cannot run here: no process group, or a rank died."""

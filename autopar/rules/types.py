@@ -1,0 +1,44 @@
+"""What is known about an op on one mesh axis, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.placements import Placement
+
+
+@dataclass(frozen=True)
+class InnerCollective:
+    """A collective that a lowering performs inside an op.
+
+    It moves the local bytes of one tensor of the op after `reduced_dims` were reduced
+    to size 1. `tensor` is ("in", i) or ("out", i).
+    """
+
+    kind: str  # "all_reduce" for now; a kind of autopar.cost.collectives
+    tensor: tuple[str, int]
+    reduced_dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """One legal way to run an op on one mesh axis.
+
+    `inputs` has a placement per tensor operand, in the order of `operands(node)`;
+    `outputs` one per tensor result (None for results that do not exist).
+    `lowering` names how the local computation is written: "local" runs the same op on
+    the shards (its size arguments made local); others are functions of `codegen.lowerings`.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement | None, ...]
+    lowering: str = "local"
+    collectives: tuple[InnerCollective, ...] = ()
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """All the rules of one op. `known` is False where the op only runs replicated for want of a rule."""
+
+    rules: tuple[AxisRule, ...]
+    known: bool

@@ -1,0 +1,155 @@
+"""The planning problem, free of torch: what may be chosen and what it costs.
+
+Ops stand in execution order; the position of an op is its *time*. The first
+`forward_ops` of them are the forward pass, the rest the backward pass. Each op picks
+one *choice*: what it costs, in which state it takes each operand and in which state it
+makes each result. States are indices, local to each value.
+
+A value made in one state and wanted in another is *converted*, at a cost. A converted
+copy is made once per pass and shared by all uses that want it in that pass. A value of
+the forward pass that is needed in the backward pass (by a backward op, or by a forward
+op that is run again) is available there in one of these ways:
+
+  * its original is kept from forward to backward (memory), or
+  * its op is run again in the backward pass (time), at `Op.recompute_time`, with the
+    same choice, taking its operands as uses of the backward pass, or
+  * a converted copy that the forward pass made is kept (memory), or
+  * a converted copy is made (again) in the backward pass (time) from the original,
+    which must then be available.
+
+Values with `always_available` (parameters, buffers, inputs) need none of this: their
+original is there at all times.
+
+Memory at a time t is the sum of all bytes alive at t and must not exceed
+`capacity_bytes`. Lifetimes (both ends included; see `solver.lifetimes`) are static, on
+the safe side: they cover every use that may happen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run an op.
+
+    cost_s: seconds on a rank, conversions of operands not included.
+    uses: per operand, the state index in which it is taken.
+    makes: per result, the state index in which it is made.
+    workspace_bytes: extra memory while the op runs.
+    persistent_bytes: memory held at all times because of this choice (parameter and
+        optimizer state).
+    label: for people.
+    """
+
+    cost_s: float
+    uses: tuple[int, ...]
+    makes: tuple[int, ...]
+    workspace_bytes: int = 0
+    persistent_bytes: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One node of the problem.
+
+    operands / results: indices into `Problem.values`. A value may stand in `operands`
+        more than once.
+    recompute_time: None if the op may not run twice; else the time (an index of a
+        backward op) right before which it runs again if the solver says so. Only for
+        forward ops.
+    tied_to: index of an op that must take the choice of the same index (the gradient
+        of a parameter is made in the parameter's own state).
+    results_start_next: the results' storage is that of the (converted) operand, so
+        they are counted from the next time on.
+    """
+
+    name: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    recompute_time: int | None = None
+    tied_to: int | None = None
+    results_start_next: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor.
+
+    state_bytes: bytes a rank holds, per state.
+    convert_s: [n, n] seconds from state i to state j; 0 on the diagonal, inf where impossible.
+    convert_workspace: not modelled; conversions hold source and target at once.
+    always_available: see the module docstring. Its memory is counted in its op's
+        `persistent_bytes`, not here.
+    live_out: it must still be there after the last op (gradients).
+    """
+
+    name: str
+    state_bytes: tuple[int, ...]
+    convert_s: np.ndarray = field(repr=False, compare=False)
+    always_available: bool = False
+    live_out: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A whole planning problem. Every value is the result of exactly one op."""
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    forward_ops: int
+    capacity_bytes: int | None = None
+    constant_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A decision for every open question of a problem.
+
+    choices: per op, the index of its choice.
+    recomputed: ops that run again in the backward pass.
+    kept: values whose original is kept from forward to backward.
+    kept_copies: (value, state) of forward conversions kept for the backward pass.
+    All other conversions follow: in each pass, one per (value, state) that is wanted and not there.
+    """
+
+    choices: tuple[int, ...]
+    recomputed: frozenset[int]
+    kept: frozenset[int]
+    kept_copies: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """What the solver found, and what it proved.
+
+    status: "optimal" (gap within tolerance, proven) or "feasible" (a time limit stopped the proof).
+    objective_s / bound_s: cost of the solution, and a proven lower bound on any solution.
+    gap: (objective - bound) / objective, as proven by the solver, never assumed.
+    peak_bytes / peak_time: highest point of the memory time line.
+    """
+
+    solution: Solution
+    status: str
+    objective_s: float
+    bound_s: float
+    gap: float
+    peak_bytes: int
+    peak_time: int
+    solve_s: float
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class InfeasibleProblem(Exception):
+    """No solution fits. `needed_bytes`: the smallest capacity that does (proven to `bound_bytes`), if memory is what binds."""
+
+    def __init__(self, message: str, needed_bytes: int | None = None, bound_bytes: int | None = None, peak_time: int | None = None):
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.bound_bytes = bound_bytes
+        self.peak_time = peak_time

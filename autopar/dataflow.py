@@ -1,0 +1,196 @@
+"""What flows where in a joint graph: base values, the views of them, and who uses them.
+
+Views (transpose, view, slice, ...) cost nothing and own no memory, so neither the
+planner nor the memory model treats them as values. Every operand of a real op is a
+*base value* seen through a chain of views, and states are decided for base values only.
+A view is emitted wherever it is used. This loses no plan: a conversion of a view's
+result can be made on its base, at the same number of bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.placements import Placement, State, local_shape
+from autopar.rules import axis_rules, is_view, operands
+
+ValueName = str
+
+
+def value_name(node: fx.Node, index: int = 0) -> ValueName:
+    """The name of result `index` of a node."""
+    return node.name if index == 0 else f"{node.name}#{index}"
+
+
+def result_metas(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
+    """The fake tensors a node makes, one per result; None for results that do not exist."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return tuple(v if isinstance(v, torch.Tensor) else None for v in value)
+    return ()
+
+
+@dataclass(frozen=True)
+class View:
+    """One link of a chain of views: result `index` of `node`, seen through operand 0."""
+
+    node: fx.Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A base value (result `index` of `node`) seen through `views`, innermost first."""
+
+    node: fx.Node
+    index: int
+    views: tuple[View, ...]
+
+    @property
+    def value(self) -> ValueName:
+        """The name of the base value."""
+        return value_name(self.node, self.index)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The fake tensor at the end of the chain."""
+        last = self.views[-1] if self.views else View(self.node, self.index)
+        tensor = result_metas(last.node)[last.index]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def base_tensor(self) -> torch.Tensor:
+        """The fake tensor of the base value."""
+        tensor = result_metas(self.node)[self.index]
+        assert tensor is not None
+        return tensor
+
+
+def resolve(node: fx.Node) -> Operand:
+    """The base value behind a node's (single) tensor result, and the views in between."""
+    index, views = 0, []
+    while True:
+        if node.target is operator.getitem:
+            index, node = int(node.args[1]), node.args[0]  # type: ignore[arg-type,assignment]
+            continue
+        if not is_view_node(node):
+            return Operand(node, index, tuple(reversed(views)))
+        views.append(View(node, index))
+        index, node = 0, operands(node)[0]
+
+
+def is_view_node(node: fx.Node) -> bool:
+    """Whether a node is a pure view of its one tensor operand."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and is_view(node.target)
+
+
+def is_real_op(node: fx.Node) -> bool:
+    """Whether a node computes something: not a view, not a getitem, not a placeholder or the output."""
+    return node.op == "call_function" and node.target is not operator.getitem and not is_view_node(node)
+
+
+class ViewMaps:
+    """How states travel through views on one mesh; caches the rules per axis."""
+
+    def __init__(self, mesh: tuple[int, ...]) -> None:
+        self.mesh = mesh
+        self._cache: dict[tuple[fx.Node, int, int], dict[Placement, Placement]] = {}
+
+    def forward(self, operand: Operand, base_state: State) -> State | None:
+        """The state at the end of the chain if the base value is in `base_state`; None if a view cannot follow."""
+        state = base_state
+        for view in operand.views:
+            moved = tuple(self._map(view, size).get(p) for p, size in zip(state, self.mesh, strict=True))
+            if None in moved:
+                return None
+            state = moved  # type: ignore[assignment]
+            if not self._divides(view, state):
+                return None
+        return state
+
+    def preimages(self, operand: Operand, base_states: tuple[State, ...]) -> dict[State, State]:
+        """For each state that can be had at the end of the chain, the base state that gives it (the first if several)."""
+        found: dict[State, State] = {}
+        for base in base_states:
+            state = self.forward(operand, base)
+            if state is not None:
+                found.setdefault(state, base)
+        return found
+
+    def _divides(self, view: View, state: State) -> bool:
+        tensor = result_metas(view.node)[view.index]
+        return tensor is not None and local_shape(tensor.shape, state, self.mesh) is not None
+
+    def _map(self, view: View, size: int) -> dict[Placement, Placement]:
+        key = (view.node, view.index, size)
+        if key not in self._cache:
+            mapping: dict[Placement, Placement] = {}
+            for rule in axis_rules(view.node, size).rules:
+                result = rule.outputs[view.index]
+                if result is not None and rule.lowering == "local":
+                    mapping.setdefault(rule.inputs[0], result)
+            self._cache[key] = mapping
+        return self._cache[key]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operand of one real op (or of the graph's output)."""
+
+    user: fx.Node
+    slot: int
+    operand: Operand
+
+
+class Dataflow:
+    """The base values and uses of one joint graph.
+
+    ops: real ops in order. operands_of: resolved operands per real op.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.placeholders = tuple(n for n in graph.nodes if n.op == "placeholder")
+        self.ops = tuple(n for n in graph.nodes if is_real_op(n))
+        self.operands_of: dict[fx.Node, tuple[Operand, ...]] = {
+            n: tuple(resolve(o) for o in operands(n)) for n in self.ops
+        }
+
+    @cached_property
+    def uses(self) -> dict[ValueName, tuple[Use, ...]]:
+        """All uses by real ops, per base value."""
+        found: dict[ValueName, list[Use]] = {}
+        for use in self._iter_uses():
+            found.setdefault(use.operand.value, []).append(use)
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    def _iter_uses(self) -> Iterator[Use]:
+        for op in self.ops:
+            for slot, operand in enumerate(self.operands_of[op]):
+                yield Use(op, slot, operand)
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether a node belongs to the backward pass."""
+    return node.meta.get("phase") == "backward"
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the model a node comes from, "" if unknown."""
+    path: Any = node.meta.get("module_path", "")
+    return path if isinstance(path, str) else ""

@@ -1,0 +1,174 @@
+"""Moving a tensor from one state to another: which steps, in which order, at what cost.
+
+A step changes the placement on one mesh axis with one collective (or a local slice):
+
+    P    -> R      all_reduce              P    -> S(d)   reduce_scatter
+    S(d) -> R      all_gather              S(d) -> S(e)   all_to_all
+    R    -> S(d)   slice (local)
+
+Where several axes cut one dim, the later axis cuts inside the earlier one, so an axis
+may only start or stop cutting a dim while no later axis cuts it. The cheapest sequence
+of steps is a shortest path over states (Dijkstra), so that, for instance, the
+hierarchical all-reduce (reduce-scatter inside a node, all-reduce across nodes on the
+shard, all-gather inside) is found where it pays, not coded.
+
+The planner prices a path and the code generator emits the same path.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from autopar.placements import PARTIAL, REPLICATE, Placement, State, local_shape, shard, shard_dim
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of placement on one axis. `nbytes`: the larger of a rank's tensor before and after."""
+
+    kind: str  # "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "slice"
+    axis: int
+    before: State
+    after: State
+    nbytes: int
+    parts: int  # size of the axis
+
+    @property
+    def source_dim(self) -> int | None:
+        """The dim that is cut before the step, if any."""
+        return shard_dim(self.before[self.axis])
+
+    @property
+    def target_dim(self) -> int | None:
+        """The dim that is cut after the step, if any."""
+        return shard_dim(self.after[self.axis])
+
+
+class StepCosts(Protocol):
+    """What pricing a step takes (an `autopar.cost.CostModel` is one)."""
+
+    def collective_s(self, kind: str, nbytes: float, axis: int) -> float: ...
+
+    def copy_s(self, nbytes: float) -> float: ...
+
+
+_KINDS = {
+    ("P", "R"): "all_reduce",
+    ("P", "S"): "reduce_scatter",
+    ("S", "R"): "all_gather",
+    ("S", "S"): "all_to_all",
+    ("R", "S"): "slice",
+}
+
+
+def step_kind(before: Placement, after: Placement) -> str | None:
+    """The operation that turns one placement into another on one axis, None if there is none."""
+    return _KINDS.get((before[0], after[0])) if before != after else None
+
+
+def enumerate_states(shape: Sequence[int], mesh: Sequence[int], *, partial: bool) -> tuple[State, ...]:
+    """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`."""
+    options: list[Placement] = [REPLICATE, *(shard(d) for d in range(len(shape))), *([PARTIAL] if partial else [])]
+    states = itertools.product(options, repeat=len(mesh))
+    return tuple(state for state in states if local_shape(shape, state, mesh) is not None)
+
+
+def step_s(step: Step, costs: StepCosts) -> float:
+    """Seconds of one step, with the copies that lay out the data around the collective.
+
+    Collectives move contiguous blocks of dim 0; any other dim takes a local transposition
+    before (reduce_scatter), after (all_gather) or on both sides (all_to_all).
+    """
+    if step.kind == "slice":
+        return costs.copy_s(step.nbytes / step.parts)
+    seconds = costs.collective_s(step.kind, step.nbytes, step.axis)
+    if step.kind == "all_to_all":
+        seconds += 2 * costs.copy_s(step.nbytes)
+    elif step.kind != "all_reduce":
+        dim = step.source_dim if step.kind == "all_gather" else step.target_dim
+        if dim != 0:
+            seconds += costs.copy_s(step.nbytes)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """All conversions between the states of tensors of one shape and element size.
+
+    cost_s: [n, n] seconds, inf where impossible (nothing becomes partial again).
+    state_bytes: bytes a rank holds in each state.
+    """
+
+    states: tuple[State, ...]
+    state_bytes: tuple[int, ...]
+    cost_s: np.ndarray = field(repr=False)
+    _previous: tuple[tuple[Step | None, ...], ...] = field(repr=False)
+
+    def path(self, source: State, target: State) -> tuple[Step, ...]:
+        """The cheapest sequence of steps from one state to another; empty if they are equal."""
+        index = {state: i for i, state in enumerate(self.states)}
+        row, at, steps = self._previous[index[source]], index[target], []
+        while self.states[at] != source:
+            step = row[at]
+            if step is None:
+                raise ValueError(f"no way from {source} to {target}")
+            steps.append(step)
+            at = index[step.before]
+        return tuple(reversed(steps))
+
+
+def conversions(
+    shape: Sequence[int], itemsize: int, mesh: Sequence[int], states: Sequence[State], costs: StepCosts
+) -> Conversions:
+    """Cheapest conversions between all `states` of a tensor (all-pairs Dijkstra)."""
+    states = tuple(states)
+    nbytes = tuple(math.prod(local_shape(shape, s, mesh) or ()) * itemsize for s in states)
+    steps = [list(_steps_from(s, states, nbytes, mesh)) for s in states]
+    arcs = [[(target, step, step_s(step, costs)) for target, step in out] for out in steps]
+    cost = np.full((len(states), len(states)), np.inf)
+    previous = []
+    for source in range(len(states)):
+        distance, row = _dijkstra(source, arcs)
+        cost[source] = distance
+        previous.append(tuple(row))
+    return Conversions(states, nbytes, cost, tuple(previous))
+
+
+def _steps_from(
+    state: State, states: tuple[State, ...], nbytes: tuple[int, ...], mesh: Sequence[int]
+) -> Iterator[tuple[int, Step]]:
+    here = states.index(state)
+    for index, other in enumerate(states):
+        changed = [a for a in range(len(state)) if state[a] != other[a]]
+        if len(changed) != 1:
+            continue
+        axis = changed[0]
+        kind = step_kind(state[axis], other[axis])
+        touched = {shard_dim(state[axis]), shard_dim(other[axis])} - {None}
+        if kind is None or any(shard_dim(p) in touched for p in state[axis + 1 :]):
+            continue
+        yield index, Step(kind, axis, state, other, max(nbytes[here], nbytes[index]), mesh[axis])
+
+
+def _dijkstra(source: int, arcs: list[list[tuple[int, Step, float]]]) -> tuple[list[float], list[Step | None]]:
+    distance = [math.inf] * len(arcs)
+    previous: list[Step | None] = [None] * len(arcs)
+    distance[source] = 0.0
+    queue = [(0.0, source)]
+    while queue:
+        d, at = heapq.heappop(queue)
+        if d > distance[at]:
+            continue
+        for target, step, seconds in arcs[at]:
+            if d + seconds < distance[target]:
+                distance[target] = d + seconds
+                previous[target] = step
+                heapq.heappush(queue, (d + seconds, target))
+    return distance, previous

@@ -1,0 +1,43 @@
+"""The decisions of a plan, node by node: what the planner hands to the code generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.placements import State
+from autopar.rules.types import AxisRule
+
+
+@dataclass(frozen=True)
+class NodeDecision:
+    """How one op runs.
+
+    rules: one per mesh axis.
+    operand_states: the state in which the *base value* of each operand is taken.
+    result_states: the state of each result (None for results that do not exist).
+    recompute: whether the op runs again in the backward pass.
+    """
+
+    rules: tuple[AxisRule, ...]
+    operand_states: tuple[State, ...]
+    result_states: tuple[State | None, ...]
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Everything the code generator needs to know about one joint graph.
+
+    nodes: per real op (fx node name).
+    outputs: for each output of the model and each buffer update (node name), the state in
+        which its base value is handed over.
+    params: the state in which each parameter (and its gradient) is stored, by fqn.
+    kept: base values whose original is kept from forward to backward.
+    kept_copies: (base value, state) of converted copies kept from forward to backward.
+    """
+
+    nodes: dict[str, NodeDecision]
+    params: dict[str, State]
+    outputs: dict[str, State]
+    kept: frozenset[str]
+    kept_copies: frozenset[tuple[str, State]]

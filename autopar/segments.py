@@ -1,0 +1,75 @@
+"""When a forward op may run again in the backward pass.
+
+The forward pass is cut into segments. A segment's ops run again, if the solver wants,
+right before the first backward op that needs any value of the segment; the values that
+flow between segments are then kept or recomputed there. Segments are the repeated blocks
+of the model (by module path, e.g. "model.layers.3"); a model without such blocks is cut
+into about sqrt(n) runs of consecutive ops (Chen et al. 2016, "Training Deep Nets with
+Sublinear Memory Cost").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from autopar.dataflow import Dataflow, is_backward, module_path, value_name, result_metas
+
+_MIN_BLOCK_OPS = 6
+
+
+def block_of(path: str) -> str:
+    """The repeated block a module path lies in: up to its first number ("model.layers.3.mlp" -> "model.layers.3")."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ""
+
+
+def segments(flow: Dataflow) -> list[list[fx.Node]]:
+    """The forward ops in consecutive runs."""
+    forward = [n for n in flow.ops if not is_backward(n)]
+    runs: list[list[fx.Node]] = []
+    last: str | None = None
+    for node in forward:
+        block = block_of(module_path(node))
+        if not runs or block != last:
+            runs.append([])
+        runs[-1].append(node)
+        last = block
+    if runs and max(len(run) for run in runs) >= _MIN_BLOCK_OPS:
+        return runs
+    size = max(1, math.ceil(math.sqrt(len(forward))))
+    return [forward[i : i + size] for i in range(0, len(forward), size)]
+
+
+def is_deterministic(node: fx.Node) -> bool:
+    """Whether running a node twice gives the same result."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def recompute_times(
+    flow: Dataflow, op_index: dict[str, int], pinned: Callable[[fx.Node], str | None] | None = None
+) -> dict[str, int]:
+    """For each op that may run twice, the op index before which it would run again."""
+    times: dict[str, int] = {}
+    for segment in segments(flow):
+        needed_at = [
+            op_index[use.user.name]
+            for node in segment
+            for index in range(len(result_metas(node)))
+            for use in flow.uses.get(value_name(node, index), ())
+            if is_backward(use.user)
+        ]
+        if not needed_at:
+            continue
+        for node in segment:
+            wanted = pinned(node) if pinned else None
+            if is_deterministic(node) and wanted != "keep":
+                times[node.name] = min(needed_at)
+    return times

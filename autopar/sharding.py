@@ -1,0 +1,391 @@
+"""From a trace, op rules and costs to the solver's problem, and back from its solution.
+
+Every real op of the joint graph becomes an `Op`. Its choices are the combinations of one
+rule per mesh axis that divide evenly; each takes its operands' base values in certain
+states. Besides them there are ops for placeholders (a parameter's choices are the states
+in which it may be stored, together with its gradient and optimizer state), one `grad:`
+op per gradient (tied to its parameter) and one `output:` op per output.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from autopar.cost.compute import OpClass, op_class, op_flops
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.dataflow import (
+    Dataflow,
+    Operand,
+    ValueName,
+    ViewMaps,
+    is_backward,
+    output_node,
+    resolve,
+    result_metas,
+    value_name,
+)
+from autopar.placements import State, local_shape, replicated, shard_dim
+from autopar.plan_types import Decisions, NodeDecision
+from autopar.redistribute import Conversions, conversions, enumerate_states
+from autopar.rules import AxisRule, axis_rules, compatible
+from autopar.segments import recompute_times
+from autopar.solver import Choice, Op, Problem, Solution, Value
+from autopar.trace import ParamInfo, Trace
+
+ChoiceFilter = Callable[[fx.Node, "OpOption"], bool]
+
+
+@dataclass(frozen=True)
+class OpOption:
+    """One choice of a real op, in terms of placements.
+
+    operand_states: as the op sees them; base_states: the same, in terms of the base values.
+    """
+
+    rules: tuple[AxisRule, ...]
+    operand_states: tuple[State, ...]
+    base_states: tuple[State, ...]
+    result_states: tuple[State | None, ...]
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user fixed, resolved: filters on options of ops, on parameter states, on recomputation."""
+
+    allow_option: ChoiceFilter | None = None
+    allow_param: Callable[[ParamInfo, State], bool] | None = None
+    recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute" or None
+
+
+@dataclass(frozen=True)
+class ShardingProblem:
+    """The solver's problem with what is needed to read its solution.
+
+    options: per op index, its options (aligned with the op's choices) for real ops.
+    unruled: names of ops that only run replicated for want of a rule.
+    """
+
+    problem: Problem
+    mesh: tuple[int, ...]
+    op_index: dict[str, int]
+    value_index: dict[ValueName, int]
+    states: tuple[tuple[State, ...], ...]
+    options: dict[str, tuple[OpOption, ...]]
+    param_states: dict[str, tuple[State, ...]]
+    output_states: dict[str, tuple[State, ...]]
+    unruled: tuple[str, ...] = ()
+    conversion_tables: dict[ValueName, Conversions] = field(default_factory=dict, repr=False)
+
+    def decisions(self, solution: Solution) -> Decisions:
+        """What the solution says, in terms of graph nodes and placements."""
+        names = {i: v for v, i in self.value_index.items()}
+        nodes = {}
+        for name, options in self.options.items():
+            index = self.op_index[name]
+            option = options[solution.choices[index]]
+            recompute = index in solution.recomputed
+            nodes[name] = NodeDecision(option.rules, option.base_states, option.result_states, recompute)
+        params = {
+            fqn: states[solution.choices[self.op_index[f"param:{fqn}"]]] for fqn, states in self.param_states.items()
+        }
+        outputs = {
+            name: states[solution.choices[self.op_index[f"output:{name}"]]]
+            for name, states in self.output_states.items()
+        }
+        kept = frozenset(names[v] for v in solution.kept)
+        copies = frozenset((names[v], self.states[v][s]) for v, s in solution.kept_copies)
+        return Decisions(nodes, params, outputs, kept, copies)
+
+
+def build_problem(
+    trace: Trace,
+    costs: CostModel,
+    optimizer: OptimizerSpec,
+    *,
+    capacity_bytes: int | None = None,
+    pins: Pins | None = None,
+) -> ShardingProblem:
+    """State the planning problem of `trace` on the mesh of `costs`."""
+    return _Builder(trace, costs, optimizer, pins or Pins()).build(capacity_bytes)
+
+
+class _Builder:
+    def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins) -> None:
+        self.trace, self.costs, self.optimizer, self.pins = trace, costs, optimizer, pins
+        self.mesh = costs.mesh
+        self.flow = Dataflow(trace.graph_module.graph)
+        self.views = ViewMaps(self.mesh)
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
+        self.states: list[tuple[State, ...]] = []
+        self.op_index: dict[str, int] = {}
+        self.value_index: dict[ValueName, int] = {}
+        self.options: dict[str, tuple[OpOption, ...]] = {}
+        self.param_states: dict[str, tuple[State, ...]] = {}
+        self.output_states: dict[str, tuple[State, ...]] = {}
+        self.unruled: list[str] = []
+        self.tables: dict[ValueName, Conversions] = {}
+        self._table_cache: dict[tuple[tuple[int, ...], int, bool], Conversions] = {}
+        self._option_cache: dict[object, tuple[OpOption, ...]] = {}
+        self._gradient_operands: dict[str, Operand] = {}
+        self.constant_bytes = 0
+
+    # -- the whole ---------------------------------------------------------------
+
+    def build(self, capacity_bytes: int | None) -> ShardingProblem:
+        grads_of = self._gradients_by_node()
+        output_values = self._outputs_by_value()
+        self._gradient_operands = {p.fqn: o for found in grads_of.values() for p, o in found}
+        self._add_placeholders()
+        forward_done = False
+        forward_ops = 0
+        for node in self.flow.ops:
+            if is_backward(node) and not forward_done:
+                self._add_outputs(output_values)
+                forward_ops, forward_done = len(self.ops), True
+            self._add_real_op(node)
+            for param, operand in grads_of.get(node, ()):
+                self._add_gradient(param, operand)
+        if not forward_done:
+            self._add_outputs(output_values)
+            forward_ops = len(self.ops)
+        for param, operand in grads_of.get(None, ()):
+            self._add_gradient(param, operand)
+        problem = Problem(
+            ops=tuple(self._with_recompute_times(forward_ops)),
+            values=tuple(self.values),
+            forward_ops=forward_ops,
+            capacity_bytes=capacity_bytes,
+            constant_bytes=self.constant_bytes,
+        )
+        return ShardingProblem(
+            problem,
+            self.mesh,
+            self.op_index,
+            self.value_index,
+            tuple(self.states),
+            self.options,
+            self.param_states,
+            self.output_states,
+            tuple(self.unruled),
+            self.tables,
+        )
+
+    def _gradients_by_node(self) -> dict[fx.Node | None, list[tuple[ParamInfo, Operand]]]:
+        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
+        found: dict[fx.Node | None, list[tuple[ParamInfo, Operand]]] = {}
+        for param in self.trace.params:
+            if param.fqn in self.trace.grads:
+                operand = resolve(nodes[self.trace.grads[param.fqn]])
+                made_by = operand.node if operand.node.op == "call_function" else None
+                found.setdefault(made_by, []).append((param, operand))
+        return found
+
+    def _outputs_by_value(self) -> list[tuple[str, Operand, bool]]:
+        """(name, operand, whether it must be whole on every rank) per output."""
+        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
+        outputs = [(self.trace.loss, True)]
+        outputs += [(o.node, False) for o in self.trace.outputs if o.node and o.node != self.trace.loss]
+        outputs += [(name, True) for name in self.trace.buffer_updates.values()]
+        unique = dict(sorted(outputs, key=lambda item: item[1]))  # True wins over False
+        return [(name, resolve(nodes[name]), whole) for name, whole in unique.items()]
+
+    # -- values ------------------------------------------------------------------
+
+    def _add_value(
+        self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False
+    ) -> int:
+        table = self._table(tensor)
+        index = len(self.values)
+        self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out))
+        self.states.append(table.states)
+        self.value_index[name] = index
+        self.tables[name] = table
+        return index
+
+    def _table(self, tensor: torch.Tensor) -> Conversions:
+        key = (tuple(tensor.shape), tensor.element_size(), tensor.is_floating_point())
+        if key not in self._table_cache:
+            states = enumerate_states(tensor.shape, self.mesh, partial=tensor.is_floating_point())
+            self._table_cache[key] = conversions(tensor.shape, tensor.element_size(), self.mesh, states, self.costs)
+        return self._table_cache[key]
+
+    def _add_op(self, op: Op) -> int:
+        self.op_index[op.name] = len(self.ops)
+        self.ops.append(op)
+        return len(self.ops) - 1
+
+    # -- placeholders ------------------------------------------------------------
+
+    def _add_placeholders(self) -> None:
+        params = {p.node: p for p in self.trace.params}
+        for node in self.flow.placeholders:
+            tensor = result_metas(node)[0]
+            assert tensor is not None
+            value = self._add_value(node.name, tensor, always=True)
+            if node.name in params:
+                self._add_param(params[node.name], tensor, value)
+                continue
+            whole = self.states[value].index(replicated(len(self.mesh)))
+            self.constant_bytes += self.values[value].state_bytes[whole]
+            self._add_op(Op(f"input:{node.name}", (), (value,), (Choice(0.0, (), (whole,)),)))
+
+    def _add_param(self, param: ParamInfo, tensor: torch.Tensor, value: int) -> None:
+        stored = [s for s in self.states[value] if "P" not in s]
+        if param.fqn in self._gradient_operands:
+            gradient = self._gradient_operands[param.fqn]
+            possible = self.views.preimages(gradient, self._table(gradient.base_tensor).states)
+            stored = [s for s in stored if s in possible]
+        if self.pins.allow_param is not None:
+            stored = [s for s in stored if self.pins.allow_param(param, s)]
+        optimized = param.fqn in self.trace.grads
+        choices = []
+        for state in stored:
+            at = self.states[value].index(state)
+            nbytes = self.values[value].state_bytes[at]
+            state_bytes = self.optimizer.state_bytes(nbytes) if optimized else 0
+            seconds = self.costs.optimizer_s(nbytes, state_bytes) if optimized else 0.0
+            choices.append(Choice(seconds, (), (at,), persistent_bytes=nbytes + state_bytes, label=str(state)))
+        self.param_states[param.fqn] = tuple(stored)
+        self._add_op(Op(f"param:{param.fqn}", (), (value,), tuple(choices)))
+
+    def _add_gradient(self, param: ParamInfo, operand: Operand) -> None:
+        made = self.value_index[operand.value]
+        preimages = self.views.preimages(operand, self.states[made])
+        grad = self._add_value(f"grad:{param.fqn}", operand.tensor, live_out=True)
+        choices = []
+        for state in self.param_states[param.fqn]:
+            uses = self.states[made].index(preimages[state])
+            choices.append(Choice(0.0, (uses,), (self.states[grad].index(state),), label=str(state)))
+        tied_to = self.op_index[f"param:{param.fqn}"]
+        name = f"grad:{param.fqn}"
+        self._add_op(Op(name, (made,), (grad,), tuple(choices), tied_to=tied_to, results_start_next=True))
+
+    def _add_outputs(self, outputs: Iterable[tuple[str, Operand, bool]]) -> None:
+        for name, operand, whole in outputs:
+            value = self.value_index[operand.value]
+            preimages = self.views.preimages(operand, self.states[value])
+            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if "P" not in s]
+            uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
+            self.output_states[name] = tuple(self.states[value][u] for u in uses)
+            self._add_op(Op(f"output:{name}", (value,), (), tuple(Choice(0.0, (u,), ()) for u in uses)))
+
+    # -- real ops ----------------------------------------------------------------
+
+    def _add_real_op(self, node: fx.Node) -> None:
+        operands = self.flow.operands_of[node]
+        options = self._options(node, operands)
+        if self.pins.allow_option is not None:
+            allowed = tuple(o for o in options if self.pins.allow_option(node, o))
+            options = allowed or options
+        results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
+        values = [self._add_value(value_name(node, i), t) for i, t in results]
+        operand_values = [self.value_index[o.value] for o in operands]
+        choices: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Choice, OpOption]] = {}
+        for option in options:
+            uses = tuple(self.states[v].index(s) for v, s in zip(operand_values, option.base_states, strict=True))
+            made = [option.result_states[i] for i, _ in results]
+            makes = tuple(self.states[v].index(s) for v, s in zip(values, made, strict=True) if s is not None)
+            seconds = self._seconds(node, operands, option)
+            if (uses, makes) not in choices or seconds < choices[uses, makes][0].cost_s:
+                choices[uses, makes] = (Choice(seconds, uses, makes), option)
+        self.options[node.name] = tuple(option for _, option in choices.values())
+        self._add_op(
+            Op(node.name, tuple(operand_values), tuple(values), tuple(choice for choice, _ in choices.values()))
+        )
+
+    def _options(self, node: fx.Node, operands: tuple[Operand, ...]) -> tuple[OpOption, ...]:
+        rule_sets = [axis_rules(node, size) for size in self.mesh]
+        if not all(r.known for r in rule_sets):
+            self.unruled.append(node.name)
+        preimages = [self.views.preimages(o, self.states[self.value_index[o.value]]) for o in operands]
+        tensors = result_metas(node)
+        found = []
+        for rules in itertools.product(*(r.rules for r in rule_sets)):
+            if len(rules) > 1 and not compatible(rules):
+                continue
+            operand_states = tuple(tuple(r.inputs[slot] for r in rules) for slot in range(len(operands)))
+            result_states = tuple(_state(tuple(r.outputs[i] for r in rules)) for i in range(len(tensors)))
+            if any(s not in p for s, p in zip(operand_states, preimages, strict=True)):
+                continue
+            if any(
+                t is not None and (s is None or local_shape(t.shape, s, self.mesh) is None)
+                for t, s in zip(tensors, result_states, strict=True)
+            ):
+                continue
+            base_states = tuple(p[s] for s, p in zip(operand_states, preimages, strict=True))
+            found.append(OpOption(rules, operand_states, base_states, result_states))
+        return tuple(found)
+
+    def _seconds(self, node: fx.Node, operands: tuple[Operand, ...], option: OpOption) -> float:
+        kind = op_class(node.target)
+        share = 1.0
+        for rule, size in zip(option.rules, self.mesh, strict=True):
+            if any(p is not None and shard_dim(p) is not None for p in (*rule.inputs, *rule.outputs)):
+                share /= size
+        moved = {(o.tensor, s): o for o, s in zip(operands, option.operand_states, strict=True)}
+        nbytes = sum(_local_bytes(t, s, self.mesh) for t, s in moved)
+        nbytes += sum(
+            _local_bytes(t, s, self.mesh)
+            for t, s in zip(result_metas(node), option.result_states, strict=True)
+            if t is not None and s is not None
+        )
+        flops = self._flops(node) * share
+        seconds = self.costs.op_s(kind, flops, nbytes, _compute_dtype(node, operands))
+        for axis, rule in enumerate(option.rules):
+            for inner in rule.collectives:
+                seconds += self.costs.collective_s(inner.kind, self._inner_bytes(node, operands, option, inner), axis)
+        return seconds
+
+    def _flops(self, node: fx.Node) -> int:
+        if "flops" not in node.meta:
+            args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+            node.meta["flops"] = op_flops(node.target, args, kwargs, node.meta["val"])
+        return int(node.meta["flops"])
+
+    def _inner_bytes(self, node: fx.Node, operands: tuple[Operand, ...], option: OpOption, inner: object) -> int:
+        side, index = inner.tensor  # type: ignore[attr-defined]
+        tensor = operands[index].tensor if side == "in" else result_metas(node)[index]
+        state = option.operand_states[index] if side == "in" else option.result_states[index]
+        assert tensor is not None and state is not None
+        local = list(local_shape(tensor.shape, state, self.mesh) or ())
+        for dim in inner.reduced_dims:  # type: ignore[attr-defined]
+            local[dim] = 1
+        return math.prod(local) * tensor.element_size()
+
+    # -- recomputation -----------------------------------------------------------
+
+    def _with_recompute_times(self, forward_ops: int) -> list[Op]:
+        times = recompute_times(self.flow, self.op_index, self.pins.recompute)
+        ops = []
+        for op in self.ops:
+            time = times.get(op.name)
+            ops.append(op if time is None else Op(**{**op.__dict__, "recompute_time": time}))
+        return ops
+
+
+def _state(placements: tuple[str | None, ...]) -> State | None:
+    return None if None in placements else tuple(p for p in placements if p is not None)
+
+
+def _local_bytes(tensor: torch.Tensor, state: State, mesh: tuple[int, ...]) -> int:
+    local = local_shape(tensor.shape, state, mesh)
+    assert local is not None
+    return math.prod(local) * tensor.element_size()
+
+
+def _compute_dtype(node: fx.Node, operands: tuple[Operand, ...]) -> str:
+    tensors = [o.tensor for o in operands if o.tensor.is_floating_point()] or [
+        t for t in result_metas(node) if t is not None
+    ]
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+
+
+__all__ = ["OpOption", "Pins", "ShardingProblem", "build_problem", "OpClass"]

@@ -1,0 +1,244 @@
+"""From a trace and decisions to the rank-local graphs of the forward and the backward pass.
+
+The walk is simple: for every op, in order, take each operand's base value in the state
+the plan says (converting it if it is not there yet), replay the views, and lower the op.
+In the backward pass a value of the forward pass is taken, in this order, from what was
+kept, from the parameters and inputs, from running its op again, or from converting its
+original. Nothing here knows how the plan was found: a plan written by hand runs as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from autopar.codegen.builder import GraphBuilder
+from autopar.codegen.lowerings import lower
+from autopar.codegen.steps import emit_path
+from autopar.dataflow import Dataflow, Operand, ViewMaps, is_backward, resolve, result_metas, value_name
+from autopar.errors import PlanError
+from autopar.placements import State, local_shape, replicated
+from autopar.plan_types import Decisions
+from autopar.redistribute import Conversions, StepCosts, conversions, enumerate_states
+from autopar.rules import axis_rules
+from autopar.rules.types import AxisRule
+from autopar.trace import Trace
+
+Version = tuple[str, State]  # a base value in a state
+
+
+@dataclass(frozen=True)
+class EmittedProgram:
+    """The two rank-local graphs.
+
+    forward_inputs / backward_inputs: what each placeholder after the coordinates takes:
+        a joint-graph placeholder or a saved version (name, state).
+    saved: versions that the forward graph returns for the backward graph, after its outputs.
+    output_states: per forward output (loss, other outputs, buffer updates), its state.
+    grads: fqns in the order of the backward graph's outputs.
+    """
+
+    mesh: tuple[int, ...]
+    forward: fx.Graph
+    backward: fx.Graph
+    forward_inputs: tuple[str, ...]
+    backward_inputs: tuple[Version, ...]
+    saved: tuple[Version, ...]
+    output_names: tuple[str, ...]
+    output_states: dict[str, State]
+    grads: tuple[str, ...]
+
+
+def emit(trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts) -> EmittedProgram:
+    """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace."""
+    return _Emitter(trace, decisions, mesh, costs).emit()
+
+
+class _Emitter:
+    def __init__(self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts) -> None:
+        self.trace, self.decisions, self.mesh, self.costs = trace, decisions, mesh, costs
+        self.flow = Dataflow(trace.graph_module.graph)
+        self.views = ViewMaps(mesh)
+        self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
+        self.params = {p.node: p.fqn for p in trace.params}
+        self.made = self._made_states()
+        self.forward = _Pass(self, backward=None)
+        self.backward = _Pass(self, backward=self.forward)
+        self._tables: dict[object, Conversions] = {}
+
+    def emit(self) -> EmittedProgram:
+        for node in self.flow.placeholders:
+            if node.name != self.trace.tangent:
+                self.forward.add_placeholder(node)
+        for node in self.flow.ops:
+            if not is_backward(node):
+                self.forward.emit_op(node)
+        outputs, states = self._forward_outputs()
+        for node in self.flow.ops:
+            if is_backward(node):
+                self.backward.emit_op(node)
+        grads = tuple(p.fqn for p in self.trace.params if p.fqn in self.trace.grads)
+        grad_nodes = [self._gradient(fqn) for fqn in grads]
+        saved = tuple(v for v in self.backward.inputs if v[0] not in self._placeholder_names())
+        self.forward.builder.output([*outputs.values(), *(self.forward.versions[v] for v in saved)])
+        self.backward.builder.output(grad_nodes)
+        return EmittedProgram(
+            mesh=self.mesh,
+            forward=self.forward.builder.graph,
+            backward=self.backward.builder.graph,
+            forward_inputs=tuple(n.name for n in self.flow.placeholders if n.name != self.trace.tangent),
+            backward_inputs=tuple(self.backward.inputs),
+            saved=saved,
+            output_names=tuple(outputs),
+            output_states=states,
+            grads=grads,
+        )
+
+    def _placeholder_names(self) -> set[str]:
+        return {n.name for n in self.flow.placeholders}
+
+    def _made_states(self) -> dict[str, State]:
+        made: dict[str, State] = {}
+        for node in self.flow.placeholders:
+            fqn = self.params.get(node.name)
+            made[node.name] = self.decisions.params[fqn] if fqn else replicated(len(self.mesh))
+        for name, decision in self.decisions.nodes.items():
+            for index, state in enumerate(decision.result_states):
+                if state is not None:
+                    made[value_name(self.nodes[name], index)] = state
+        return made
+
+    def table(self, tensor: torch.Tensor) -> Conversions:
+        """The conversions of tensors shaped like this one."""
+        key = (tuple(tensor.shape), tensor.element_size(), tensor.is_floating_point())
+        if key not in self._tables:
+            states = enumerate_states(tensor.shape, self.mesh, partial=tensor.is_floating_point())
+            self._tables[key] = conversions(tensor.shape, tensor.element_size(), self.mesh, states, self.costs)
+        return self._tables[key]
+
+    def _forward_outputs(self) -> tuple[dict[str, fx.Node], dict[str, State]]:
+        outputs, states = {}, {}
+        names = [self.trace.loss, *(o.node for o in self.trace.outputs if o.node), *self.trace.buffer_updates.values()]
+        for name in dict.fromkeys(names):
+            operand = resolve(self.nodes[name])
+            base_state = self.decisions.outputs[name]
+            outputs[name], states[name] = self.forward.take(operand, base_state)
+        return outputs, states
+
+    def _gradient(self, fqn: str) -> fx.Node:
+        operand = resolve(self.nodes[self.trace.grads[fqn]])
+        base_states = self.table(operand.base_tensor).states
+        base_state = self.views.preimages(operand, base_states)[self.decisions.params[fqn]]
+        return self.backward.take(operand, base_state)[0]
+
+
+class _Pass:
+    """The emission of one pass: which versions of which values exist so far."""
+
+    def __init__(self, emitter: _Emitter, backward: _Pass | None) -> None:
+        self.emitter = emitter
+        self.forward = backward  # the forward pass, seen from the backward pass
+        fake_mode = next(iter(emitter.flow.placeholders)).meta["val"].fake_mode
+        self.builder = GraphBuilder(emitter.mesh, fake_mode)
+        self.versions: dict[Version, fx.Node] = {}
+        self.inputs: list[Version] = []
+        self._viewed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
+
+    def add_placeholder(self, node: fx.Node) -> None:
+        """A parameter, buffer or input, as the forward graph takes it."""
+        state = self.emitter.made[node.name]
+        tensor = node.meta["val"]
+        shape = local_shape(tensor.shape, state, self.emitter.mesh)
+        if shape is None:
+            raise PlanError(f"{node.name} {tuple(tensor.shape)} cannot be cut as {state} on mesh {self.emitter.mesh}")
+        self.versions[node.name, state] = self.builder.local_input(node.name, tensor, shape)
+        self.inputs.append((node.name, state))
+
+    def emit_op(self, node: fx.Node) -> None:
+        """Take the operands, lower the op, register its results."""
+        decision = self.emitter.decisions.nodes.get(node.name)
+        if decision is None:
+            raise PlanError(f"the plan says nothing about op {node.name} ({node.target}); plan this model again")
+        operands = self.emitter.flow.operands_of[node]
+        taken = [self.take(o, s)[0] for o, s in zip(operands, decision.operand_states, strict=True)]
+        self.builder.origin = node.name
+        results = lower(self.builder, node, decision.rules, taken)
+        for index, (result, state) in enumerate(zip(results, decision.result_states, strict=True)):
+            if state is not None and result is not None:
+                result.meta["version"] = (node.name, index, state)
+                self.versions[value_name(node, index), state] = result
+
+    def take(self, operand: Operand, base_state: State) -> tuple[fx.Node, State]:
+        """The operand, its base value in `base_state`, and the state in which that puts it."""
+        at = self.version(operand, base_state)
+        state = base_state
+        for view in operand.views:
+            rules = self._view_rules(view.node, view.index, state)
+            key = (view.node, view.index, at)
+            if key not in self._viewed:
+                self.builder.origin = view.node.name
+                self._viewed[key] = lower(self.builder, view.node, rules, [at])[view.index]
+            at = self._viewed[key]
+            state = tuple(r.outputs[view.index] or "R" for r in rules)
+        return at, state
+
+    def _view_rules(self, node: fx.Node, index: int, state: State) -> tuple[AxisRule, ...]:
+        found = []
+        for placement, size in zip(state, self.emitter.mesh, strict=True):
+            rules = [r for r in axis_rules(node, size).rules if r.inputs[0] == placement and r.lowering == "local"]
+            if not rules:
+                raise PlanError(f"view {node.name} ({node.target}) cannot follow its operand in {state}")
+            found.append(rules[0])
+        return tuple(found)
+
+    def version(self, operand: Operand, state: State) -> fx.Node:
+        """The base value of an operand in a state, converted, fetched or recomputed if need be."""
+        key = (operand.value, state)
+        if key not in self.versions:
+            self.versions[key] = self._fetch(operand, state) or self._convert(operand, state)
+        return self.versions[key]
+
+    def _convert(self, operand: Operand, state: State) -> fx.Node:
+        made = self.emitter.made[operand.value]
+        if made == state:
+            raise PlanError(f"{operand.value} is needed in the backward pass but neither kept nor recomputed")
+        source = self.version(operand, made)
+        path = self.emitter.table(operand.base_tensor).path(made, state)
+        self.builder.origin = operand.value
+        alive = operand.node.op == "placeholder"
+        return emit_path(self.builder, source, path, keep_source_alive=alive)
+
+    def _fetch(self, operand: Operand, state: State) -> fx.Node | None:
+        """For the backward pass: a version that the forward pass left, or the original made again."""
+        if self.forward is None or (operand.node.op != "placeholder" and is_backward(operand.node)):
+            return None
+        decisions, made = self.emitter.decisions, self.emitter.made[operand.value]
+        version = (operand.value, state)
+        if operand.node.op == "placeholder":
+            if state != made and version not in decisions.kept_copies:
+                return None
+            return self._saved(operand, version)
+        if (state == made and operand.value in decisions.kept) or version in decisions.kept_copies:
+            return self._saved(operand, version)
+        if state == made and decisions.nodes[operand.node.name].recompute:
+            self.emit_op(operand.node)
+            return self.versions[version]
+        return None
+
+    def _saved(self, operand: Operand, version: Version) -> fx.Node:
+        assert self.forward is not None
+        if operand.node.name == self.emitter.trace.tangent:
+            node = self.builder.placeholder("tangent", operand.base_tensor)
+        elif version in self.forward.versions:
+            node = self.builder.placeholder(operand.node.name, self.forward.versions[version].meta["val"])
+        else:
+            raise PlanError(f"the plan keeps {version[0]} in {version[1]}, which the forward pass never makes")
+        self.inputs.append(version)
+        return node
+
+
+def decided_results(node: fx.Node) -> int:
+    """How many results a node has (helper for hand-written plans)."""
+    return len(result_metas(node))

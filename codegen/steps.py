@@ -1,0 +1,97 @@
+"""Emits the steps of a conversion (`autopar.redistribute`) as nodes.
+
+Collectives work on contiguous blocks along dim 0. A dim d > 0 is brought to the front in
+`size` blocks and back, which costs one local copy that the planner has priced.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from autopar.codegen.builder import GraphBuilder
+from autopar.redistribute import Step
+
+aten = torch.ops.aten
+
+
+def emit_path(builder: GraphBuilder, x: fx.Node, path: Sequence[Step], *, keep_source_alive: bool) -> fx.Node:
+    """Convert `x` along `path`.
+
+    keep_source_alive: the source stays in memory anyway (a parameter, an input), so a
+    slice of it may be a view; otherwise it is copied, or it would hold the source.
+    """
+    for step in path:
+        x = _EMITTERS[step.kind](builder, x, step)
+        if step.kind == "slice" and not keep_source_alive:
+            x = builder.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        keep_source_alive = step.kind == "slice" and keep_source_alive
+    return x
+
+
+def _all_reduce(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    return builder.all_reduce(x, step.axis)
+
+
+def _reduce_scatter(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    dim = _dim(step.target_dim)
+    return builder.reduce_scatter(_blocks_to_front(builder, x, dim, step.parts), step.axis)
+
+
+def _all_gather(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    dim = _dim(step.source_dim)
+    return _blocks_from_front(builder, builder.all_gather(x, step.axis), dim, step.parts)
+
+
+def _all_to_all(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    source, target = _dim(step.source_dim), _dim(step.target_dim)
+    sent = _blocks_to_front(builder, x, target, step.parts)
+    return _blocks_from_front(builder, builder.all_to_all(sent, step.axis), source, step.parts)
+
+
+def _slice(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    dim = _dim(step.target_dim)
+    size = x.meta["val"].shape[dim] // step.parts
+    start = builder.call(operator.mul, builder.coord(step.axis), size)
+    return builder.call(aten.slice.Tensor, x, dim, start, builder.call(operator.add, start, size))
+
+
+_EMITTERS = {
+    "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "slice": _slice,
+}
+
+
+def _dim(dim: int | None) -> int:
+    assert dim is not None
+    return dim
+
+
+def _blocks_to_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
+    """[.., D, ..] -> [parts * d0, .., D / parts, ..]: block i of dim `dim` becomes block i of dim 0."""
+    if dim == 0:
+        return x
+    shape = list(x.meta["val"].shape)
+    block = shape[dim] // parts
+    split = builder.reshape(x, [*shape[:dim], parts, block, *shape[dim + 1 :]])
+    order = [dim, *(i for i in range(len(shape) + 1) if i != dim)]
+    front = builder.contiguous(builder.call(aten.permute.default, split, order))
+    return builder.reshape(front, [parts * shape[0], *shape[1:dim], block, *shape[dim + 1 :]])
+
+
+def _blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
+    """The inverse: [parts * d0, .., d, ..] -> [d0, .., parts * d, ..]."""
+    if dim == 0:
+        return x
+    shape = list(x.meta["val"].shape)
+    rows = shape[0] // parts
+    split = builder.reshape(x, [parts, rows, *shape[1:]])
+    order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)]
+    back = builder.call(aten.permute.default, split, order)
+    return builder.reshape(back, [rows, *shape[1:dim], parts * shape[dim], *shape[dim + 1 :]])

@@ -1,0 +1,77 @@
+"""autopar: an auto-parallel compiler for PyTorch.
+
+    cluster = autopar.ClusterSpec.preset("h100-sxm", gpus=64)
+    program = autopar.compile(model, cluster)
+    loss = program(**batch); loss.backward(); optimizer.step()
+
+The names below are looked up at first use, so that `import autopar` costs nothing and
+`autopar.solver`, which knows no torch, can be used and tested without importing it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from autopar.errors import (
+    AutoparError,
+    ClusterSpecError,
+    Infeasible,
+    PinError,
+    PlanError,
+    PlanMismatch,
+    RuntimeFailure,
+    TraceError,
+    VerifyError,
+)
+
+if TYPE_CHECKING:
+    from autopar.api import Plan, Program, Report, compile, plan, verify
+    from autopar.cluster import ClusterSpec
+
+__version__ = "0.1.0"
+
+# Public name -> the module that has it. No submodule may bear one of these names: importing
+# it would replace the name by the module (tests/test_architecture.py sees to that).
+_LAZY = {
+    "ClusterSpec": "autopar.cluster",
+    "Plan": "autopar.api",
+    "Program": "autopar.api",
+    "Report": "autopar.api",
+    "compile": "autopar.api",
+    "plan": "autopar.api",
+    "verify": "autopar.api",
+}
+
+__all__ = [
+    "AutoparError",
+    "ClusterSpec",
+    "ClusterSpecError",
+    "Infeasible",
+    "PinError",
+    "Plan",
+    "PlanError",
+    "PlanMismatch",
+    "Program",
+    "Report",
+    "RuntimeFailure",
+    "TraceError",
+    "VerifyError",
+    "__version__",
+    "compile",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Look a public name up in its module, once."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'autopar' has no attribute {name!r}; the public names are: {', '.join(__all__)}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.codegen.buckets import GradientBuckets
 from autopar.codegen.builder import GraphBuilder
 from autopar.codegen.lowerings import lower
 from autopar.codegen.steps import emit_path
@@ -51,13 +52,21 @@ class EmittedProgram:
     grads: tuple[str, ...]
 
 
-def emit(trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts) -> EmittedProgram:
-    """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace."""
-    return _Emitter(trace, decisions, mesh, costs).emit()
+def emit(
+    trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, *, bucket_bytes: int = 25 << 20
+) -> EmittedProgram:
+    """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace.
+
+    bucket_bytes: gradients whose reduction is alike wait for each other until a bucket holds this many
+    bytes and are reduced together; 0 reduces each at once.
+    """
+    return _Emitter(trace, decisions, mesh, costs, bucket_bytes).emit()
 
 
 class _Emitter:
-    def __init__(self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts) -> None:
+    def __init__(
+        self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, bucket_bytes: int
+    ) -> None:
         self.trace, self.decisions, self.mesh, self.costs = trace, decisions, mesh, costs
         self.flow = Dataflow(trace.graph_module.graph)
         self.views = ViewMaps(mesh)
@@ -66,6 +75,7 @@ class _Emitter:
         self.made = self._made_states()
         self.forward = _Pass(self, backward=None)
         self.backward = _Pass(self, backward=self.forward)
+        self.buckets = GradientBuckets(self.backward.builder, bucket_bytes)
         self._tables: dict[object, Conversions] = {}
 
     def emit(self) -> EmittedProgram:
@@ -76,12 +86,9 @@ class _Emitter:
             if not is_backward(node):
                 self.forward.emit_op(node)
         outputs, states = self._forward_outputs()
-        for node in self.flow.ops:
-            if is_backward(node):
-                self.backward.emit_op(node)
-        grads = tuple(p.fqn for p in self.trace.params if p.fqn in self.trace.grads)
-        grad_nodes = [self._gradient(fqn) for fqn in grads]
-        saved = tuple(v for v in self.backward.inputs if v[0] not in self._placeholder_names())
+        grads, grad_nodes = self._emit_backward()
+        given = {*self.forward.inputs, (self.trace.tangent, replicated(len(self.mesh)))}
+        saved = tuple(v for v in self.backward.inputs if v not in given)
         self.forward.builder.output([*outputs.values(), *(self.forward.versions[v] for v in saved)])
         self.backward.builder.output(grad_nodes)
         return EmittedProgram(
@@ -96,8 +103,33 @@ class _Emitter:
             grads=grads,
         )
 
-    def _placeholder_names(self) -> set[str]:
-        return {n.name for n in self.flow.placeholders}
+    def _emit_backward(self) -> tuple[tuple[str, ...], list[fx.Node]]:
+        """All backward ops; each gradient's reduction is started when the gradient is there."""
+        grads = tuple(p.fqn for p in self.trace.params if p.fqn in self.trace.grads)
+        operands = {fqn: resolve(self.nodes[self.trace.grads[fqn]]) for fqn in grads}
+        ready: dict[fx.Node, list[str]] = {}
+        for fqn, operand in operands.items():
+            ready.setdefault(operand.node, []).append(fqn)
+        for node in self.flow.ops:
+            if is_backward(node):
+                self.backward.emit_op(node)
+            for fqn in ready.pop(node, ()) if is_backward(node) else ():
+                self._reduce_gradient(operands[fqn], self._gradient_state(fqn, operands[fqn]))
+        self.buckets.flush_all()
+        states = {fqn: self._gradient_state(fqn, operand) for fqn, operand in operands.items()}
+        return grads, [self.backward.take(operands[fqn], states[fqn])[0] for fqn in grads]
+
+    def _gradient_state(self, fqn: str, operand: Operand) -> State:
+        base_states = self.table(operand.base_tensor).states
+        return self.views.preimages(operand, base_states)[self.decisions.params[fqn]]
+
+    def _reduce_gradient(self, operand: Operand, state: State) -> None:
+        made, key = self.made[operand.value], (operand.value, state)
+        if key in self.backward.versions or made == state:
+            return
+        path = self.table(operand.base_tensor).path(made, state)
+        source = self.backward.version(operand, made)
+        self.buckets.add(source, path, lambda node: self.backward.versions.setdefault(key, node))
 
     def _made_states(self) -> dict[str, State]:
         made: dict[str, State] = {}
@@ -126,12 +158,6 @@ class _Emitter:
             base_state = self.decisions.outputs[name]
             outputs[name], states[name] = self.forward.take(operand, base_state)
         return outputs, states
-
-    def _gradient(self, fqn: str) -> fx.Node:
-        operand = resolve(self.nodes[self.trace.grads[fqn]])
-        base_states = self.table(operand.base_tensor).states
-        base_state = self.views.preimages(operand, base_states)[self.decisions.params[fqn]]
-        return self.backward.take(operand, base_state)[0]
 
 
 class _Pass:
@@ -238,7 +264,3 @@ class _Pass:
         self.inputs.append(version)
         return node
 
-
-def decided_results(node: fx.Node) -> int:
-    """How many results a node has (helper for hand-written plans)."""
-    return len(result_metas(node))

@@ -37,23 +37,23 @@ def _all_reduce(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
 
 
 def _reduce_scatter(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = _dim(step.target_dim)
-    return builder.reduce_scatter(_blocks_to_front(builder, x, dim, step.parts), step.axis)
+    dim = required(step.target_dim)
+    return builder.reduce_scatter(blocks_to_front(builder, x, dim, step.parts), step.axis)
 
 
 def _all_gather(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = _dim(step.source_dim)
-    return _blocks_from_front(builder, builder.all_gather(x, step.axis), dim, step.parts)
+    dim = required(step.source_dim)
+    return blocks_from_front(builder, builder.all_gather(x, step.axis), dim, step.parts)
 
 
 def _all_to_all(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    source, target = _dim(step.source_dim), _dim(step.target_dim)
-    sent = _blocks_to_front(builder, x, target, step.parts)
-    return _blocks_from_front(builder, builder.all_to_all(sent, step.axis), source, step.parts)
+    source, target = required(step.source_dim), required(step.target_dim)
+    sent = blocks_to_front(builder, x, target, step.parts)
+    return blocks_from_front(builder, builder.all_to_all(sent, step.axis), source, step.parts)
 
 
 def _slice(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = _dim(step.target_dim)
+    dim = required(step.target_dim)
     size = x.meta["val"].shape[dim] // step.parts
     start = builder.call(operator.mul, builder.coord(step.axis), size)
     return builder.call(aten.slice.Tensor, x, dim, start, builder.call(operator.add, start, size))
@@ -68,12 +68,12 @@ _EMITTERS = {
 }
 
 
-def _dim(dim: int | None) -> int:
+def required(dim: int | None) -> int:
     assert dim is not None
     return dim
 
 
-def _blocks_to_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
+def blocks_to_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
     """[.., D, ..] -> [parts * d0, .., D / parts, ..]: block i of dim `dim` becomes block i of dim 0."""
     if dim == 0:
         return x
@@ -85,7 +85,7 @@ def _blocks_to_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) ->
     return builder.reshape(front, [parts * shape[0], *shape[1:dim], block, *shape[dim + 1 :]])
 
 
-def _blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
+def blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
     """The inverse: [parts * d0, .., d, ..] -> [d0, .., parts * d, ..]."""
     if dim == 0:
         return x

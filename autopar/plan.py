@@ -1,0 +1,328 @@
+"""A plan: every decision about one model on one cluster, as data that can be saved, read and compared.
+
+The file is JSON and nothing else: it is parsed, checked field by field and never executed.
+The same input gives the same bytes, so wall-clock times are not part of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.cluster import ClusterSpec
+from autopar.errors import AutoparError, PlanError
+from autopar.placements import State, is_placement
+from autopar.plan_types import Decisions, NodeDecision
+from autopar.rules.types import AxisRule
+
+if TYPE_CHECKING:
+    from autopar.explain import Report
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """One tensor input that the plan was made for: its path in the call, shape and dtype ("int64")."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user asked for."""
+
+    global_batch: int
+    precision: str
+    optimizer: str
+    memory_limit_bytes: int
+    pin: Mapping[str, Any] = field(default_factory=dict)
+    inputs: str = "global"
+    model: str | None = None  # how the command line loads the model again
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh that was tried: "optimal", "feasible", "infeasible" or "bounded" (cut off by its lower bound)."""
+
+    mesh: tuple[int, ...]
+    status: str
+    objective_s: float | None
+    bound_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run where.
+
+    graph_hash: of the joint graph the decisions talk about.
+    mesh: sizes of the mesh axes, outermost (slowest links) first.
+    predicted: figures of the cost model, see `autopar.pricing`.
+    gap: proven, relative: no plan of this search space is faster than objective * (1 - gap).
+    timings: trace_s and solve_s of this process; not saved.
+    """
+
+    graph_hash: str
+    torch_version: str
+    cluster: ClusterSpec
+    mesh: tuple[int, ...]
+    options: PlanOptions
+    inputs: tuple[InputShape, ...]
+    decisions: Decisions
+    layout_keys: Mapping[str, Any]
+    predicted: Mapping[str, Any]
+    status: str
+    objective_s: float
+    bound_s: float
+    gap: float
+    candidates: tuple[Candidate, ...]
+    unruled: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def devices(self) -> int:
+        """Number of ranks."""
+        return self.cluster.devices
+
+    def layout(self) -> dict[str, Any]:
+        """The chosen layout in the keys of the command line (dp, tp, ...)."""
+        return dict(self.layout_keys)
+
+    def to_summary(self) -> dict[str, Any]:
+        """The figures that `autopar plan --json` prints."""
+        return {
+            **self.layout_keys,
+            **self.predicted,
+            "status": self.status,
+            "gap": self.gap,
+            "solve_s": self.timings.get("solve_s"),
+            "trace_s": self.timings.get("trace_s"),
+        }
+
+    def explain(self) -> Report:
+        """Why this plan: see `autopar.explain.Report`."""
+        from autopar.explain import explain
+
+        return explain(self)
+
+    # -- file ------------------------------------------------------------------------
+
+    def dumps(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(_encode(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file; either the whole file is written or the old one stays."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".partial")
+        try:
+            scratch.write_text(self.dumps())
+            scratch.replace(target)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise PlanError(f"cannot write plan {target}: {error.strerror or error}; nothing was changed") from error
+
+    @classmethod
+    def loads(cls, text: str, where: str = "plan") -> Plan:
+        """Read a plan from JSON text; raises PlanError for anything that is not a plan of a known version."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{where}: not a plan file (not JSON: {error}); make it again with `autopar plan`") from None
+        try:
+            return _decode(_Reader(data, where))
+        except AutoparError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+            raise PlanError(f"{where}: not a usable plan file ({error}); make it again with `autopar plan`") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {error}") from None
+        return cls.loads(text, str(path))
+
+    def with_timings(self, **seconds: float) -> Plan:
+        """The same plan with wall-clock times of this process."""
+        return replace(self, timings={**self.timings, **seconds})
+
+
+# -- encoding ---------------------------------------------------------------------------
+
+
+def _encode(plan: Plan) -> dict[str, Any]:
+    rules: dict[tuple[Any, ...], int] = {}
+
+    def rule_number(rule: AxisRule) -> int:
+        return rules.setdefault((rule.inputs, rule.outputs, rule.lowering), len(rules))
+
+    nodes = {
+        name: {
+            "rules": [rule_number(r) for r in d.rules],
+            "take": [_join(s) for s in d.operand_states],
+            "make": [_join(s) for s in d.result_states],
+            "recompute": d.recompute,
+        }
+        for name, d in plan.decisions.nodes.items()
+    }
+    return {
+        "autopar_plan": SCHEMA_VERSION,
+        "torch_version": plan.torch_version,
+        "graph_hash": plan.graph_hash,
+        "cluster": json.loads(plan.cluster.to_json()),
+        "mesh": list(plan.mesh),
+        "options": {**plan.options.__dict__, "pin": dict(plan.options.pin)},
+        "inputs": [{"path": i.path, "shape": list(i.shape), "dtype": i.dtype} for i in plan.inputs],
+        "layout": dict(plan.layout_keys),
+        "predicted": dict(plan.predicted),
+        "solver": {
+            "status": plan.status,
+            "objective_s": plan.objective_s,
+            "bound_s": plan.bound_s,
+            "gap": plan.gap,
+            "candidates": [{**c.__dict__, "mesh": list(c.mesh)} for c in plan.candidates],
+        },
+        "unruled": list(plan.unruled),
+        "rules": [{"in": list(i), "out": list(o), "lowering": low} for i, o, low in rules],
+        "nodes": nodes,
+        "params": {fqn: _join(s) for fqn, s in plan.decisions.params.items()},
+        "outputs": {name: _join(s) for name, s in plan.decisions.outputs.items()},
+        "kept": sorted(plan.decisions.kept),
+        "kept_copies": sorted([v, _join(s)] for v, s in plan.decisions.kept_copies),
+    }
+
+
+def _join(state: State | None) -> str | None:
+    return None if state is None else " ".join(state)
+
+
+# -- decoding ---------------------------------------------------------------------------
+
+
+class _Reader:
+    """A JSON object whose fields are taken by name and type, and that says what is wrong with them."""
+
+    def __init__(self, data: Any, where: str) -> None:
+        if not isinstance(data, dict):
+            raise PlanError(f"{where}: expected an object, found {type(data).__name__}")
+        self.data, self.where = data, where
+
+    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        if key not in self.data:
+            raise PlanError(f"{self.where}: field {key!r} is missing; the file is truncated or not a plan")
+        value = self.data[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise PlanError(f"{self.where}: field {key!r} has the wrong type ({type(value).__name__})")
+        return value
+
+    def sub(self, key: str) -> _Reader:
+        return _Reader(self.get(key, dict), f"{self.where}: {key}")
+
+    def subs(self, key: str) -> list[_Reader]:
+        return [_Reader(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.get(key, list))]
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        items = self.get(key, list)
+        if not all(isinstance(i, str) for i in items):
+            raise PlanError(f"{self.where}: field {key!r} must hold strings")
+        return tuple(items)
+
+    def ints(self, key: str) -> tuple[int, ...]:
+        items = self.get(key, list)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
+            raise PlanError(f"{self.where}: field {key!r} must hold integers")
+        return tuple(items)
+
+    def optional_float(self, key: str) -> float | None:
+        return None if self.data.get(key) is None else float(self.get(key, (int, float)))
+
+
+def _decode(reader: _Reader) -> Plan:
+    version = reader.get("autopar_plan", int)
+    if version > SCHEMA_VERSION:
+        raise PlanError(
+            f"{reader.where}: written by a newer autopar (plan version {version}, this one reads up to "
+            f"{SCHEMA_VERSION}); upgrade autopar or plan again"
+        )
+    mesh = reader.ints("mesh")
+    if any(size < 1 for size in mesh):
+        raise PlanError(f"{reader.where}: mesh sizes must be positive, found {list(mesh)}")
+    solver = reader.sub("solver")
+    return Plan(
+        graph_hash=reader.get("graph_hash", str),
+        torch_version=reader.get("torch_version", str),
+        cluster=ClusterSpec.from_json(json.dumps(reader.get("cluster", dict))),
+        mesh=mesh,
+        options=_decode_options(reader.sub("options")),
+        inputs=tuple(InputShape(r.get("path", str), r.ints("shape"), r.get("dtype", str)) for r in reader.subs("inputs")),
+        decisions=_decode_decisions(reader, len(mesh)),
+        layout_keys=reader.get("layout", dict),
+        predicted=reader.get("predicted", dict),
+        status=solver.get("status", str),
+        objective_s=float(solver.get("objective_s", (int, float))),
+        bound_s=float(solver.get("bound_s", (int, float))),
+        gap=float(solver.get("gap", (int, float))),
+        candidates=tuple(
+            Candidate(
+                r.ints("mesh"), r.get("status", str), r.optional_float("objective_s"), r.optional_float("bound_s")
+            )
+            for r in solver.subs("candidates")
+        ),
+        unruled=reader.strings("unruled"),
+    )
+
+
+def _decode_options(reader: _Reader) -> PlanOptions:
+    return PlanOptions(
+        global_batch=reader.get("global_batch", int),
+        precision=reader.get("precision", str),
+        optimizer=reader.get("optimizer", str),
+        memory_limit_bytes=reader.get("memory_limit_bytes", int),
+        pin=reader.get("pin", dict),
+        inputs=reader.get("inputs", str),
+        model=reader.get("model", (str, type(None))),
+    )
+
+
+def _decode_decisions(reader: _Reader, axes: int) -> Decisions:
+    def state(text: Any) -> State:
+        parts = tuple(text.split(" ")) if isinstance(text, str) and text else ()
+        if len(parts) != axes or not all(is_placement(p) for p in parts):
+            raise PlanError(f"{reader.where}: {text!r} is not a state on a mesh of {axes} axes")
+        return parts
+
+    rules = [_decode_rule(r) for r in reader.subs("rules")]
+    nodes = {}
+    for name, data in reader.get("nodes", dict).items():
+        node = _Reader(data, f"{reader.where}: node {name}")
+        nodes[name] = NodeDecision(
+            rules=tuple(rules[i] for i in node.ints("rules")),
+            operand_states=tuple(state(s) for s in node.get("take", list)),
+            result_states=tuple(None if s is None else state(s) for s in node.get("make", list)),
+            recompute=node.get("recompute", bool),
+        )
+    return Decisions(
+        nodes=nodes,
+        params={fqn: state(s) for fqn, s in reader.get("params", dict).items()},
+        outputs={name: state(s) for name, s in reader.get("outputs", dict).items()},
+        kept=frozenset(reader.strings("kept")),
+        kept_copies=frozenset((str(v), state(s)) for v, s in reader.get("kept_copies", list)),
+    )
+
+
+def _decode_rule(reader: _Reader) -> AxisRule:
+    outputs = reader.get("out", list)
+    if not all(o is None or (isinstance(o, str) and is_placement(o)) for o in outputs):
+        raise PlanError(f"{reader.where}: not a placement in {outputs}")
+    inputs = reader.strings("in")
+    if not all(is_placement(i) for i in inputs):
+        raise PlanError(f"{reader.where}: not a placement in {list(inputs)}")
+    return AxisRule(inputs, tuple(outputs), reader.get("lowering", str))

@@ -1,0 +1,340 @@
+"""The command line: `autopar plan`, `autopar explain`, `autopar verify`.
+
+It only parses, calls the public API and prints. Results go to stdout, everything else
+(progress, errors) to stderr. Exit codes are in `EPILOG`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from autopar import __version__
+from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
+from autopar.placements import is_placement
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autopar.cluster import ClusterSpec
+    from autopar.plans import Plan
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+LOG_EVERY_S = 10.0  # progress without a terminal: a line this often
+
+# How a plan file records the attention that `--attention` chose, so that `verify` loads the same model.
+ATTENTION_MARK = "#attention="
+
+EPILOG = """\
+exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 nothing fits the limits,
+4 the program differs from the single-device model"""
+
+DESCRIPTION = "Turns a single-device PyTorch model into a program for a cluster, and says why it looks as it does."
+
+PLAN_EXAMPLES = """\
+examples:
+  autopar plan --model llama3-8b --cluster h100-sxm --gpus 64 --seq 8192 --global-batch 256 -o plan.json
+  autopar plan --model path/to/config.json --cluster cluster.json --seq 2048 --global-batch 64 --json
+  autopar plan --model my_package.models:build --cluster a100-80g --gpus 8 --global-batch 64 \\
+               --pin tp=4 --pin 'layers.*.mlp.up_proj.weight=R,S(0)' --pin 'layers.*.mlp=recompute'"""
+
+EXPLAIN_EXAMPLES = """\
+examples:
+  autopar explain plan.json
+  autopar explain plan.json --html plan.html
+  autopar explain plan.json --json"""
+
+VERIFY_EXAMPLES = """\
+examples:
+  autopar verify plan.json
+  autopar verify plan.json --model my_package.models:build --json"""
+
+PIN_HELP = (
+    "fix a layout key (tp=4), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
+    "(PATTERN=recompute); may be repeated"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where to read on."""
+        self.exit(EXIT_USAGE, f"autopar: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="autopar", description=DESCRIPTION, epilog=EPILOG, formatter_class=_formatter)
+    parser.add_argument("--version", action="version", version=f"autopar {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_explain(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Examples and exit codes keep their lines; the width does not depend on the terminal."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=100)
+
+
+def _command(commands: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=_formatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(commands, "plan", "find the fastest layout that fits the cluster", PLAN_EXAMPLES, run_plan)
+    add = parser.add_argument
+    add("--model", required=True, help="a name of the zoo, a Hugging Face config.json, or package.module:callable")
+    add("--cluster", required=True, help="a preset (such as h100-sxm) or a JSON file")
+    add("--gpus", type=_positive_int, metavar="N", help="number of devices of a preset (default 8)")
+    add("--seq", type=_positive_int, metavar="N", help="tokens in a sequence, for a transformers model")
+    add("--global-batch", type=_positive_int, required=True, metavar="N", help="samples in a step, over all devices")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--memory-limit-gb", type=_positive_float, metavar="GB", help="per device, in 10^9 bytes")
+    limit.add_argument("--memory-limit-bytes", type=_positive_int, metavar="BYTES", help="per device, in bytes")
+    add("--precision", help="as in autopar.plan(precision=...)")
+    add("--optimizer", help="as in autopar.plan(optimizer=...)")
+    add("--time-limit-s", type=_positive_float, metavar="S", help="stop proving after S seconds; the gap is reported")
+    add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=PIN_HELP)
+    add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the plan to FILE")
+    add("--json", action="store_true", help="print one JSON object: the layout and its figures")
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _command(commands, "explain", "say what a plan does and why", EXPLAIN_EXAMPLES, run_explain)
+    parser.add_argument("plan", type=Path, help="a file made by autopar plan -o")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def _add_verify(commands: Any) -> None:
+    summary = "run every rank of a plan on this CPU and compare with the single-device model"
+    parser = _command(commands, "verify", summary, VERIFY_EXAMPLES, run_verify)
+    parser.add_argument("plan", type=Path, help="a file made by autopar plan -o")
+    parser.add_argument("--model", help="the model, where the plan file does not name it (as for autopar plan)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def parse_pin(text: str) -> tuple[str, Any]:
+    """One --pin: the key, and its value as an int, a bool, a tuple of placements or a word."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    if value.isdecimal():
+        return key, int(value)
+    if value in ("true", "false"):
+        return key, value == "true"
+    parts = tuple(part.strip() for part in value.split(","))
+    return key, parts if all(is_placement(part) for part in parts) else value
+
+
+# -- the commands -----------------------------------------------------------------------
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan, save, and print the report or the figures."""
+    import autopar
+
+    _check_writable(args.output)
+    cluster = _load_cluster(args.cluster, args.gpus)
+    spec = args.model + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
+    model = _load_model(spec)
+    options = {
+        "seq": args.seq,
+        "global_batch": args.global_batch,
+        "precision": args.precision,
+        "optimizer": args.optimizer,
+        "memory_limit_bytes": _memory_limit_bytes(args),
+        "time_limit_s": args.time_limit_s,
+        "pin": _merge_pins(args.pin) or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _Progress() as progress:
+        plan = autopar.plan(model, cluster, progress=progress.show, **given)
+    plan = replace(plan, options=replace(plan.options, model=spec))
+    if args.output is not None:
+        plan.save(args.output)
+    print(_to_json({**plan.layout(), **plan.to_summary()}) if args.json else plan.explain())
+    if args.output is not None and not args.json:
+        print(f"Written to {args.output}; next: autopar verify {args.output}")
+    return EXIT_OK
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Print the report of a plan file, or write it as HTML."""
+    import autopar
+
+    _check_writable(args.html)
+    report = autopar.Plan.load(args.plan).explain()
+    if args.html is not None:
+        report.to_html(args.html)
+    if args.json:
+        print(_to_json(report.to_dict()))
+    elif args.html is None:
+        print(report)
+    else:
+        print(f"Written to {args.html}")
+    return EXIT_OK
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Prove a plan file against its model."""
+    import autopar
+
+    plan = autopar.Plan.load(args.plan)
+    result = autopar.verify(_load_model(_recorded_model(args, plan)), plan)
+    print(_to_json(result.to_dict()) if args.json else result)
+    return EXIT_OK
+
+
+def _recorded_model(args: argparse.Namespace, plan: Plan) -> str:
+    if args.model is not None:
+        return str(args.model)
+    if plan.options.model is None:
+        raise PlanError(f"{args.plan} does not name its model (it was not made by `autopar plan`); pass --model")
+    return plan.options.model
+
+
+def _load_cluster(spec: str, gpus: int | None) -> ClusterSpec:
+    """A preset, or what a JSON file says."""
+    import autopar
+
+    if not spec.endswith(".json"):
+        return autopar.ClusterSpec.preset(spec, **({} if gpus is None else {"gpus": gpus}))
+    cluster = autopar.ClusterSpec.load(spec)
+    if gpus is not None and gpus != cluster.devices:
+        raise ClusterSpecError(
+            f"{spec} has {cluster.devices} devices, --gpus says {gpus}: leave --gpus out or edit the file"
+        )
+    return cluster
+
+
+def _load_model(spec: str) -> nn.Module:
+    """The model on meta device, with the attention that is recorded in its name."""
+    from autopar.models import load_model
+
+    name, _, attention = spec.partition(ATTENTION_MARK)
+    return load_model(name, **({"attention": attention} if attention else {}))
+
+
+def _memory_limit_bytes(args: argparse.Namespace) -> int | None:
+    if args.memory_limit_gb is not None:
+        return int(args.memory_limit_gb * 10**9)
+    limit: int | None = args.memory_limit_bytes
+    return limit
+
+
+def _merge_pins(pins: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for key, value in pins:
+        if merged.setdefault(key, value) != value:
+            raise AutoparError(f"--pin {key} is given twice, as {merged[key]} and as {value}: keep one")
+    return merged
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuse an output that cannot be written before minutes are spent on it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise AutoparError(f"cannot write {path}: it is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise AutoparError(f"cannot write {path}: the folder {path.parent} does not exist or is not writable")
+
+
+def _to_json(data: Any) -> str:
+    """One JSON object, with no NaN or infinity in it."""
+    return json.dumps(data, indent=2, allow_nan=False)
+
+
+# -- progress ---------------------------------------------------------------------------
+
+
+class _Progress:
+    """What the planner is doing: one line that moves on a terminal, a line every LOG_EVERY_S elsewhere."""
+
+    def __init__(self) -> None:
+        self._status: Any = None
+        self._context: AbstractContextManager[Any] = nullcontext()
+        self._last_s = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._context = Console(stderr=True).status("starting")
+        self._status = self._context.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.__exit__(*exception)
+
+    def show(self, event: object) -> None:
+        """Show an event; its text is what a person reads."""
+        if self._status is not None:
+            self._status.update(str(event))
+        elif time.monotonic() - self._last_s >= LOG_EVERY_S:
+            self._last_s = time.monotonic()
+            print(f"autopar: {event}", file=sys.stderr)
+
+
+# -- entry point ------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except AutoparError as error:
+        print(f"autopar: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, VerifyError):
+            return EXIT_VERIFY
+        return EXIT_INFEASIBLE if isinstance(error, Infeasible) else EXIT_ERROR
+    except KeyboardInterrupt:
+        print("autopar: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autopar
+from autopar import cli, errors
+
+ROOT = Path(__file__).parent.parent
+PLAN = ["plan", "--model", "llama3-8b", "--cluster", "h100-sxm", "--global-batch", "8"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "pin"),
+    [
+        ("tp=4", ("tp", 4)),
+        ("sp=true", ("sp", True)),
+        ("recompute=selective", ("recompute", "selective")),
+        ("layers.*.mlp.up_proj.weight=R,S(0)", ("layers.*.mlp.up_proj.weight", ("R", "S(0)"))),
+        ("lm_head.weight=S(0)", ("lm_head.weight", ("S(0)",))),
+        ("layers.*.mlp = recompute", ("layers.*.mlp", "recompute")),
+    ],
+)
+def test_pins(text: str, pin: tuple[str, Any]) -> None:
+    assert cli.parse_pin(text) == pin
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see autopar --help)"),
+        (["plan"], "the following arguments are required: --model, --cluster, --global-batch (see autopar plan --help)"),
+        ([*PLAN, "--gpus", "0"], "argument --gpus: expected at least 1, got 0 (see autopar plan --help)"),
+        ([*PLAN, "--gpus", "x"], "argument --gpus: expected a whole number, got 'x' (see autopar plan --help)"),
+        ([*PLAN, "--memory-limit-gb", "nan"], "argument --memory-limit-gb: expected a positive number, got nan"),
+        ([*PLAN, "--pin", "tp"], "argument --pin: expected KEY=VALUE, got 'tp' (see autopar plan --help)"),
+        ([*PLAN, "--memory-limit-gb", "8", "--memory-limit-bytes", "8"], "not allowed with argument --memory-limit-gb"),
+        (["explain"], "the following arguments are required: plan (see autopar explain --help)"),
+        (["fly"], "argument COMMAND: invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (cli.EXIT_USAGE, "")
+    assert err.startswith("autopar: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["explain", "no-such-plan.json"], "cannot read plan no-such-plan.json"),
+        (["verify", "no-such-plan.json"], "cannot read plan no-such-plan.json"),
+        ([*PLAN, "-o", "no-such-folder/plan.json"], "the folder no-such-folder does not exist or is not writable"),
+        ([*PLAN, "-o", "/"], "cannot write /: it is a folder"),
+        ([*PLAN[:4], "h100-sxn", *PLAN[5:]], "h100-sxn"),
+        ([*PLAN[:2], "llama3-8c", *PLAN[3:]], "llama3-8c"),
+        ([*PLAN, "--pin", "tp=2", "--pin", "tp=4"], "--pin tp is given twice, as 2 and as 4: keep one"),
+    ],
+)
+def test_errors_are_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (cli.EXIT_ERROR, "")
+    assert err.startswith("autopar: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.AutoparError, cli.EXIT_ERROR),
+        (errors.PlanMismatch, cli.EXIT_ERROR),
+        (errors.Infeasible, cli.EXIT_INFEASIBLE),
+        (errors.VerifyError, cli.EXIT_VERIFY),
+        (KeyboardInterrupt, cli.EXIT_INTERRUPTED),
+    ],
+)
+def test_exit_codes(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    expected: int,
+) -> None:
+    def fail(path: Path) -> None:
+        raise error("first line\n  second line")
+
+    monkeypatch.setattr(autopar.Plan, "load", fail)
+    code, out, err = run(capsys, "explain", "plan.json")
+    assert (code, out) == (expected, "")
+    assert err == ("autopar: stopped\n" if error is KeyboardInterrupt else "autopar: error: first line second line\n")
+
+
+def test_a_bug_is_not_dressed_up_as_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(autopar.Plan, "load", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["explain", "plan.json"])
+
+
+def test_help_is_instant_and_has_examples() -> None:
+    script = "import sys; from autopar.cli import build_parser; build_parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# -- the whole way ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A plan of a small Llama made by the command line, with what `--json` printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256},
+        **{"num_attention_heads": 8, "num_key_value_heads": 8},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = ["plan", "--model", str(folder / "config.json"), "--cluster", "cpu", "--gpus", "2", "--seq", "16"]
+    argv += ["--global-batch", "8", "--attention", "eager", "-o", str(folder / "plan.json"), "--json"]
+    done = subprocess.run([sys.executable, "-m", "autopar.cli", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "plan.json", json.loads(done.stdout)
+
+
+def test_plan_prints_the_layout_and_its_figures(plan_file: tuple[Path, dict[str, Any]]) -> None:
+    printed = plan_file[1]
+    layout = {"dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch", "zero", "sp", "recompute", "schedule", "grad_dtype"}
+    figures = {"step_time_s", "tokens_per_s_per_gpu", "mfu", "hfu", "peak_bytes", "fits", "breakdown"}
+    assert layout | figures | {"gap", "solve_s", "trace_s"} <= set(printed)
+    assert printed["dp"] * printed["tp"] == 2
+    assert printed["fits"] is True
+    assert 0 <= printed["gap"] <= 1e-3
+    assert printed["trace_s"] > 0
+    assert printed["tokens_per_s_per_gpu"] == pytest.approx(16 * 8 / 2 / printed["step_time_s"], rel=1e-6)
+
+
+def test_explain_prints_and_writes(
+    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    code, out, err = run(capsys, "explain", str(plan_file[0]))
+    assert (code, err) == (0, "")
+    assert out.strip() == str(autopar.Plan.load(plan_file[0]).explain()).strip()
+    code, out, _ = run(capsys, "explain", str(plan_file[0]), "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(json.dumps(autopar.Plan.load(plan_file[0]).explain().to_dict()))
+    page = tmp_path / "plan.html"
+    code, out, _ = run(capsys, "explain", str(plan_file[0]), "--html", str(page))
+    assert code == 0
+    assert out == f"Written to {page}\n"
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_verify_finds_the_model_in_the_plan(
+    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]]
+) -> None:
+    code, out, err = run(capsys, "verify", str(plan_file[0]), "--json")
+    assert code == 0, err
+    assert json.loads(out)
+
+
+def test_verify_refuses_another_model(
+    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = json.loads((plan_file[0].parent / "config.json").read_text())
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps({**config, "intermediate_size": 192}))
+    code, out, err = run(capsys, "verify", str(plan_file[0]), "--model", str(other))
+    assert (code, out) == (cli.EXIT_ERROR, "")
+    assert err.count("\n") == 1
+
+
+def test_infeasible_is_exit_3_and_says_what_would_fit(
+    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]]
+) -> None:
+    model = str(plan_file[0].parent / "config.json")
+    argv = ["plan", "--model", model, "--cluster", "cpu", "--gpus", "2", "--seq", "16", "--global-batch", "8"]
+    code, out, err = run(capsys, *argv, "--memory-limit-bytes", "1000")
+    assert (code, out) == (cli.EXIT_INFEASIBLE, "")
+    assert err.startswith("autopar: error: ")
+    assert err.count("\n") == 1

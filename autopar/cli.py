@@ -175,6 +175,7 @@ def run_plan(args: argparse.Namespace) -> int:
     import autopar
 
     _check_writable(args.output)
+    pin = _merge_pins(args.pin)
     cluster = _load_cluster(args.cluster, args.gpus)
     spec = args.model + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
     model = _load_model(spec)
@@ -185,7 +186,7 @@ def run_plan(args: argparse.Namespace) -> int:
         "optimizer": args.optimizer,
         "memory_limit_bytes": _memory_limit_bytes(args),
         "time_limit_s": args.time_limit_s,
-        "pin": _merge_pins(args.pin) or None,
+        "pin": pin or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     with _Progress() as progress:

@@ -46,7 +46,7 @@ def test_pins(text: str, pin: tuple[str, Any]) -> None:
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND (see autopar --help)"),
-        (["plan"], "the following arguments are required: --model, --cluster, --global-batch (see autopar plan --help)"),
+        (["plan"], "arguments are required: --model, --cluster, --global-batch (see autopar plan --help)"),
         ([*PLAN, "--gpus", "0"], "argument --gpus: expected at least 1, got 0 (see autopar plan --help)"),
         ([*PLAN, "--gpus", "x"], "argument --gpus: expected a whole number, got 'x' (see autopar plan --help)"),
         ([*PLAN, "--memory-limit-gb", "nan"], "argument --memory-limit-gb: expected a positive number, got nan"),
@@ -121,7 +121,7 @@ def test_a_bug_is_not_dressed_up_as_a_user_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_help_is_instant_and_has_examples() -> None:
-    script = "import sys; from autopar.cli import build_parser; build_parser().format_help(); print('torch' in sys.modules)"
+    script = "import sys; from autopar.cli import build_parser as b; b().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -136,8 +136,8 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256},
-        **{"num_attention_heads": 8, "num_key_value_heads": 8},
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 8,
     }
     (folder / "config.json").write_text(json.dumps(config))
     argv = ["plan", "--model", str(folder / "config.json"), "--cluster", "cpu", "--gpus", "2", "--seq", "16"]

@@ -16,11 +16,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydoc_data.topics import topics
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -172,3 +172,19 @@ def _dijkstra(source: int, arcs: list[list[tuple[int, Step, float]]]) -> tuple[l
                 previous[target] = step
                 heapq.heappush(queue, (d + seconds, target))
     return distance, previous
+
+
+class ConversionTables:
+    """The conversions of every kind of tensor on one mesh, computed once per shape and element size."""
+
+    def __init__(self, mesh: Sequence[int], costs: StepCosts) -> None:
+        self.mesh, self.costs = tuple(mesh), costs
+        self._tables: dict[tuple[tuple[int, ...], int, bool], Conversions] = {}
+
+    def of(self, shape: Sequence[int], itemsize: int, *, partial: bool) -> Conversions:
+        """The table for tensors of this shape; `partial` ones may also be sums in pieces (floating point)."""
+        key = (tuple(shape), itemsize, partial)
+        if key not in self._tables:
+            states = enumerate_states(shape, self.mesh, partial=partial)
+            self._tables[key] = conversions(shape, itemsize, self.mesh, states, self.costs)
+        return self._tables[key]

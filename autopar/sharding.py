@@ -10,14 +10,12 @@ op per gradient (tied to its parameter) and one `output:` op per output.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from autopar.cost.compute import OpClass, op_class, op_flops
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.dataflow import (
@@ -26,14 +24,14 @@ from autopar.dataflow import (
     ValueName,
     ViewMaps,
     is_backward,
-    output_node,
     resolve,
     result_metas,
     value_name,
 )
-from autopar.placements import State, local_shape, replicated, shard_dim
+from autopar.opcost import op_seconds
+from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions, NodeDecision
-from autopar.redistribute import Conversions, conversions, enumerate_states
+from autopar.redistribute import Conversions, ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
 from autopar.segments import recompute_times
 from autopar.solver import Choice, Op, Problem, Solution, Value
@@ -81,7 +79,6 @@ class ShardingProblem:
     param_states: dict[str, tuple[State, ...]]
     output_states: dict[str, tuple[State, ...]]
     unruled: tuple[str, ...] = ()
-    conversion_tables: dict[ValueName, Conversions] = field(default_factory=dict, repr=False)
 
     def decisions(self, solution: Solution) -> Decisions:
         """What the solution says, in terms of graph nodes and placements."""
@@ -131,9 +128,7 @@ class _Builder:
         self.param_states: dict[str, tuple[State, ...]] = {}
         self.output_states: dict[str, tuple[State, ...]] = {}
         self.unruled: list[str] = []
-        self.tables: dict[ValueName, Conversions] = {}
-        self._table_cache: dict[tuple[tuple[int, ...], int, bool], Conversions] = {}
-        self._option_cache: dict[object, tuple[OpOption, ...]] = {}
+        self.tables = ConversionTables(self.mesh, costs)
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
 
@@ -175,7 +170,6 @@ class _Builder:
             self.param_states,
             self.output_states,
             tuple(self.unruled),
-            self.tables,
         )
 
     def _gradients_by_node(self) -> dict[fx.Node | None, list[tuple[ParamInfo, Operand]]]:
@@ -207,15 +201,10 @@ class _Builder:
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out))
         self.states.append(table.states)
         self.value_index[name] = index
-        self.tables[name] = table
         return index
 
     def _table(self, tensor: torch.Tensor) -> Conversions:
-        key = (tuple(tensor.shape), tensor.element_size(), tensor.is_floating_point())
-        if key not in self._table_cache:
-            states = enumerate_states(tensor.shape, self.mesh, partial=tensor.is_floating_point())
-            self._table_cache[key] = conversions(tensor.shape, tensor.element_size(), self.mesh, states, self.costs)
-        return self._table_cache[key]
+        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())
 
     def _add_op(self, op: Op) -> int:
         self.op_index[op.name] = len(self.ops)
@@ -325,40 +314,7 @@ class _Builder:
         return tuple(found)
 
     def _seconds(self, node: fx.Node, operands: tuple[Operand, ...], option: OpOption) -> float:
-        kind = op_class(node.target)
-        share = 1.0
-        for rule, size in zip(option.rules, self.mesh, strict=True):
-            if any(p is not None and shard_dim(p) is not None for p in (*rule.inputs, *rule.outputs)):
-                share /= size
-        moved = {(o.tensor, s): o for o, s in zip(operands, option.operand_states, strict=True)}
-        nbytes = sum(_local_bytes(t, s, self.mesh) for t, s in moved)
-        nbytes += sum(
-            _local_bytes(t, s, self.mesh)
-            for t, s in zip(result_metas(node), option.result_states, strict=True)
-            if t is not None and s is not None
-        )
-        flops = self._flops(node) * share
-        seconds = self.costs.op_s(kind, flops, nbytes, _compute_dtype(node, operands))
-        for axis, rule in enumerate(option.rules):
-            for inner in rule.collectives:
-                seconds += self.costs.collective_s(inner.kind, self._inner_bytes(node, operands, option, inner), axis)
-        return seconds
-
-    def _flops(self, node: fx.Node) -> int:
-        if "flops" not in node.meta:
-            args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-            node.meta["flops"] = op_flops(node.target, args, kwargs, node.meta["val"])
-        return int(node.meta["flops"])
-
-    def _inner_bytes(self, node: fx.Node, operands: tuple[Operand, ...], option: OpOption, inner: object) -> int:
-        side, index = inner.tensor  # type: ignore[attr-defined]
-        tensor = operands[index].tensor if side == "in" else result_metas(node)[index]
-        state = option.operand_states[index] if side == "in" else option.result_states[index]
-        assert tensor is not None and state is not None
-        local = list(local_shape(tensor.shape, state, self.mesh) or ())
-        for dim in inner.reduced_dims:  # type: ignore[attr-defined]
-            local[dim] = 1
-        return math.prod(local) * tensor.element_size()
+        return op_seconds(self.costs, node, operands, option.rules, option.operand_states, option.result_states)
 
     # -- recomputation -----------------------------------------------------------
 
@@ -373,19 +329,3 @@ class _Builder:
 
 def _state(placements: tuple[str | None, ...]) -> State | None:
     return None if None in placements else tuple(p for p in placements if p is not None)
-
-
-def _local_bytes(tensor: torch.Tensor, state: State, mesh: tuple[int, ...]) -> int:
-    local = local_shape(tensor.shape, state, mesh)
-    assert local is not None
-    return math.prod(local) * tensor.element_size()
-
-
-def _compute_dtype(node: fx.Node, operands: tuple[Operand, ...]) -> str:
-    tensors = [o.tensor for o in operands if o.tensor.is_floating_point()] or [
-        t for t in result_metas(node) if t is not None
-    ]
-    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
-
-
-__all__ = ["OpOption", "Pins", "ShardingProblem", "build_problem", "OpClass"]

@@ -22,7 +22,7 @@ from autopar.dataflow import Dataflow, Operand, ViewMaps, is_backward, resolve, 
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
-from autopar.redistribute import Conversions, StepCosts, conversions, enumerate_states
+from autopar.redistribute import Conversions, ConversionTables, StepCosts
 from autopar.rules import axis_rules
 from autopar.rules.types import AxisRule
 from autopar.trace import Trace
@@ -67,7 +67,7 @@ class _Emitter:
     def __init__(
         self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, bucket_bytes: int
     ) -> None:
-        self.trace, self.decisions, self.mesh, self.costs = trace, decisions, mesh, costs
+        self.trace, self.decisions, self.mesh, self.costs = trace, decisions, mesh
         self.flow = Dataflow(trace.graph_module.graph)
         self.views = ViewMaps(mesh)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
@@ -76,7 +76,7 @@ class _Emitter:
         self.forward = _Pass(self, backward=None)
         self.backward = _Pass(self, backward=self.forward)
         self.buckets = GradientBuckets(self.backward.builder, bucket_bytes)
-        self._tables: dict[object, Conversions] = {}
+        self.tables = ConversionTables(mesh, costs)
 
     def emit(self) -> EmittedProgram:
         for node in self.flow.placeholders:
@@ -144,11 +144,7 @@ class _Emitter:
 
     def table(self, tensor: torch.Tensor) -> Conversions:
         """The conversions of tensors shaped like this one."""
-        key = (tuple(tensor.shape), tensor.element_size(), tensor.is_floating_point())
-        if key not in self._tables:
-            states = enumerate_states(tensor.shape, self.mesh, partial=tensor.is_floating_point())
-            self._tables[key] = conversions(tensor.shape, tensor.element_size(), self.mesh, states, self.costs)
-        return self._tables[key]
+        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())
 
     def _forward_outputs(self) -> tuple[dict[str, fx.Node], dict[str, State]]:
         outputs, states = {}, {}

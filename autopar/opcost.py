@@ -1,0 +1,91 @@
+"""What one op costs on one rank, in the states that a plan gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from autopar._torch_compat import tree_map_only
+from autopar.cost.compute import op_class, op_flops
+from autopar.cost.model import CostModel
+from autopar.dataflow import Operand, result_metas
+from autopar.placements import State, local_shape, shard_dim
+from autopar.rules.types import AxisRule, InnerCollective
+
+
+def local_bytes(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> int:
+    """Bytes a rank holds of a tensor in a state."""
+    local = local_shape(tensor.shape, state, mesh)
+    if local is None:
+        raise ValueError(f"{tuple(tensor.shape)} cannot be cut as {state} on mesh {tuple(mesh)}")
+    return math.prod(local) * tensor.element_size()
+
+
+def op_flops_of(node: fx.Node) -> int:
+    """FLOPs of the whole (unsharded) op, cached on the node."""
+    if "flops" not in node.meta:
+        args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        node.meta["flops"] = op_flops(node.target, args, kwargs, node.meta["val"])
+    return int(node.meta["flops"])
+
+
+def work_share(rules: Sequence[AxisRule], mesh: Sequence[int]) -> float:
+    """The share of the op's work that one rank does: each axis that cuts any tensor of the op divides it."""
+    share = 1.0
+    for rule, size in zip(rules, mesh, strict=True):
+        if any(p is not None and shard_dim(p) is not None for p in (*rule.inputs, *rule.outputs)):
+            share /= size
+    return share
+
+
+def op_seconds(
+    costs: CostModel,
+    node: fx.Node,
+    operands: Sequence[Operand],
+    rules: Sequence[AxisRule],
+    operand_states: Sequence[State],
+    result_states: Sequence[State | None],
+) -> float:
+    """Seconds of one op on one rank: its roofline and the collectives inside its lowering.
+
+    operand_states: as the op sees its operands (after views).
+    """
+    mesh = costs.mesh
+    reads = {(o.value, s): local_bytes(o.tensor, s, mesh) for o, s in zip(operands, operand_states, strict=True)}
+    made = [(t, s) for t, s in zip(result_metas(node), result_states, strict=True) if t is not None and s is not None]
+    moved = sum(reads.values()) + sum(local_bytes(t, s, mesh) for t, s in made)
+    flops = op_flops_of(node) * work_share(rules, mesh)
+    seconds = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands))
+    for axis, rule in enumerate(rules):
+        for inner in rule.collectives:
+            nbytes = _inner_bytes(node, operands, operand_states, result_states, inner, mesh)
+            seconds += costs.collective_s(inner.kind, nbytes, axis)
+    return seconds
+
+
+def compute_dtype(node: fx.Node, operands: Sequence[Operand]) -> str:
+    """The dtype whose peak rate applies, e.g. "bfloat16"."""
+    tensors = [o.tensor for o in operands if o.tensor.is_floating_point()]
+    tensors = tensors or [t for t in result_metas(node) if t is not None]
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+
+
+def _inner_bytes(
+    node: fx.Node,
+    operands: Sequence[Operand],
+    operand_states: Sequence[State],
+    result_states: Sequence[State | None],
+    inner: InnerCollective,
+    mesh: Sequence[int],
+) -> int:
+    side, index = inner.tensor
+    tensor = operands[index].tensor if side == "in" else result_metas(node)[index]
+    state = operand_states[index] if side == "in" else result_states[index]
+    assert tensor is not None and state is not None
+    local = list(local_shape(tensor.shape, state, mesh) or ())
+    for dim in inner.reduced_dims:
+        local[dim] = 1
+    return math.prod(local) * tensor.element_size()

@@ -1,0 +1,245 @@
+"""What the user fixed, turned into filters on the planner's choices.
+
+A pin is one of
+  * a layout key with a degree or flag: {"tp": 4, "dp": 2, "zero": 3, "sp": True, "recompute": "none"},
+    or {"mesh": [2, 4]} for the bare shape;
+  * a pattern of parameter or module names with placements, one per mesh axis:
+    {"layers.*.mlp.up_proj.weight": ("R", "S(0)")};
+  * a pattern of module names with "keep" or "recompute".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.cost.compute import OpClass, op_class
+from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
+from autopar.errors import PinError
+from autopar.placements import State, is_placement, shard_dim
+from autopar.rules import operands
+from autopar.sharding import OpOption, Pins
+from autopar.trace import ParamInfo, Trace
+
+_DEGREES = ("dp", "tp")
+_UNSUPPORTED_DEGREES = ("pp", "cp", "ep", "vpp")
+_FLAGS = ("zero", "sp", "recompute", "mesh")
+
+
+@dataclass(frozen=True)
+class PinRequest:
+    """A checked pin dict.
+
+    mesh: the mesh shape if it is fixed; roles: per axis "dp", "tp" or None.
+    """
+
+    mesh: tuple[int, ...] | None
+    roles: tuple[str | None, ...]
+    zero: int | None = None
+    sequence_parallel: bool | None = None
+    recompute: str | None = None
+    params: tuple[tuple[str, State], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is pinned."""
+        return self == PinRequest(None, ())
+
+
+def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
+    """Check a pin dict for a number of devices; raises PinError."""
+    degrees, flags, params, modules = {}, {}, [], []
+    for key, value in (pin or {}).items():
+        if key in _DEGREES or key in _UNSUPPORTED_DEGREES:
+            degrees[key] = _degree(key, value)
+        elif key in _FLAGS:
+            flags[key] = value
+        elif value in ("keep", "recompute"):
+            modules.append((key, value))
+        elif value == "offload":
+            raise PinError(f"pin {key!r}: offload is not available yet; use 'keep' or 'recompute'")
+        else:
+            params.append((key, _placements(key, value)))
+    mesh, roles = _mesh(degrees, flags.get("mesh"), devices)
+    for key, placements in params:
+        if mesh is not None and len(placements) != len(mesh):
+            raise PinError(f"pin {key!r} has {len(placements)} placements for a mesh of {len(mesh)} axes {mesh}")
+    zero, recompute = flags.get("zero"), flags.get("recompute")
+    if zero is not None and zero not in (0, 1, 2, 3):
+        raise PinError(f"pin 'zero' must be 0, 1, 2 or 3, got {zero!r}")
+    if recompute is not None and recompute not in ("none", "selective", "full"):
+        raise PinError(f"pin 'recompute' must be none, selective or full, got {recompute!r}")
+    return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, tuple(params), tuple(modules))
+
+
+def _degree(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PinError(f"pin {key!r} must be a positive integer, got {value!r}")
+    if key in _UNSUPPORTED_DEGREES and value > 1:
+        raise PinError(f"pin {key!r}: only degree 1 is available yet, got {value}; use dp and tp")
+    return value
+
+
+def _placements(key: str, value: Any) -> State:
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (tuple, list)) or not all(isinstance(i, str) and is_placement(i) for i in items):
+        raise PinError(
+            f"pin {key!r}: expected a layout key ({', '.join((*_DEGREES, *_FLAGS))}), placements such as "
+            f"('R', 'S(0)'), 'keep' or 'recompute', got {value!r}"
+        )
+    if "P" in items:
+        raise PinError(f"pin {key!r}: a parameter cannot be stored as 'P'")
+    return tuple(items)
+
+
+def _mesh(degrees: dict[str, int], shape: Any, devices: int) -> tuple[tuple[int, ...] | None, tuple[str | None, ...]]:
+    if shape is not None:
+        mesh = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+        if not all(isinstance(s, int) and s >= 1 for s in mesh) or math.prod(mesh) != devices:
+            raise PinError(f"pin 'mesh': sizes must multiply to {devices} devices, got {shape!r}")
+        return mesh, (None,) * len(mesh)
+    asked = {k: v for k, v in degrees.items() if k in _DEGREES}
+    if not asked:
+        return None, ()
+    product = math.prod(asked.values())
+    if devices % product or (len(asked) == len(_DEGREES) and product != devices):
+        text = " x ".join(f"{k}={v}" for k, v in asked.items())
+        raise PinError(f"pinned degrees {text} = {product} do not make {devices} devices")
+    if len(asked) == 1:
+        rest = "tp" if "dp" in asked else "dp"
+        asked[rest] = devices // product
+    pairs = [(asked[role], role) for role in _DEGREES if asked[role] > 1]
+    return tuple(size for size, _ in pairs), tuple(role for _, role in pairs)
+
+
+def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pins:
+    """The filters that a request puts on the problem of `trace` on `mesh`."""
+    return Pins(
+        allow_option=_option_filter(request, trace, mesh),
+        allow_param=_param_filter(request, trace, mesh),
+        recompute=_recompute_filter(request, trace),
+    )
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern names a path, one of its parents, or an inner part of it ("layers.0" in "model.layers.0.mlp")."""
+    parts = path.split(".")
+    inner = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return any(fnmatchcase(name, pattern) for name in inner)
+
+
+def _param_filter(
+    request: PinRequest, trace: Trace, mesh: tuple[int, ...]
+) -> Callable[[ParamInfo, State], bool] | None:
+    for pattern, _ in request.params:
+        if not any(_matches(pattern, name) for p in trace.params for name in (p.fqn, *p.tied)):
+            near = ", ".join(p.fqn for p in trace.params[:3])
+            raise PinError(f"pin {pattern!r} names no parameter of the model; names look like {near}")
+    data_axes = [a for a, role in enumerate(request.roles) if role == "dp"]
+    if not request.params and (request.zero is None or not data_axes):
+        return None
+
+    def allow(param: ParamInfo, state: State) -> bool:
+        for pattern, wanted in request.params:
+            if any(_matches(pattern, name) for name in (param.fqn, *param.tied)):
+                return state == wanted
+        if request.zero is None:
+            return True
+        cut = [shard_dim(state[a]) is not None for a in data_axes]
+        can_cut = any(size % math.prod(mesh[a] for a in data_axes) == 0 for size in param.shape)
+        return not any(cut) if request.zero == 0 or not can_cut else all(cut)
+
+    return allow
+
+
+def _recompute_filter(request: PinRequest, trace: Trace) -> Callable[[fx.Node], str | None] | None:
+    paths = {module_path(n) for n in trace.graph_module.graph.nodes if not is_backward(n)}
+    for pattern, _ in request.modules:
+        if not any(_matches(pattern, path) for path in paths if path):
+            raise PinError(f"pin {pattern!r} names no module of the model that computes something")
+    if not request.modules and request.recompute in (None, "selective"):
+        return None
+
+    def wanted(node: fx.Node) -> str | None:
+        for pattern, what in request.modules:
+            if _matches(pattern, module_path(node)):
+                return what
+        return {"none": "keep", "full": "recompute"}.get(request.recompute or "")
+
+    return wanted
+
+
+def weight_slots(node: fx.Node, trace: Trace) -> list[int]:
+    """Which operands of a matrix product, convolution or lookup are weights (parameters of two or more dims)."""
+    kinds = (OpClass.MATMUL, OpClass.CONVOLUTION)
+    if op_class(node.target) not in kinds and node.target is not torch.ops.aten.embedding.default:
+        return []
+    params = {p.node for p in trace.params}
+    slots = []
+    for slot, operand in enumerate(resolve(o) for o in operands(node)):
+        source = _through_casts(operand)
+        if source.node.name in params and len(source.base_tensor.shape) >= 2:
+            slots.append(slot)
+    return slots
+
+
+def _through_casts(operand: Operand) -> Operand:
+    while operand.node.target is torch.ops.aten._to_copy.default:
+        operand = resolve(operands(operand.node)[0])
+    return operand
+
+
+def _option_filter(
+    request: PinRequest, trace: Trace, mesh: tuple[int, ...]
+) -> Callable[[fx.Node, OpOption], bool] | None:
+    if not any(request.roles):
+        return None
+    slots_of = {n: weight_slots(n, trace) for n in trace.graph_module.graph.nodes if n.op == "call_function"}
+    first = next((i for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
+    lead = tuple(first.shape[:2]) if first else None
+
+    def allow(node: fx.Node, option: OpOption) -> bool:
+        for axis, role in enumerate(request.roles):
+            if role == "tp" and not _allow_tensor(node, option, axis, slots_of.get(node, []), lead, request):
+                return False
+            if role == "dp" and not _allow_data(option, axis, slots_of.get(node, [])):
+                return False
+        return True
+
+    return allow
+
+
+def _allow_tensor(
+    node: fx.Node,
+    option: OpOption,
+    axis: int,
+    slots: list[int],
+    lead: tuple[int, ...] | None,
+    request: PinRequest,
+) -> bool:
+    """Tensor parallel axis: weights are used in parts; the batch (and without sp the sequence) is not cut."""
+    if any(shard_dim(option.operand_states[slot][axis]) is None for slot in slots):
+        return False
+    for tensor, state in zip(result_metas(node), option.result_states, strict=True):
+        if tensor is None or state is None or lead is None or tuple(tensor.shape[:2]) != lead:
+            continue
+        dim = shard_dim(state[axis])
+        if dim == 0 or (dim == 1 and request.sequence_parallel is False):
+            return False
+    return True
+
+
+def _allow_data(option: OpOption, axis: int, slots: list[int]) -> bool:
+    """Data parallel axis: weights are used whole, the work is cut along the activations."""
+    if not slots:
+        return True
+    others = [s for i, s in enumerate(option.operand_states) if i not in slots]
+    whole = all(option.operand_states[slot][axis] == "R" for slot in slots)
+    return whole and any(shard_dim(s[axis]) is not None for s in others)

@@ -1,0 +1,148 @@
+"""Prices a plan from scratch: from its decisions alone, without the solver's matrices.
+
+The sum must equal the solver's objective; the planner checks that after every solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.dataflow import Dataflow, Operand, ViewMaps, is_backward, resolve, result_metas
+from autopar.opcost import local_bytes, op_flops_of, op_seconds, work_share
+from autopar.placements import State, replicated
+from autopar.plan_types import Decisions, NodeDecision
+from autopar.redistribute import Conversions, ConversionTables, step_s
+from autopar.trace import Trace
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One conversion that the program performs. `steps`: (kind, axis, bytes, seconds) each."""
+
+    value: str
+    phase: str
+    source: State
+    target: State
+    steps: tuple[tuple[str, int, int, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        """Sum over the steps."""
+        return sum(s for _, _, _, s in self.steps)
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds of one training step on one rank, by part, and what the parts are made of.
+
+    flops / recomputed_flops: of one rank.
+    """
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+    optimizer_s: float
+    transfers: tuple[Transfer, ...]
+    op_s: dict[str, float]
+    flops: float
+    recomputed_flops: float
+
+    @property
+    def communication_s(self) -> float:
+        """All conversions."""
+        return sum(t.seconds for t in self.transfers)
+
+    @property
+    def step_time_s(self) -> float:
+        """The whole step; nothing is assumed to overlap."""
+        return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s + self.communication_s
+
+
+def price(trace: Trace, decisions: Decisions, costs: CostModel, optimizer: OptimizerSpec) -> Price:
+    """Price `decisions` for `trace` on the mesh of `costs`."""
+    return _Pricer(trace, decisions, costs).price(optimizer)
+
+
+class _Pricer:
+    def __init__(self, trace: Trace, decisions: Decisions, costs: CostModel) -> None:
+        self.trace, self.decisions, self.costs = trace, decisions, costs
+        self.mesh = costs.mesh
+        self.flow = Dataflow(trace.graph_module.graph)
+        self.views = ViewMaps(self.mesh)
+        self.tables = ConversionTables(self.mesh, costs)
+        self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
+        self.param_of = {p.node: p.fqn for p in trace.params}
+
+    def price(self, optimizer: OptimizerSpec) -> Price:
+        op_s = {n.name: self._op_seconds(n, self.decisions.nodes[n.name]) for n in self.flow.ops}
+        again = [n for n in self.flow.ops if self.decisions.nodes[n.name].recompute]
+        shares = {n: op_flops_of(n) * work_share(self.decisions.nodes[n.name].rules, self.mesh) for n in self.flow.ops}
+        return Price(
+            forward_s=sum(op_s[n.name] for n in self.flow.ops if not is_backward(n)),
+            backward_s=sum(op_s[n.name] for n in self.flow.ops if is_backward(n)),
+            recompute_s=sum(op_s[n.name] for n in again),
+            optimizer_s=self._optimizer_seconds(optimizer),
+            transfers=tuple(self._transfers()),
+            op_s=op_s,
+            flops=sum(shares.values()),
+            recomputed_flops=sum(shares[n] for n in again),
+        )
+
+    def _op_seconds(self, node: object, decision: NodeDecision) -> float:
+        operands = self.flow.operands_of[node]  # type: ignore[index]
+        seen = [self.views.forward(o, s) for o, s in zip(operands, decision.operand_states, strict=True)]
+        states = [s for s in seen if s is not None]
+        return op_seconds(self.costs, node, operands, decision.rules, states, decision.result_states)  # type: ignore[arg-type]
+
+    def _optimizer_seconds(self, optimizer: OptimizerSpec) -> float:
+        seconds = 0.0
+        for param in self.trace.params:
+            if param.fqn in self.trace.grads:
+                tensor = result_metas(self.nodes[param.node])[0]
+                assert tensor is not None
+                nbytes = local_bytes(tensor, self.decisions.params[param.fqn], self.mesh)
+                seconds += self.costs.optimizer_s(nbytes, optimizer.state_bytes(nbytes))
+        return seconds
+
+    def _made(self, operand: Operand) -> State:
+        if operand.node.op == "placeholder":
+            fqn = self.param_of.get(operand.node.name)
+            return self.decisions.params[fqn] if fqn else replicated(len(self.mesh))
+        state = self.decisions.nodes[operand.node.name].result_states[operand.index]
+        assert state is not None
+        return state
+
+    def _wanted(self) -> Iterator[tuple[str, Operand, State]]:
+        """(phase, operand, state) of every use, recomputed ones and gradients included."""
+        for node in self.flow.ops:
+            decision = self.decisions.nodes[node.name]
+            for operand, state in zip(self.flow.operands_of[node], decision.operand_states, strict=True):
+                yield ("backward" if is_backward(node) else "forward"), operand, state
+                if decision.recompute:
+                    yield "backward", operand, state
+        for name, state in self.decisions.outputs.items():
+            yield "forward", resolve(self.nodes[name]), state
+        for fqn, name in self.trace.grads.items():
+            operand = resolve(self.nodes[name])
+            states = self._table(operand).states
+            yield "backward", operand, self.views.preimages(operand, states)[self.decisions.params[fqn]]
+
+    def _transfers(self) -> Iterator[Transfer]:
+        seen: set[tuple[str, str, State]] = set()
+        for phase, operand, target in self._wanted():
+            source, key = self._made(operand), (phase, operand.value, target)
+            if source == target or key in seen:
+                continue
+            seen.add(key)
+            if phase == "backward" and (operand.value, target) in self.decisions.kept_copies:
+                continue
+            path = self._table(operand).path(source, target)
+            steps = tuple((s.kind, s.axis, s.nbytes, step_s(s, self.costs)) for s in path)
+            yield Transfer(operand.value, phase, source, target, steps)
+
+    def _table(self, operand: Operand) -> Conversions:
+        tensor = operand.base_tensor
+        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())

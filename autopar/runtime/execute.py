@@ -1,0 +1,74 @@
+"""Runs an emitted program on this rank: binds it to process groups and calls its two graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar._torch_compat import boxed_codegen
+from autopar.codegen.builder import GROUP_PREFIX
+from autopar.codegen.emit import EmittedProgram, Version
+
+
+def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
+    """A copy of `graph` in which the tokens of mesh axes are the names of real process groups."""
+
+    def bound(argument: Any) -> Any:
+        if isinstance(argument, str) and argument.startswith(GROUP_PREFIX):
+            return group_names[int(argument.removeprefix(GROUP_PREFIX))]
+        return argument
+
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.op == "call_function":
+            node.args = tuple(bound(a) for a in node.args)
+            node.kwargs = {k: bound(v) for k, v in node.kwargs.items()}
+    return copy
+
+
+class RankProgram:
+    """The executable form of an `EmittedProgram` on one rank.
+
+    group_names: the process group of each mesh axis. coordinates: this rank's place on each axis
+    (ints; symbolic ints when all ranks run in one process).
+    """
+
+    def __init__(self, emitted: EmittedProgram, group_names: Sequence[str], coordinates: Sequence[Any]) -> None:
+        self.emitted = emitted
+        self.coordinates = list(coordinates)
+        self.forward_module = _boxed(bind_groups(emitted.forward, group_names))
+        self.backward_module = _boxed(bind_groups(emitted.backward, group_names))
+
+    def forward(self, values: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run the forward pass.
+
+        values: local tensor per joint-graph placeholder. Returns the outputs (loss first; in the
+        order of `emitted.output_names`) and the saved tensors.
+        """
+        inputs = [*self.coordinates, *(values[name] for name in self.emitted.forward_inputs)]
+        results = list(self.forward_module(inputs))
+        count = len(self.emitted.output_names)
+        return results[:count], results[count:]
+
+    def backward(
+        self, saved: list[torch.Tensor], values: dict[str, torch.Tensor], tangent_name: str, tangent: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Run the backward pass; returns local gradients in the order of `emitted.grads`. Empties `saved`."""
+        versions: dict[Version, torch.Tensor] = dict(zip(self.emitted.saved, saved, strict=True))
+        saved.clear()
+        inputs: list[Any] = list(self.coordinates)
+        for version in self.emitted.backward_inputs:
+            if version in versions:
+                inputs.append(versions.pop(version))
+            else:
+                inputs.append(tangent if version[0] == tangent_name else values[version[0]])
+        return list(self.backward_module(inputs))
+
+
+def _boxed(graph: fx.Graph) -> fx.GraphModule:
+    graph.set_codegen(boxed_codegen())
+    return fx.GraphModule(torch.nn.Module(), graph)

@@ -1,0 +1,92 @@
+"""When a rank dies, the others say which one.
+
+Every rank writes a heartbeat to the job's store from a daemon thread. When a collective
+fails on a surviving rank, the ranks whose heartbeat has stopped are the dead ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from autopar._torch_compat import default_store
+from autopar.errors import RuntimeFailure
+
+_BEAT_S = 0.5
+_SILENT_S = 3.0
+
+
+class Heartbeat:
+    """This rank's sign of life, and a view of everybody else's."""
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self._thread = threading.Thread(target=self._beat, name="autopar-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while True:
+            count += 1
+            try:
+                self.store.set(self._key(self.rank), str(count))
+            except RuntimeError:
+                return  # the store is gone: so is the job
+            time.sleep(_BEAT_S)
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"autopar/heartbeat/{rank}"
+
+    def silent_ranks(self) -> list[int]:
+        """Ranks that give no sign of life for a few seconds; takes that long."""
+        before = self._counts()
+        time.sleep(_SILENT_S)
+        after = self._counts()
+        return [r for r in range(self.world_size) if r != self.rank and before[r] == after[r]]
+
+    def _counts(self) -> list[bytes]:
+        keys = [self._key(r) for r in range(self.world_size)]
+        return [self.store.get(k) if self.store.check([k]) else b"" for k in keys]
+
+
+_heartbeat: dict[int, Heartbeat] = {}
+
+
+def start_heartbeat() -> None:
+    """Start this process's heartbeat for the present process group, once."""
+    store = default_store()
+    if id(store) not in _heartbeat:
+        _heartbeat.clear()
+        _heartbeat[id(store)] = Heartbeat(store.clone(), dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def naming_dead_ranks(mesh: object) -> Iterator[None]:
+    """Turn the failure of a collective into an error that names the ranks that died."""
+    try:
+        yield
+    except RuntimeError as error:
+        beats = list(_heartbeat.values())
+        if mesh is None or not beats or not _is_connection_failure(error):
+            raise
+        dead = beats[0].silent_ranks()
+        if not dead:
+            raise
+        names = ", ".join(str(r) for r in dead)
+        raise RuntimeFailure(
+            f"rank {names} died (no sign of life; seen from rank {beats[0].rank}): its own output says why. "
+            "Start the job again from the last checkpoint"
+        ) from error
+
+
+def _is_connection_failure(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    if isinstance(error, dist.DistError):
+        return True
+    return any(w in text for w in ("connection", "timed out", "timeout", "reset by peer", "broken pipe", "unreachable"))

@@ -1,0 +1,283 @@
+"""The program a user holds: an ordinary nn.Module whose parameters are DTensors.
+
+Parameters and buffers bear the model's own names. Until the first call (or at once, with
+`example_inputs`) nothing is cut: parameters are replicated DTensors that share the
+model's storage. Then the plan is made, and each parameter takes its placement in place,
+so an optimizer that was made before keeps working.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+
+from autopar.errors import PlanMismatch, RuntimeFailure
+from autopar.placements import State, shard_dim
+from autopar.plans import Plan
+from autopar.runtime.binding import bind_inputs
+from autopar.runtime.execute import RankProgram
+from autopar.runtime.failure import naming_dead_ranks
+from autopar.trace import Trace
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Compiled:
+    """One plan made ready to run: for one shape of inputs and one mode (training or not)."""
+
+    def __init__(self, trace: Trace, plan: Plan, rank_program: RankProgram, mesh: DeviceMesh | None) -> None:
+        self.trace, self.plan, self.rank_program, self.mesh = trace, plan, rank_program, mesh
+        self.backward_needs = {name for name, _ in rank_program.emitted.backward_inputs}
+
+
+Planner = Callable[[nn.Module, Call, "dict[str, State] | None"], Compiled]
+
+
+class Program(nn.Module):
+    """Runs a model under a plan. Made by `autopar.compile`.
+
+    plan: the plan in use (None before the first call).
+    """
+
+    def __init__(self, model: nn.Module, planner: Planner, example: Call | None = None) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: not a submodule, its weights are not ours
+        self._planner = planner
+        self._compiled: dict[object, Compiled] = {}
+        self._first: Compiled | None = None
+        self._tied: dict[str, str] = {}
+        _mirror(self, model)
+        self.register_load_state_dict_pre_hook(_distribute_loaded)
+        self.train(model.training)
+        if example is not None:
+            self._prepare(example)
+
+    # -- calling -------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for the global batch; the loss is differentiable and whole on every rank."""
+        compiled = self._prepare((args, kwargs))
+        trace = compiled.trace
+        inputs = bind_inputs(trace, self._model[0], args, kwargs)
+        params = dict(self.named_parameters())
+        ordered = [params[p.fqn] for p in trace.params]
+        with naming_dead_ranks(compiled.mesh):
+            outputs = _Step.apply(compiled, self._buffer_values(trace), inputs, *ordered)
+        by_name = dict(zip(compiled.rank_program.emitted.output_names, outputs, strict=True))
+        for fqn, node in trace.buffer_updates.items():
+            self.get_buffer(fqn).copy_(by_name[node])
+        leaves = [o.node for o in trace.outputs if o.node is not None]
+        return trace.rebuild_output([self._wrap(compiled, name, by_name[name]) for name in leaves])
+
+    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached."""
+        result = self(*args, **kwargs)
+        loss = _loss_of(result)
+        del result
+        loss.backward()
+        return loss.detach()
+
+    def explain(self) -> Any:
+        """Why the program runs as it does: the report of its plan."""
+        return self._ready("explain").plan.explain()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in use; None before the first call."""
+        return self._first.plan if self._first else None
+
+    @property
+    def data_shard(self) -> tuple[int, int]:
+        """(index, count): which part of the batch this rank computes, for a sampler."""
+        compiled = self._ready("data_shard")
+        index, count = 0, 1
+        for coordinate, size, role in zip(
+            compiled.rank_program.coordinates, compiled.plan.mesh, compiled.plan.batch_axes(), strict=True
+        ):
+            if role:
+                index, count = index * size + coordinate, count * size
+        return index, count
+
+    def _ready(self, what: str) -> Compiled:
+        if self._first is None:
+            raise RuntimeFailure(f"{what} needs a plan: call the program once, or pass example_inputs to compile")
+        return self._first
+
+    # -- preparing -----------------------------------------------------------------
+
+    def _prepare(self, call: Call) -> Compiled:
+        key = (_signature(call), self.training)
+        if key not in self._compiled:
+            model = self._model[0]
+            mode = model.training
+            model.train(self.training)
+            try:
+                fixed = self._first.plan.decisions.params if self._first else None
+                compiled = self._planner(model, call, fixed)
+            finally:
+                model.train(mode)
+            if self._first is None:
+                self._place_parameters(compiled)
+                self._first = compiled
+            self._compiled[key] = compiled
+        return self._compiled[key]
+
+    def _place_parameters(self, compiled: Compiled) -> None:
+        model_params = dict(self._model[0].named_parameters())
+        with torch.no_grad():
+            for fqn, param in self.named_parameters():
+                source = model_params[fqn].detach()
+                state = compiled.plan.decisions.params[fqn]
+                placed = nn.Parameter(_place(source, state, compiled.mesh), requires_grad=param.requires_grad)
+                if isinstance(param, DTensor) or compiled.mesh is not None:
+                    torch.utils.swap_tensors(param, placed)
+                else:
+                    param.data = placed.data
+
+    def _buffer_values(self, trace: Trace) -> dict[str, torch.Tensor]:
+        values = {b.node: self.get_buffer(b.fqn) for b in trace.buffers}
+        for constant in trace.constants:
+            value = constant.value if constant.fqn is None else operator.attrgetter(constant.fqn)(self._model[0])
+            assert value is not None
+            values[constant.node] = value
+        return values
+
+    def _wrap(self, compiled: Compiled, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == compiled.trace.loss or compiled.mesh is None:
+            return tensor
+        state = compiled.rank_program.emitted.output_states[name]
+        return DTensor.from_local(tensor, compiled.mesh, torch_placements(state), run_check=False)
+
+
+class _Step(torch.autograd.Function):
+    """Ties the two emitted graphs into autograd."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, compiled: Compiled, buffers: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], *params: Any
+    ) -> tuple[torch.Tensor, ...]:
+        values = {p.node: _local(t) for p, t in zip(compiled.trace.params, params, strict=True)}
+        values.update(buffers)
+        values.update(inputs)
+        outputs, saved = compiled.rank_program.forward(values)
+        ctx.compiled, ctx.saved, ctx.values = compiled, saved, values
+        ctx.versions = {name: value._version for name, value in values.items()}
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        compiled: Compiled = ctx.compiled
+        if ctx.saved is None:
+            raise RuntimeError("backward was called twice on one forward pass; call the program again first")
+        changed = [n for n, v in ctx.versions.items() if n in compiled.backward_needs and ctx.values[n]._version != v]
+        if changed:
+            raise RuntimeError(f"{changed[0]} was changed in place between forward and backward")
+        saved, ctx.saved = ctx.saved, None
+        values, ctx.values = ctx.values, None
+        tangent = grad_outputs[0]
+        with naming_dead_ranks(compiled.mesh):
+            grads = compiled.rank_program.backward(saved, values, compiled.trace.tangent, tangent)
+        by_fqn = dict(zip(compiled.rank_program.emitted.grads, grads, strict=True))
+        return (None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
+
+
+def _as_gradient(compiled: Compiled, fqn: str, grads: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    grad = grads.pop(fqn, None)
+    if grad is None or compiled.mesh is None:
+        return grad
+    state = compiled.plan.decisions.params[fqn]
+    return DTensor.from_local(grad, compiled.mesh, torch_placements(state), run_check=False)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def torch_placements(state: State) -> list[TorchPlacement]:
+    """A state in DTensor's words."""
+    found: list[TorchPlacement] = []
+    for placement in state:
+        dim = shard_dim(placement)
+        found.append(Replicate() if dim is None else Shard(dim))
+    return found
+
+
+def _place(source: torch.Tensor, state: State, mesh: DeviceMesh | None) -> torch.Tensor:
+    """A parameter's local part, from rank 0's values; NaN where the model has no weights (meta device)."""
+    if mesh is None:
+        return source
+    if source.is_meta:
+        whole = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        local = distribute_tensor(whole, mesh, torch_placements(state)).to_local()
+        filled = torch.full(local.shape, float("nan"), dtype=source.dtype, device=mesh.device_type)
+        return DTensor.from_local(filled, mesh, torch_placements(state), run_check=False)
+    return distribute_tensor(source.to(mesh.device_type), mesh, torch_placements(state))
+
+
+def _mirror(program: nn.Module, model: nn.Module) -> None:
+    """Give `program` the parameters and buffers of `model` under the same names, ties included."""
+    copies: dict[int, nn.Parameter] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) not in copies:
+            copies[id(param)] = nn.Parameter(param.detach(), requires_grad=param.requires_grad)
+        _register(program, name, copies[id(param)], persistent=True)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            persistent = name not in module._non_persistent_buffers_set
+            _register(program, f"{prefix}.{name}".lstrip("."), buffer.detach().clone(), persistent)
+
+
+def _register(program: nn.Module, path: str, tensor: torch.Tensor, persistent: bool) -> None:
+    *parents, name = path.split(".")
+    module = program
+    for parent in parents:
+        if parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        module = module._modules[parent]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor, persistent=persistent)
+
+
+def _distribute_loaded(program: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let `load_state_dict` take whole tensors: each is cut like the parameter it is for."""
+    own = program.state_dict(keep_vars=True)
+    for name, value in list(state_dict.items()):
+        target = own.get(name.removeprefix(prefix))
+        if isinstance(target, DTensor) and not isinstance(value, DTensor):
+            if tuple(value.shape) != tuple(target.shape):
+                continue  # load_state_dict reports wrong shapes itself
+            moved = value.to(device=target.device, dtype=target.dtype)
+            state_dict[name] = distribute_tensor(moved, target.device_mesh, target.placements)
+
+
+def _loss_of(result: Any) -> torch.Tensor:
+    """The loss among what the model returns: the only leaf with a gradient function."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
+
+
+def _signature(call: Call) -> tuple[object, ...]:
+    """What decides whether a call can use the same plan: structure, shapes, dtypes and constants."""
+    leaves, spec = torch.utils._pytree.tree_flatten(call)
+    kinds = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+    return (kinds, str(spec))
+
+
+def check_world(plan: Plan, world_size: int) -> None:
+    """Raise PlanMismatch unless the plan is for this many ranks."""
+    if plan.devices != world_size:
+        raise PlanMismatch(
+            f"the plan is for {plan.devices} ranks, but {world_size} are running; start torchrun with "
+            f"{plan.devices} processes in all, or plan again for {world_size} devices"
+        )

@@ -1,0 +1,67 @@
+"""Lets collectives overlap with compute: issued early, waited for late.
+
+A collective is issued right after its operand exists, but not before the collective in
+front of it has been waited for by compute (so one is in flight while the ops of the
+previous one run: a prefetch of one). A wait moves down to the first use of its result,
+but no further than the start of the second collective after it, so that the buffers of
+at most two collectives are held. The order of the collectives never changes, so all
+ranks still issue the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autopar.codegen.builder import c10d, is_collective
+
+_IN_FLIGHT = 2
+
+
+def overlap(graph: fx.Graph) -> None:
+    """Reorder starts and waits of `graph` in place."""
+    sink_waits(graph)
+    hoist_starts(graph)
+    graph.lint()
+
+
+def sink_waits(graph: fx.Graph) -> None:
+    """Move each wait to right before the first use of its result (or the start of a later collective)."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    starts = [n for n in graph.nodes if is_collective(n)]
+    position = {node: i for i, node in enumerate(starts)}
+    for wait in [n for n in graph.nodes if n.target is c10d.wait_tensor.default]:
+        start = _start_of(wait)
+        stops = [min(wait.users, key=lambda u: order[u])] if wait.users else []
+        later = position[start] + _IN_FLIGHT
+        if later < len(starts):
+            stops.append(starts[later])
+        if stops:
+            stop = min(stops, key=lambda n: order[n])
+            if order[stop] > order[wait]:
+                stop.prepend(wait)
+
+
+def hoist_starts(graph: fx.Graph) -> None:
+    """Move each start up to where its operands exist, but not above the previous collective's first wait."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    floor: fx.Node | None = None
+    for start in [n for n in graph.nodes if is_collective(n)]:
+        before = [n for n in start.all_input_nodes if n.op != "placeholder"]
+        last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+        anchors = before + ([floor] if floor is not None else []) + last_placeholder
+        anchor = max(anchors, key=lambda n: order[n])
+        if order[anchor] + 1 < order[start]:
+            anchor.append(start)
+            order = {node: i for i, node in enumerate(graph.nodes)}
+        waits = [u for u in _waits_of(start)]
+        floor = min(waits, key=lambda n: order[n]) if waits else start
+
+
+def _start_of(wait: fx.Node) -> fx.Node:
+    source = wait.all_input_nodes[0]
+    return source if is_collective(source) else source.all_input_nodes[0]
+
+
+def _waits_of(start: fx.Node) -> list[fx.Node]:
+    reached = [start, *start.users]
+    return [u for n in reached for u in n.users if u.target is c10d.wait_tensor.default]

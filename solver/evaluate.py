@@ -1,0 +1,190 @@
+"""Price a solution from scratch: its seconds and its memory time line.
+
+Written from `solver.lifetimes` alone, without the ILP's matrices: the two must agree, and
+`solve` checks after every run that they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.solver.lifetimes import Span, ValueLife, lifetimes
+from autopar.solver.problem import Problem, Solution
+
+CATEGORIES = ("constant", "persistent", "originals", "kept", "recomputed", "copies", "workspace")
+
+
+class InvalidSolution(ValueError):
+    """The solution breaks a rule of the problem; the message says which and where."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a solution costs.
+
+    cost_s: total seconds; `compute_s`, `recompute_s`, `convert_s` (in the pass that makes a
+        value) and `convert_backward_s` (of forward values, in the backward pass) are its parts.
+    memory_bytes: [T] bytes alive at each time; `memory_by_category` are its parts:
+        constant; persistent; originals (in the pass that makes them); kept (originals and
+        copies from forward to backward); recomputed; copies (converted); workspace.
+    peak_bytes / peak_time: the first highest point.
+    """
+
+    cost_s: float
+    compute_s: float
+    recompute_s: float
+    convert_s: float
+    convert_backward_s: float
+    memory_bytes: npt.NDArray[np.int64] = field(repr=False, compare=False)
+    memory_by_category: dict[str, npt.NDArray[np.int64]] = field(repr=False, compare=False)
+    peak_bytes: int
+    peak_time: int
+
+
+def evaluate(problem: Problem, solution: Solution, lives: tuple[ValueLife, ...] | None = None) -> Evaluation:
+    """Price `solution` (capacity is not checked: compare `peak_bytes`). Raises InvalidSolution."""
+    return _Pricing(problem, solution, lives or lifetimes(problem)).run()
+
+
+def complete(
+    problem: Problem,
+    choices: tuple[int, ...],
+    recomputed: Iterable[int],
+    kept_copies: Iterable[tuple[int, int]],
+    lives: tuple[ValueLife, ...] | None = None,
+) -> Solution:
+    """The solution with these decisions that keeps no more than it must.
+
+    Copies that the forward pass does not make, or that the backward pass does not want,
+    are not kept. What must be kept then follows: `kept` costs memory and nothing else.
+    """
+    again, wished = frozenset(recomputed), frozenset(kept_copies)
+    kept: set[int] = set()
+    copies: set[tuple[int, int]] = set()
+    for v, life in enumerate(lives or lifetimes(problem)):
+        made = problem.ops[life.made_by].choices[choices[life.made_by]].makes[life.result]
+        there = {problem.ops[u.op].choices[choices[u.op]].uses[u.slot] for u in life.own_uses} - {made}
+        for use in life.later_uses:
+            if use.rerun and use.op not in again:
+                continue
+            wanted = problem.ops[use.op].choices[choices[use.op]].uses[use.slot]
+            if wanted in there and (v, wanted) in wished:
+                copies.add((v, wanted))
+            elif life.needs_keeping and (use.early or life.made_by not in again):
+                kept.add(v)
+    return Solution(choices, again, frozenset(kept), frozenset(copies))
+
+
+class _Pricing:
+    def __init__(self, problem: Problem, solution: Solution, lives: tuple[ValueLife, ...]) -> None:
+        self.problem, self.solution, self.lives = problem, solution, lives
+        self.times = len(problem.ops)
+        self.lines = {name: np.zeros(self.times, dtype=np.int64) for name in CATEGORIES}
+        self.own_s = self.later_s = 0.0
+
+    def run(self) -> Evaluation:
+        self._check_decisions()
+        ops, solution = self.problem.ops, self.solution
+        picked = [op.choices[c] for op, c in zip(ops, solution.choices, strict=True)]
+        self.lines["constant"] += self.problem.constant_bytes
+        for o, choice in enumerate(picked):
+            self.lines["persistent"] += choice.persistent_bytes
+            self.lines["workspace"][o] += choice.workspace_bytes
+        for o in sorted(solution.recomputed):
+            self.lines["workspace"][ops[o].recompute_time] += picked[o].workspace_bytes
+        for v in range(len(self.problem.values)):
+            self._price_value(v)
+        compute_s = sum(choice.cost_s for choice in picked)
+        recompute_s = sum(picked[o].cost_s for o in sorted(solution.recomputed))
+        memory = np.sum(list(self.lines.values()), axis=0, dtype=np.int64)
+        peak_time = int(np.argmax(memory)) if self.times else 0
+        peak = int(memory[peak_time]) if self.times else self.problem.constant_bytes
+        cost_s = compute_s + recompute_s + self.own_s + self.later_s
+        return Evaluation(
+            cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, self.lines, peak, peak_time
+        )
+
+    def _check_decisions(self) -> None:
+        ops, solution = self.problem.ops, self.solution
+        if len(solution.choices) != len(ops):
+            raise InvalidSolution(f"{len(solution.choices)} choices for {len(ops)} ops")
+        for op, choice in zip(ops, solution.choices, strict=True):
+            if not 0 <= choice < len(op.choices):
+                raise InvalidSolution(f"op {op.name!r} has no choice {choice}")
+            if op.tied_to is not None and solution.choices[op.tied_to] != choice:
+                raise InvalidSolution(f"op {op.name!r} must take the choice of op {ops[op.tied_to].name!r}")
+        for o in solution.recomputed:
+            if not 0 <= o < len(ops) or ops[o].recompute_time is None:
+                raise InvalidSolution(f"op {o} is recomputed but may not run twice")
+        for v in solution.kept | {v for v, _ in solution.kept_copies}:
+            if not 0 <= v < len(self.problem.values) or not self.lives[v].forward:
+                raise InvalidSolution(f"value {v} is kept but is not a value of the forward pass")
+
+    def _wanted(self, op: int, slot: int) -> int:
+        return self.problem.ops[op].choices[self.solution.choices[op]].uses[slot]
+
+    def _price_value(self, v: int) -> None:
+        life, value, solution = self.lives[v], self.problem.values[v], self.solution
+        made = self.problem.ops[life.made_by].choices[solution.choices[life.made_by]].makes[life.result]
+        size = value.state_bytes
+        self._alive("originals", life.base, size[made])
+        if v in solution.kept:
+            self._alive("kept", life.kept, size[made])
+        if life.made_by in solution.recomputed:
+            self._alive("recomputed", life.rerun, size[made])
+        own = self._targets(v, made, [(u.op, u.slot, u.alias) for u in life.own_uses])
+        for state, counted in own.items():
+            self.own_s += self._conversion_s(v, made, state)
+            if counted:
+                self._alive("copies", life.own_copy, size[state])
+        copies = {state for value_index, state in solution.kept_copies if value_index == v}
+        for state in copies:
+            if state not in own:
+                raise InvalidSolution(f"value {value.name!r} keeps a copy in state {state} that forward never makes")
+            self._alive("kept", life.kept_copy, size[state])
+        self._price_later(v, made, copies)
+
+    def _price_later(self, v: int, made: int, copies: set[int]) -> None:
+        life, solution = self.lives[v], self.solution
+        happening = [u for u in life.later_uses if not u.rerun or u.op in solution.recomputed]
+        for use in happening:
+            if self._wanted(use.op, use.slot) in copies or not life.needs_keeping or v in solution.kept:
+                continue
+            if use.early or life.made_by not in solution.recomputed:
+                name, user = self.problem.values[v].name, self.problem.ops[use.op].name
+                raise InvalidSolution(f"value {name!r} is not there when op {user!r} wants it at time {use.time}")
+        wanted = self._targets(v, made, [(u.op, u.slot, u.alias) for u in happening])
+        for state, counted in wanted.items():
+            if state not in copies:
+                self.later_s += self._conversion_s(v, made, state)
+                if counted:
+                    self._alive("copies", life.later_copy, self.problem.values[v].state_bytes[state])
+
+    def _targets(self, v: int, made: int, uses: list[tuple[int, int, bool]]) -> dict[int, bool]:
+        """Wanted states other than the made one, and whether their copies count apart from results."""
+        targets: dict[int, bool] = {}
+        for op, slot, alias in uses:
+            state = self._wanted(op, slot)
+            if state == made:
+                continue
+            targets[state] = targets.get(state, False) or not alias
+            if alias:
+                result = self.problem.ops[op].results[0]
+                makes = self.problem.ops[op].choices[self.solution.choices[op]].makes[0]
+                if not self.problem.values[result].always_available:
+                    self._alive("originals", (op, op), self.problem.values[result].state_bytes[makes])
+        return targets
+
+    def _conversion_s(self, v: int, source: int, target: int) -> float:
+        seconds = float(self.problem.values[v].convert_s[source, target])
+        if not np.isfinite(seconds):
+            raise InvalidSolution(f"value {self.problem.values[v].name!r} cannot go from state {source} to {target}")
+        return seconds
+
+    def _alive(self, category: str, span: Span | None, nbytes: int) -> None:
+        if span is not None:
+            self.lines[category][span[0] : span[1] + 1] += nbytes

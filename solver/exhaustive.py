@@ -1,0 +1,69 @@
+"""The slow and obvious way: try everything. For tests and for problems of a handful of ops."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+from autopar.solver.check import check_problem
+from autopar.solver.evaluate import InvalidSolution, complete, evaluate
+from autopar.solver.lifetimes import ValueLife, lifetimes
+from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
+
+T = TypeVar("T")
+
+
+def brute_force(problem: Problem) -> SolveResult:
+    """The cheapest solution that fits, by enumeration. Raises InfeasibleProblem with the exact minimum."""
+    started = time.perf_counter()
+    check_problem(problem)
+    lives = lifetimes(problem)
+    best: tuple[float, int, int, Solution] | None = None
+    smallest: tuple[int, int] | None = None
+    for solution in every_solution(problem, lives):
+        try:
+            found = evaluate(problem, solution, lives)
+        except InvalidSolution:  # an impossible conversion
+            continue
+        if smallest is None or found.peak_bytes < smallest[0]:
+            smallest = (found.peak_bytes, found.peak_time)
+        fits = problem.capacity_bytes is None or found.peak_bytes <= problem.capacity_bytes
+        if fits and (best is None or found.cost_s < best[0]):
+            best = (found.cost_s, found.peak_bytes, found.peak_time, solution)
+    if best is None:
+        if smallest is None:
+            raise InfeasibleProblem("no assignment of choices has all its conversions possible: add choices")
+        raise InfeasibleProblem(f"needs {smallest[0]} bytes", smallest[0], smallest[0], smallest[1])
+    cost_s, peak_bytes, peak_time, solution = best
+    seconds = time.perf_counter() - started
+    return SolveResult(solution, "optimal", cost_s, cost_s, 0.0, peak_bytes, peak_time, seconds)
+
+
+def every_solution(problem: Problem, lives: tuple[ValueLife, ...]) -> Iterator[Solution]:
+    """All solutions that keep no more than they must (keeping more costs memory and buys nothing)."""
+    may_rerun = [o for o, op in enumerate(problem.ops) if op.recompute_time is not None]
+    free = [o for o, op in enumerate(problem.ops) if op.tied_to is None]
+    for picks in itertools.product(*(range(len(problem.ops[o].choices)) for o in free)):
+        choices = _with_tied(problem, dict(zip(free, picks, strict=True)))
+        for again in _subsets(may_rerun):
+            all_copies = [(v, s) for v, life in enumerate(lives) if life.later_uses for s in _states(problem, v)]
+            useful = sorted(complete(problem, choices, again, all_copies, lives).kept_copies)
+            for copies in _subsets(useful):
+                yield complete(problem, choices, again, copies, lives)
+
+
+def _states(problem: Problem, v: int) -> range:
+    return range(len(problem.values[v].state_bytes))
+
+
+def _with_tied(problem: Problem, picked: dict[int, int]) -> tuple[int, ...]:
+    choices: list[int] = []
+    for o, op in enumerate(problem.ops):
+        choices.append(picked[o] if op.tied_to is None else choices[op.tied_to])
+    return tuple(choices)
+
+
+def _subsets(items: list[T]) -> Iterator[tuple[T, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(items, n) for n in range(len(items) + 1))

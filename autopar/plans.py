@@ -62,6 +62,7 @@ class Plan:
 
     graph_hash: of the joint graph the decisions talk about.
     mesh: sizes of the mesh axes, outermost (slowest links) first.
+    roles: what each axis mostly does: "dp", "tp" or "none".
     predicted: figures of the cost model, see `autopar.pricing`.
     gap: proven, relative: no plan of this search space is faster than objective * (1 - gap).
     timings: trace_s and solve_s of this process; not saved.
@@ -71,6 +72,7 @@ class Plan:
     torch_version: str
     cluster: ClusterSpec
     mesh: tuple[int, ...]
+    roles: tuple[str, ...]
     options: PlanOptions
     inputs: tuple[InputShape, ...]
     decisions: Decisions
@@ -88,6 +90,10 @@ class Plan:
     def devices(self) -> int:
         """Number of ranks."""
         return self.cluster.devices
+
+    def batch_axes(self) -> tuple[bool, ...]:
+        """Per mesh axis, whether it cuts the batch."""
+        return tuple(role == "dp" for role in self.roles)
 
     def layout(self) -> dict[str, Any]:
         """The chosen layout in the keys of the command line (dp, tp, ...)."""
@@ -179,6 +185,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
         "graph_hash": plan.graph_hash,
         "cluster": json.loads(plan.cluster.to_json()),
         "mesh": list(plan.mesh),
+        "roles": list(plan.roles),
         "options": {**plan.options.__dict__, "pin": dict(plan.options.pin)},
         "inputs": [{"path": i.path, "shape": list(i.shape), "dtype": i.dtype} for i in plan.inputs],
         "layout": dict(plan.layout_keys),
@@ -261,6 +268,7 @@ def _decode(reader: _Reader) -> Plan:
         torch_version=reader.get("torch_version", str),
         cluster=ClusterSpec.from_json(json.dumps(reader.get("cluster", dict))),
         mesh=mesh,
+        roles=reader.strings("roles"),
         options=_decode_options(reader.sub("options")),
         inputs=tuple(InputShape(r.get("path", str), r.ints("shape"), r.get("dtype", str)) for r in reader.subs("inputs")),
         decisions=_decode_decisions(reader, len(mesh)),

@@ -1,0 +1,75 @@
+"""Emission under a memory limit: bucketing and overlap where their buffers fit, else without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from autopar.codegen.emit import EmittedProgram, emit
+from autopar.codegen.memory import MemoryTimeline, simulate_memory
+from autopar.codegen.overlap import overlap
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.opcost import local_bytes
+from autopar.placements import replicated
+from autopar.plan_types import Decisions
+from autopar.trace import Trace
+
+BUCKET_BYTES = 25 << 20  # the default of torch's DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class PersistentMemory:
+    """Bytes of one rank that are there all the time."""
+
+    parameters: int
+    optimizer: int
+    buffers: int
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the categories."""
+        return self.parameters + self.optimizer + self.buffers + self.inputs
+
+
+def persistent_memory(
+    trace: Trace, decisions: Decisions, mesh: tuple[int, ...], optimizer: OptimizerSpec
+) -> PersistentMemory:
+    """Parameters and optimizer state in their stored states; buffers, constants and the global batch whole."""
+    tensors = {n.name: n.meta["val"] for n in trace.graph_module.graph.nodes if n.op == "placeholder"}
+    whole = replicated(len(mesh))
+
+    def size(node: str) -> int:
+        return local_bytes(tensors[node], whole, mesh)
+
+    parameters = state = 0
+    for param in trace.params:
+        nbytes = local_bytes(tensors[param.node], decisions.params[param.fqn], mesh)
+        parameters += nbytes
+        state += optimizer.state_bytes(nbytes) if param.fqn in trace.grads else 0
+    buffers = sum(size(b.node) for b in trace.buffers) + sum(size(c.node) for c in trace.constants)
+    inputs = sum(size(i.node) for i in trace.inputs) + size(trace.tangent)
+    return PersistentMemory(parameters, state, buffers, inputs)
+
+
+def emit_within(
+    trace: Trace,
+    decisions: Decisions,
+    mesh: tuple[int, ...],
+    costs: CostModel,
+    persistent_bytes: int,
+    limit_bytes: int | None,
+) -> tuple[EmittedProgram, MemoryTimeline]:
+    """The emitted program and its simulated memory; overlapped and bucketed if that stays within the limit."""
+    with torch.no_grad():
+        for bucket_bytes, overlapped in ((BUCKET_BYTES, True), (BUCKET_BYTES, False), (0, False)):
+            program = emit(trace, decisions, mesh, costs, bucket_bytes=bucket_bytes)
+            if overlapped:
+                overlap(program.forward)
+                overlap(program.backward)
+            timeline = simulate_memory(program, persistent_bytes)
+            if limit_bytes is None or timeline.peak_bytes <= limit_bytes or bucket_bytes == 0:
+                break
+    return program, timeline

@@ -1,7 +1,9 @@
 # One command per job; `make test` needs nothing typed before it.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-PYTHON ?= python3
+# The first Python on the path that is new enough.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.autopar-setup
@@ -14,8 +16,7 @@ setup: $(STAMP)
 # torch comes first and pinned: the version decides what else fits. autopar itself is installed
 # last and without build isolation, so that it is built by the pinned setuptools.
 $(STAMP): setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "autopar needs Python 3.11 or newer; name one: make setup PYTHON=python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "autopar needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -1,0 +1,86 @@
+"""From an nn.Module and example inputs to one joint forward and backward graph.
+
+    model + arguments -> shadow (fake tensors) -> Dynamo -> AOTAutograd -> clean graph -> Trace
+
+No value of a parameter is ever read: a model on the meta device, or of a size that no
+machine holds, traces like any other. The model object is left exactly as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autopar._torch_compat import fake_tensor_mode
+from autopar.errors import TraceError
+from autopar.tracing.assemble import assemble
+from autopar.tracing.capture import capture
+from autopar.tracing.leaves import input_leaves
+from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
+from autopar.tracing.types import (
+    BufferInfo,
+    ConstantInfo,
+    FixedInput,
+    InputInfo,
+    OutputInfo,
+    ParamInfo,
+    Trace,
+    graph_hash,
+    is_backward,
+)
+
+__all__ = [
+    "BufferInfo",
+    "ConstantInfo",
+    "FixedInput",
+    "InputInfo",
+    "OutputInfo",
+    "ParamInfo",
+    "Trace",
+    "graph_hash",
+    "input_leaves",
+    "is_backward",
+    "trace",
+]
+
+
+def trace(
+    model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]], *, device: str | None = None
+) -> Trace:
+    """Capture `model(*args, **kwargs)` and its backward pass as one ATen graph.
+
+    example_inputs: (args, kwargs), with real, meta or fake tensors; only shapes and dtypes are read.
+        Non-tensor arguments become part of the graph, see `Trace.fixed_inputs`.
+    device: where the traced tensors pretend to be, such as "cpu" or "cuda"; None: where the model and
+        its inputs are, and "cpu" for those on meta.
+
+    The model is traced in the mode it is in (train or eval) and must return a scalar loss: alone, first in a
+    tuple, or under the name "loss". Raises TraceError, with `source` set to the line of the model's code where
+    that is known.
+    """
+    args, kwargs = _checked(model, example_inputs)
+    leaves = input_leaves(model.forward, args, kwargs)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, torch.Tensor):
+            check_tensor(leaf, f"input {path!r}")
+            if leaf.requires_grad:
+                raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
+    mode = fake_tensor_mode()
+    shadow = make_shadow(model, mode, device)
+    # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, mode, device), (args, kwargs))
+    return assemble(capture(shadow.module, fake_args, fake_kwargs, mode), model, shadow, leaves)
+
+
+def _checked(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}, not an nn.Module; wrap it in one")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TraceError("no parameter of the model requires grad; call requires_grad_() on those to be trained")
+    pair = isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 2
+    if not pair or not isinstance(example_inputs[0], (tuple, list)) or not isinstance(example_inputs[1], dict):
+        raise TraceError("example_inputs must be a pair (args, kwargs) of a tuple and a dict, such as ((), {'x': x})")
+    return tuple(example_inputs[0]), dict(example_inputs[1])

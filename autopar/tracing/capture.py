@@ -1,0 +1,185 @@
+"""Dynamo, then AOTAutograd: from a shadow model and fake arguments to a raw joint graph.
+
+Dynamo gives one graph of the forward pass. Around it stands `_LossAndDetached`, which is
+run by AOTAutograd: it interprets that graph, picks the loss, and detaches everything
+else, so that the joint graph has one tangent.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from autopar import _torch_compat as compat
+from autopar.errors import TraceError
+from autopar.tracing.diagnose import located, rebound_buffer, source_of
+from autopar.tracing.leaves import output_leaves
+
+ROOT = "model"  # the shadow's name in the module that Dynamo sees
+
+
+@dataclass
+class RawJoint:
+    """AOTAutograd's graph, with descriptors, and what the model returned.
+
+    leaves: (path, index among the graph's plain outputs or None, constant) per leaf of the result.
+    loss_index: which plain output is the loss.
+    """
+
+    graph_module: fx.GraphModule
+    leaves: list[tuple[str, int | None, Any]]
+    out_spec: pytree.TreeSpec
+    loss_index: int
+
+
+class _Root(nn.Module):
+    """What Dynamo traces: one level above the model, so that the model's own hooks are traced with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs Dynamo's graph and turns what depends on values into an error with the user's line."""
+
+    extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except (
+            compat.DataDependentOutputException,
+            compat.DynamicOutputShapeException,
+            compat.UnsupportedOperatorException,
+            NotImplementedError,
+        ) as error:
+            raise located(error, source_of(n)) from None
+
+
+@dataclass
+class _Result:
+    leaves: list[tuple[str, int | None, Any]] = field(default_factory=list)
+    out_spec: pytree.TreeSpec | None = None
+    loss_index: int = -1
+
+
+class _LossAndDetached(nn.Module):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.captured = graph_module
+        self.result = _Result()
+
+    def forward(self, *flat: Any) -> tuple[torch.Tensor, ...]:
+        interpreter = _Interpreter(self.captured)
+        interpreter.extra_traceback = False
+        with compat.recorded_node_meta():
+            value = interpreter.run(*flat)
+        loss = find_loss(value)
+        named, spec = output_leaves(value)
+        tensors: list[torch.Tensor] = []
+        leaves: list[tuple[str, int | None, Any]] = []
+        loss_index = -1
+        for path, leaf in named:
+            if not isinstance(leaf, torch.Tensor):
+                leaves.append((path, None, _constant(path, leaf)))
+                continue
+            leaves.append((path, len(tensors), None))
+            # Copies, so that no output is a view of another or of an input; cleaning drops them again.
+            if leaf is loss and loss_index < 0:
+                loss_index = len(tensors)
+                tensors.append(leaf.clone())
+            else:
+                tensors.append(leaf.detach().clone())
+        self.result = _Result(leaves, spec, loss_index)
+        return tuple(tensors)
+
+
+def find_loss(value: Any) -> torch.Tensor:
+    """The loss in what a model returns: "loss", else the value itself, else the first of a tuple.
+
+    Raises TraceError where none is a scalar floating-point tensor that requires grad.
+    """
+    named = value.get("loss") if isinstance(value, Mapping) else getattr(value, "loss", None)
+    first = value[0] if isinstance(value, (tuple, list)) and value else None
+    candidates = [c for c in (named, value, first) if isinstance(c, torch.Tensor)]
+    for candidate in candidates:
+        if candidate.ndim == 0 and candidate.is_floating_point() and candidate.requires_grad:
+            return candidate
+    advice = "pass labels= in example_inputs, or let the model return a scalar loss (alone, first, or as 'loss')"
+    if not candidates:
+        raise TraceError(f"the model returns no loss (it returns {_describe(value)}); {advice}")
+    seen = candidates[0]
+    if not seen.requires_grad:
+        raise TraceError(f"what the model returns as loss ({_describe(seen)}) doesn't depend on any parameter that requires grad; {advice}")
+    raise TraceError(f"what the model returns as loss is {_describe(seen)}, not a scalar; {advice}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with {', '.join(map(str, value)) or 'nothing in it'}"
+    return f"a {type(value).__name__}"
+
+
+def _constant(path: str, leaf: Any) -> Any:
+    if leaf is None or isinstance(leaf, (bool, int, float, str, complex, torch.dtype, torch.device, torch.Size)):
+        return leaf
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    raise TraceError(
+        f"the model returns a {kind} (at {path!r}), which is neither a tensor nor a constant nor a registered pytree; "
+        "return a tuple or dict, or register the class with torch.utils._pytree.register_pytree_node"
+    )
+
+
+def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: compat.FakeTensorMode) -> RawJoint:
+    """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line."""
+    flat = pytree.tree_leaves((args, kwargs))
+    with compat.capture_environment(_logging_calls()), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            graph_module = compat.capture_forward(_Root(shadow), args, kwargs)
+            rebound_buffer(shadow, [str(w.message) for w in caught])
+            tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+            target = _LossAndDetached(graph_module)
+            joint = compat.export_joint(_TensorsOnly(target, flat, tensors), tuple(flat[i] for i in tensors), mode)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise located(error) from error
+    result = target.result
+    assert result.out_spec is not None
+    return RawJoint(joint, result.leaves, result.out_spec, result.loss_index)
+
+
+class _TensorsOnly(nn.Module):
+    """Takes the tensor arguments alone and fills in the fixed ones."""
+
+    def __init__(self, target: _LossAndDetached, flat: list[Any], tensors: list[int]) -> None:
+        super().__init__()
+        self.target, self.flat, self.positions = target, tuple(flat), tuple(tensors)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = list(self.flat)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            flat[position] = tensor
+        return self.target(*flat)
+
+
+def _logging_calls() -> set[Callable[..., Any]]:
+    """Logging and warnings: they leave no trace in the graph and are left out of it."""
+    names = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "info_once")
+    calls: set[Callable[..., Any]] = {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
+    return calls | {warnings.warn}

@@ -90,7 +90,6 @@ def train_single(args: argparse.Namespace) -> dict[str, Any]:
 def train_parallel(args: argparse.Namespace) -> dict[str, Any]:
     """The same model compiled for what torchrun started. Peaks are of the worst rank."""
     cluster = autopar.ClusterSpec.local()
-    dist.init_process_group("gloo")
     example = next(batches(1, args.batch, args.seq))
     limit = {} if args.memory_limit_mb is None else {"memory_limit_bytes": int(args.memory_limit_mb * 10**6)}
     start = time.perf_counter()
@@ -116,8 +115,8 @@ def main() -> None:
     """Train and, on the first rank, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8, help="samples in a step, over all ranks")
-    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="samples in a step, over all ranks")
+    parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--memory-limit-mb", type=float, help="per rank, in 10^6 bytes")
     parser.add_argument("--out", type=Path, help="write losses and figures to this JSON file")

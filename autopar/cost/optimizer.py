@@ -1,0 +1,66 @@
+"""What the optimizer keeps and what its step costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster import DeviceSpec
+from autopar.errors import AutoparError
+
+# States in the parameter's own dtype, per parameter, as torch.optim keeps them. Adam's step
+# counter (one float32 a tensor) is left out.
+_STATES = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0, "none": 0}
+_ITEMSIZE = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer as the planner sees it.
+
+    states_per_param: numbers kept per number of a parameter, in the parameter's dtype.
+    updates: whether there is a step at all.
+    """
+
+    name: str
+    states_per_param: int
+    updates: bool = True
+
+    @classmethod
+    def named(cls, name: str) -> OptimizerSpec:
+        """A known optimizer: "adamw", "adam", "sgd-momentum", "sgd", or "none" (no step); AutoparError otherwise."""
+        if name not in _STATES:
+            raise AutoparError(f"unknown optimizer {name!r}; use one of {', '.join(_STATES)}")
+        return cls(name, _STATES[name], updates=name != "none")
+
+    def state_bytes_per_param(self, dtype: str) -> int:
+        """Bytes of state per number of a parameter of this dtype ("float32")."""
+        if dtype not in _ITEMSIZE:
+            raise AutoparError(f"no optimizer state for parameters of dtype {dtype}; use one of {', '.join(_ITEMSIZE)}")
+        return self.states_per_param * _ITEMSIZE[dtype]
+
+    def state_bytes(self, param_bytes: int) -> int:
+        """Bytes of state of `param_bytes` of parameters."""
+        return self.states_per_param * param_bytes
+
+
+def optimizer_time_s(device: DeviceSpec, param_bytes_local: float, state_bytes_local: float) -> float:
+    """Seconds to update one parameter's shard; 0 without bytes.
+
+    Bound by memory: parameter, gradient and states are read, parameter and states are
+    written, once each (as a fused step does).
+    """
+    if param_bytes_local < 0 or state_bytes_local < 0:
+        raise ValueError(f"bytes of parameter and state are {param_bytes_local}, {state_bytes_local}; none may be < 0")
+    moved = 3 * param_bytes_local + 2 * state_bytes_local
+    if moved == 0:
+        return 0.0
+    return device.launch_overhead_s + moved / (device.memory_bytes_per_s * device.memory_efficiency_fraction)

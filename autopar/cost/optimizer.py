@@ -24,22 +24,23 @@ _ITEMSIZE = {
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer as the planner sees it.
-
-    states_per_param: numbers kept per number of a parameter, in the parameter's dtype.
-    updates: whether there is a step at all.
-    """
+    """An optimizer by name: "adamw", "adam", "sgd-momentum", "sgd", or "none" (no step); AutoparError otherwise."""
 
     name: str
-    states_per_param: int
-    updates: bool = True
 
-    @classmethod
-    def named(cls, name: str) -> OptimizerSpec:
-        """A known optimizer: "adamw", "adam", "sgd-momentum", "sgd", or "none" (no step); AutoparError otherwise."""
-        if name not in _STATES:
-            raise AutoparError(f"unknown optimizer {name!r}; use one of {', '.join(_STATES)}")
-        return cls(name, _STATES[name], updates=name != "none")
+    def __post_init__(self) -> None:
+        if self.name not in _STATES:
+            raise AutoparError(f"unknown optimizer {self.name!r}; use one of {', '.join(_STATES)}")
+
+    @property
+    def states_per_param(self) -> int:
+        """Numbers kept per number of a parameter."""
+        return _STATES[self.name]
+
+    @property
+    def updates(self) -> bool:
+        """Whether there is a step to pay for."""
+        return self.name != "none"
 
     def state_bytes_per_param(self, dtype: str) -> int:
         """Bytes of state per number of a parameter of this dtype ("float32")."""

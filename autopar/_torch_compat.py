@@ -73,6 +73,17 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     return type(tensor) in kinds and tensor.layout == torch.strided and not tensor.is_nested
 
 
+def has_device(kind: str) -> bool:
+    """Whether autograd can run fake tensors of a device type: the backend must be built in (no device need be there).
+
+    Without it torch aborts the process (seen in 2.13: "not linked with support for cuda devices").
+    """
+    if kind == "cuda":
+        return torch.backends.cuda.is_built()
+    accelerator = torch.accelerator.current_accelerator()
+    return kind == "cpu" or (accelerator is not None and accelerator.type == kind)
+
+
 def is_fake_tensor(tensor: object) -> bool:
     """Whether a tensor is a fake one: shapes and dtype, no values."""
     return isinstance(tensor, FakeTensor)
@@ -280,3 +291,64 @@ def _rule_of(
     if None in taken or len(taken) != len(request):
         return None
     return taken, names  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------
+# Execution and simulation. Used by autopar.codegen, autopar.runtime and autopar.verification.
+# ---------------------------------------------------------------------------
+
+
+def boxed_codegen() -> Any:
+    """The fx code generator whose function takes one list and empties it, so that inputs can be freed early."""
+    from torch.fx.graph import _BoxedCodeGen
+
+    return _BoxedCodeGen()
+
+
+def default_store() -> Any:
+    """The key-value store of the running process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def local_tensor(parts: dict[int, torch.Tensor]) -> torch.Tensor:
+    """One tensor that stands for the local tensors of all simulated ranks."""
+    from torch.distributed._local_tensor import LocalTensor
+
+    return LocalTensor(parts)
+
+
+def local_parts(tensor: torch.Tensor) -> dict[int, torch.Tensor] | None:
+    """The local tensors behind a simulated tensor; None for an ordinary one."""
+    return getattr(tensor, "_local_tensors", None)
+
+
+@contextlib.contextmanager
+def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[list[str], list[Any]]]:
+    """All ranks of a mesh in this process: yields the group name and the rank-dependent coordinate of each axis.
+
+    Uses torch's LocalTensorMode on the "fake" backend; needs that no process group exists yet, and leaves none.
+    """
+    import math
+
+    import torch.distributed as dist
+    from torch.distributed._local_tensor import LocalIntNode, LocalTensorMode
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world = math.prod(mesh)
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        with LocalTensorMode(world):
+            names = tuple(f"x{i}" for i in range(len(mesh)))
+            device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+            groups = [device_mesh.get_group(axis).group_name for axis in range(len(mesh))]
+            strides = [math.prod(mesh[axis + 1 :]) for axis in range(len(mesh))]
+            coordinates = [
+                torch.SymInt(LocalIntNode({r: r // stride % size for r in range(world)}))
+                for size, stride in zip(mesh, strides, strict=True)
+            ]
+            yield groups, coordinates
+    finally:
+        dist.destroy_process_group()

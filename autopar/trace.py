@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autopar._torch_compat import fake_tensor_mode
+from autopar._torch_compat import fake_tensor_mode, has_device
 from autopar.errors import TraceError
 from autopar.tracing.assemble import assemble
 from autopar.tracing.capture import capture
@@ -62,6 +62,8 @@ def trace(
     that is known.
     """
     args, kwargs = _checked(model, example_inputs)
+    if device is not None and not has_device(torch.device(device).type):
+        raise TraceError(f"this build of torch cannot trace for device {device!r}; leave device out, or use 'cpu'")
     leaves = input_leaves(model.forward, args, kwargs)
     for path, leaf in leaves.items():
         if isinstance(leaf, torch.Tensor):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,12 @@ from autopar import _torch_compat as compat
 from autopar.errors import TraceError
 from autopar.tracing.capture import RawJoint
 from autopar.tracing.clean import clean
-from autopar.tracing.diagnose import source_of
+from autopar.tracing.diagnose import at, source_of
 from autopar.tracing.shadow import Shadow
 from autopar.tracing.types import BufferInfo, ConstantInfo, FixedInput, InputInfo, OutputInfo, ParamInfo, Trace
 
 _PREFIX = re.compile(r"^(target\.)?captured\.model\.")
+_KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr")
 _MODULE = re.compile(r"\['([^']+)'\]|\[(\d+)\]")
 
 
@@ -44,7 +44,7 @@ class _Raw:
         first: dict[str, str] = {}
         for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
             for names in _names_by_tensor(named).values():
-                first.update({name: names[0] for name in names})
+                first.update(dict.fromkeys(names, names[0]))
         for placeholders in (self.params, self.buffers):
             for fqn in [name for name in placeholders if first.get(name, name) != name]:
                 node = placeholders.pop(fqn)
@@ -105,9 +105,9 @@ def _updated_buffer(mutated: Any, node: Any, input_paths: list[str]) -> str:
     if isinstance(mutated, compat.PlainAOTInput):
         what, remedy = f"input {input_paths[mutated.idx]!r}", "clone it first"
     else:
-        what, remedy = f"parameter {_fqn(getattr(mutated, 'target', str(mutated)))!r}", "make it a buffer, or compute a new tensor"
-    where = f" at {source}" if source else ""
-    raise TraceError(f"the model changes its {what} in place{where}; {remedy}", source)
+        what = f"parameter {_fqn(getattr(mutated, 'target', str(mutated)))!r}"
+        remedy = "make it a buffer, or compute a new tensor"
+    raise TraceError(f"the model changes its {what} in place{at(source)}; {remedy}", source)
 
 
 def _mark_phases(graph: fx.Graph, roles: _Raw) -> None:
@@ -146,7 +146,12 @@ def _module_path(text: str) -> str:
 
 
 def _common(paths: list[str]) -> str:
-    return ".".join(os.path.commonprefix([p.split(".") for p in paths])) if paths else ""
+    common: list[str] = []
+    for level in zip(*(p.split(".") for p in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
 
 
 class _Assembler:
@@ -196,7 +201,7 @@ class _Assembler:
 
     def _placeholder(self, old: fx.Node, name: str) -> fx.Node:
         node = self.graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
-        node.meta = {k: v for k, v in old.meta.items() if k in ("val", "phase", "module_path")}
+        node.meta = {k: v for k, v in old.meta.items() if k in _KEPT_META}
         self.new[old] = node
         return node
 
@@ -205,8 +210,8 @@ class _Assembler:
         forward = [n for n in old_nodes if n.meta["phase"] == "forward"]
         backward = [n for n in old_nodes if n.meta["phase"] == "backward"]
         for old in itertools.chain(forward, backward):
-            node = self.graph.node_copy(old, lambda n: self.new[n])
-            node.meta = {k: v for k, v in old.meta.items() if k in ("val", "phase", "module_path", "stack_trace", "seq_nr")}
+            node = self.graph.node_copy(old, self.new.__getitem__)
+            node.meta = {k: v for k, v in old.meta.items() if k in _KEPT_META}
             self.new[old] = node
 
     def _params(self) -> tuple[ParamInfo, ...]:
@@ -245,7 +250,8 @@ class _Assembler:
             if old is None or old in self.new:
                 continue
             if fqn in self.roles.updates:
-                raise TraceError(f"the model changes {fqn} in place; register it as a buffer")
+                source = source_of(self.roles.updates[fqn])
+                raise TraceError(f"the model changes {fqn} in place{at(source)}; register it as a buffer", source)
             node = self._placeholder(old, f"c_{fqn}")
             known = original.device.type != "meta" and not compat.is_fake_tensor(original)
             value = original.detach() if known else None
@@ -253,15 +259,12 @@ class _Assembler:
         return found
 
     def _made_constants(self) -> list[ConstantInfo]:
-        found = []
+        found: list[ConstantInfo] = []
         mode = self.roles.tangent.meta["val"].fake_mode
         for old in self.old.graph.find_nodes(op="get_attr"):
             value = getattr(self.old, str(old.target))
             if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or compat.is_fake_tensor(value):
-                raise TraceError(
-                    f"the model reaches {old.target} through a closure or an object that is no module; "
-                    "register it on the module that uses it"
-                )
+                raise _unreachable(old, value)
             old.meta.setdefault("val", mode.from_tensor(value))
             node = self._placeholder(old, f"c_{len(found)}")
             found.append(ConstantInfo(node.name, tuple(value.shape), value.dtype, value.detach(), None))
@@ -276,6 +279,16 @@ class _Assembler:
             batch_dim = 0 if batch is not None and leaf.ndim and leaf.shape[0] == batch else None
             found.append(InputInfo(path, node.name, tuple(leaf.shape), leaf.dtype, batch_dim))
         return tuple(found)
+
+
+def _unreachable(node: fx.Node, value: Any) -> TraceError:
+    source = source_of(next(iter(node.users)))
+    if isinstance(value, fx.GraphModule):
+        what, remedy = "uses a control-flow operator of torch (cond, while_loop, scan)", "write it without"
+    else:
+        what = "reaches a parameter through a closure, a global or an object that is no module"
+        remedy = "register it on the module that uses it"
+    return TraceError(f"the model {what}{at(source)}; {remedy}", source)
 
 
 def _names_by_tensor(named: Any) -> dict[int, list[str]]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autopar import _torch_compat as compat
 from autopar.errors import TraceError
-from autopar.tracing.diagnose import located, rebound_buffer, source_of
+from autopar.tracing.diagnose import definition_of, located, rebound_buffer
 from autopar.tracing.leaves import output_leaves
 
 ROOT = "model"  # the shadow's name in the module that Dynamo sees
@@ -52,9 +52,11 @@ class _Root(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs Dynamo's graph and turns what depends on values into an error with the user's line."""
+    """Runs Dynamo's graph and turns what can't be traced into an error with the user's line."""
 
-    extra_traceback = False
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False  # it would add its own text to our errors
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -65,7 +67,7 @@ class _Interpreter(fx.Interpreter):
             compat.UnsupportedOperatorException,
             NotImplementedError,
         ) as error:
-            raise located(error, source_of(n)) from None
+            raise located(error, n) from None
 
 
 @dataclass
@@ -76,17 +78,17 @@ class _Result:
 
 
 class _LossAndDetached(nn.Module):
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    """See the module. `source`: where the model's forward is defined, for errors."""
+
+    def __init__(self, graph_module: fx.GraphModule, source: str | None) -> None:
         super().__init__()
-        self.captured = graph_module
+        self.captured, self.source = graph_module, source
         self.result = _Result()
 
     def forward(self, *flat: Any) -> tuple[torch.Tensor, ...]:
-        interpreter = _Interpreter(self.captured)
-        interpreter.extra_traceback = False
         with compat.recorded_node_meta():
-            value = interpreter.run(*flat)
-        loss = find_loss(value)
+            value = _Interpreter(self.captured).run(*flat)
+        loss = find_loss(value, self.source)
         named, spec = output_leaves(value)
         tensors: list[torch.Tensor] = []
         leaves: list[tuple[str, int | None, Any]] = []
@@ -106,7 +108,7 @@ class _LossAndDetached(nn.Module):
         return tuple(tensors)
 
 
-def find_loss(value: Any) -> torch.Tensor:
+def find_loss(value: Any, source: str | None = None) -> torch.Tensor:
     """The loss in what a model returns: "loss", else the value itself, else the first of a tuple.
 
     Raises TraceError where none is a scalar floating-point tensor that requires grad.
@@ -117,13 +119,14 @@ def find_loss(value: Any) -> torch.Tensor:
     for candidate in candidates:
         if candidate.ndim == 0 and candidate.is_floating_point() and candidate.requires_grad:
             return candidate
-    advice = "pass labels= in example_inputs, or let the model return a scalar loss (alone, first, or as 'loss')"
     if not candidates:
-        raise TraceError(f"the model returns no loss (it returns {_describe(value)}); {advice}")
-    seen = candidates[0]
-    if not seen.requires_grad:
-        raise TraceError(f"what the model returns as loss ({_describe(seen)}) doesn't depend on any parameter that requires grad; {advice}")
-    raise TraceError(f"what the model returns as loss is {_describe(seen)}, not a scalar; {advice}")
+        problem = f"the model returns no loss (it returns {_describe(value)})"
+    elif candidates[0].ndim or not candidates[0].is_floating_point():
+        problem = f"what the model returns as loss is {_describe(candidates[0])}, not a floating-point scalar"
+    else:
+        problem = "the loss that the model returns depends on no parameter that requires grad"
+    advice = "pass labels= in example_inputs, or let the model return a scalar loss (alone, first, or as 'loss')"
+    raise TraceError(f"{problem}; {advice}", source)
 
 
 def _describe(value: Any) -> str:
@@ -153,7 +156,7 @@ def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
             graph_module = compat.capture_forward(_Root(shadow), args, kwargs)
             rebound_buffer(shadow, [str(w.message) for w in caught])
             tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
-            target = _LossAndDetached(graph_module)
+            target = _LossAndDetached(graph_module, definition_of(shadow))
             joint = compat.export_joint(_TensorsOnly(target, flat, tensors), tuple(flat[i] for i in tensors), mode)
         except TraceError:
             raise

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+_UNINITIALIZED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 _Noop = Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]
 
 
@@ -61,7 +62,7 @@ def _is_deterministic(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") == "_operator"  # getitem
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return not random and not target._schema.is_mutable and target not in (aten.empty.memory_format, aten.empty_like.default)
+    return not random and not target._schema.is_mutable and target not in _UNINITIALIZED
 
 
 def _key(value: Any) -> Any:

@@ -19,32 +19,38 @@ _TORCH_DIR = os.path.dirname(torch.__file__)
 _OWN_DIR = os.path.dirname(__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
-# (what torch's message contains, what is wrong, what to change); the first that matches is used.
+# (what torch's message contains in lower case, what is wrong, what to change); the first that matches is used.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     ("data-dependent branching", "the code branches on the value of a tensor",
      "use torch.where, or decide on a plain Python value passed as an argument"),
-    ("_local_scalar_dense", "the code reads the value of a tensor (.item(), float(), int(), .tolist())",
+    ("_local_scalar_dense", "the code reads the value of a tensor (.item(), float(), int())",
      "keep the value in a tensor, or pass it as a plain Python argument"),
-    ("`print`", "the code calls print",
+    ("tolist()", "the code reads the values of a tensor (.tolist())",
+     "keep the values in a tensor, or pass them as plain Python arguments"),
+    ("builtin operator `print`", "the code calls print",
      "remove it, or guard it with `if not torch.compiler.is_compiling():`"),
-    ("builtin print", "the code calls print",
-     "remove it, or guard it with `if not torch.compiler.is_compiling():`"),
-    ("nonzero", "the shape of a result depends on values (boolean mask, nonzero)",
+    ("aten.nonzero", "the shape of a result depends on values (boolean mask, nonzero)",
      "use torch.where or multiply by the mask, so that shapes are fixed"),
-    ("dynamic shape operator", "the shape of a result depends on values (boolean mask, nonzero, unique)",
-     "use torch.where or multiply by the mask, so that shapes are fixed"),
-    ("numpy", "the code calls NumPy on tensors",
+    ("dynamic shape operator", "the shape of a result depends on values (nonzero, unique, masked_select)",
+     "use operations whose shapes don't depend on values, such as torch.where"),
+    ("dynamicoutputshape", "the shape of a result depends on values (nonzero, unique, masked_select)",
+     "use operations whose shapes don't depend on values, such as torch.where"),
+    ("numpy", "the code calls a NumPy function that can't be traced",
      "use the torch function of the same name"),
 )  # fmt: skip
+_EXPERTS = (
+    "the tokens of the experts of this mixture-of-experts model are chosen by value",
+    'build it with experts_implementation="grouped_mm" or "batched_mm" instead of "eager"',
+)
 
 
-def located(error: Exception, source: str | None = None) -> TraceError:
-    """A TraceError for an exception raised while capturing."""
-    text = str(error)
+def located(error: Exception, node: fx.Node | None = None) -> TraceError:
+    """A TraceError for an exception raised while capturing, or while running `node` of Dynamo's graph."""
+    text = f"{error}\n{node.meta.get('stack_trace', '')}" if node else str(error)
+    source = source_of(node) if node else None
     source = source or _from_exception(error)
-    what, remedy = _explain(error, text, source)
-    where = f" at {source}" if source else ""
-    return TraceError(f"cannot capture the model: {what}{where}; {remedy}", source)
+    what, remedy = _explain(error, text)
+    return TraceError(f"cannot capture the model: {what}{at(source)}; {remedy}", source)
 
 
 def source_of(node: fx.Node) -> str | None:
@@ -54,53 +60,66 @@ def source_of(node: fx.Node) -> str | None:
 
 def rebound_buffer(model: nn.Module, messages: list[str]) -> None:
     """Raise TraceError if forward binds a buffer or parameter anew (`self.buf = ...`): such an update would be lost."""
-    hits = [m for m in messages if "certain side effects happened" in m]
-    places = [p for m in hits for p in re.findall(r"\"(L\['self'\][^\"]*)\"", m) if "_buffers" in p or "_parameters" in p]
+    listed = [m for m in messages if "certain side effects happened" in m]
+    places = [p for m in listed for p in re.findall(r"\"(L\['self'\][^\"]*)\"", m)]
     for place in places:
+        if "_buffers" not in place and "_parameters" not in place:
+            continue
         path = ".".join(re.findall(r"_modules\['(\w+)'\]", place)[1:])
         module = model.get_submodule(path)
         name, source = _assignment(module)
-        where = f" at {source}" if source else ""
-        called = f"{path or type(module).__name__}.{name}" if name else f"a buffer of {path or type(module).__name__}"
+        owner = path or type(module).__name__
+        called = f"{owner}.{name}" if name else f"a buffer of {owner}"
         raise TraceError(
-            f"forward binds {called} to a new tensor{where}; write into it instead: self.{name or 'name'}.copy_(...)", source
+            f"forward binds {called} to a new tensor{at(source)}; write into it instead: self.{name or 'name'}.copy_(...)",
+            source,
         )
 
 
-def _explain(error: Exception, text: str, source: str | None) -> tuple[str, str]:
-    if "experts" in (source or "") or re.search(r"experts|moe\.py", text.split("from user code")[-1][:2000]):
-        if isinstance(error, compat.TorchDynamoException) or _is_value_dependent(error):
-            return (
-                "the experts of this mixture-of-experts model are chosen by value",
-                'build it with experts_implementation="grouped_mm" or "batched_mm" (not "eager")',
-            )
-    lowered = text.lower()
+def at(source: str | None) -> str:
+    """ " at file:line", or nothing if the line is not known."""
+    return f" at {source}" if source else ""
+
+
+def definition_of(model: nn.Module) -> str | None:
+    """Where the forward of a model is defined."""
+    try:
+        return f"{inspect.getsourcefile(model.forward)}:{inspect.getsourcelines(model.forward)[1]}"
+    except (OSError, TypeError):
+        return None
+
+
+def _explain(error: Exception, text: str) -> tuple[str, str]:
+    """What is wrong and what to change."""
+    by_value = isinstance(error, (compat.DataDependentOutputException, compat.DynamicOutputShapeException))
+    if (by_value or isinstance(error, compat.TorchDynamoException)) and re.search(r"in \w*experts\w*|/moe\.py", text):
+        return _EXPERTS
+    own_words = re.sub(r"^\s*Hint:.*$", "", text.split("from user code")[0], flags=re.MULTILINE)
+    lowered = f"{type(error).__name__}: {own_words}".lower()
     for pattern, what, remedy in _KNOWN:
         if pattern in lowered:
             return what, remedy
     if isinstance(error, compat.UnsupportedOperatorException):
         return f"{error} has no fake implementation", "register one with torch.library.register_fake"
-    first = _first_line(text)
+    raised = re.search(r"raised exception (.+)", own_words)
+    if raised:
+        return f"its code raises {raised.group(1).strip()}", "check that it runs with these example inputs"
     if isinstance(error, compat.TorchDynamoException):
-        return _reason(text) or first, "rewrite this line with torch operations on fixed shapes"
-    return f"{type(error).__name__}: {first}", "check that the model runs on one device with these example inputs"
-
-
-def _is_value_dependent(error: Exception) -> bool:
-    return isinstance(error, (compat.DataDependentOutputException, compat.DynamicOutputShapeException))
+        return _reason(own_words), "rewrite this line with torch operations on fixed shapes"
+    return f"{type(error).__name__}: {_first_line(text)}", "check that it runs on one device with these example inputs"
 
 
 def _first_line(text: str) -> str:
     return next((line.strip().rstrip(".") for line in text.splitlines() if line.strip()), "no reason given")
 
 
-def _reason(text: str) -> str | None:
-    """The cause inside Dynamo's message: `got RuntimeError('...')`, else its explanation."""
+def _reason(text: str) -> str:
+    """The cause inside Dynamo's message: `got RuntimeError('...')`, else its explanation, else its first line."""
     inner = re.search(r"got (\w+\((['\"]).*?\2\))", text, re.DOTALL)
     if inner:
         return inner.group(1)
-    explanation = re.search(r"Explanation: (.+?)(?:\n\s*\n|\n\s*Hint|$)", text, re.DOTALL)
-    return " ".join(explanation.group(1).split()).rstrip(".") if explanation else None
+    explanation = re.search(r"Explanation: (.+?)(?:\n\s*\n|$)", text, re.DOTALL)
+    return " ".join(explanation.group(1).split()).rstrip(".") if explanation else _first_line(text)
 
 
 def _from_exception(error: BaseException) -> str | None:
@@ -117,16 +136,17 @@ def _innermost(frames: list[tuple[str, int]]) -> str | None:
 
 
 def _assignment(module: nn.Module) -> tuple[str | None, str | None]:
-    """Which registered tensor of `module` its code assigns in forward, and where."""
+    """Which registered tensor of `module` its class assigns outside __init__, and where."""
     names = {*module._buffers, *module._parameters}
-    for method in (type(module).forward, *(m for _, m in inspect.getmembers(type(module), inspect.isfunction))):
+    methods: list[Any] = [m for _, m in inspect.getmembers(type(module), inspect.isfunction)]
+    for method in methods:
         if method.__name__ == "__init__" or method.__module__.startswith("torch."):
             continue
         try:
             lines, start = inspect.getsourcelines(method)
             tree = ast.parse(textwrap.dedent("".join(lines)))
-        except (OSError, TypeError, SyntaxError):
-            continue
+        except (OSError, SyntaxError):
+            continue  # no source to look at: the message then names the module alone
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in names:
                 return node.attr, f"{inspect.getsourcefile(method)}:{start + node.lineno - 1}"

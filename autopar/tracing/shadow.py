@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar._torch_compat import FakeTensorMode, is_fake_tensor, is_plain_tensor
+from autopar._torch_compat import FakeTensorMode, has_device, is_fake_tensor, is_plain_tensor
 from autopar.errors import TraceError
 
 
@@ -34,7 +34,8 @@ class Shadow:
 
 
 def make_shadow(model: nn.Module, mode: FakeTensorMode, device: str | None) -> Shadow:
-    """Copy `model` with fake tensors on `device` (its own if None; "cpu" in place of "meta").
+    """Copy `model` with fake tensors on `device` (if None: where each tensor is, and "cpu" for
+    tensors on meta or, being fake, on a device that this build of torch lacks).
 
     Raises TraceError for tensors that can't be planned (subclasses, sparse, complex with gradient, zero-size).
     """
@@ -49,10 +50,10 @@ def make_shadow(model: nn.Module, mode: FakeTensorMode, device: str | None) -> S
 
 
 def fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: str | None) -> torch.Tensor:
-    """A fake tensor of the same shape, stride and dtype, without gradient."""
-    kind = device or ("cpu" if tensor.device.type == "meta" else tensor.device)
+    """A fake tensor of the same shape, stride and dtype, without gradient, on `device` (see `make_shadow`)."""
+    own = tensor.device if has_device(tensor.device.type) else "cpu"
     with mode:
-        return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=kind)
+        return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device or own)
 
 
 class _Copier:
@@ -74,7 +75,7 @@ class _Copier:
         if id(original) in self.done:
             return self.done[id(original)]
         if id(original) not in self.registered and any(True for _ in original.parameters()):
-            raise TraceError(f"{path[:-1]} is a module that the model doesn't register; use nn.ModuleList or nn.ModuleDict")
+            raise TraceError(f"{path[:-1]} is a module that the model doesn't register; use nn.ModuleList or ModuleDict")
         copy = original.__class__.__new__(original.__class__)
         self._remember(original, copy)
         state = dict(vars(original))
@@ -126,8 +127,9 @@ class _Copier:
     def _container(self, value: Any, name: str) -> Any:
         self.open.add(id(value))
         if isinstance(value, dict):
-            copy: Any = type(value)((k, self._value(v, f"{name}.{k}")) for k, v in value.items())
-            changed = any(copy[k] is not v for k, v in value.items())
+            pairs = [(k, self._value(v, f"{name}.{k}")) for k, v in value.items()]
+            changed = any(value[k] is not v for k, v in pairs)
+            copy = type(value)(pairs)
         else:
             items = [self._value(v, f"{name}[{i}]") for i, v in enumerate(value)]
             changed = any(a is not b for a, b in zip(items, value, strict=True))
@@ -141,7 +143,7 @@ class _Copier:
         if id(tensor) in self.done:
             return self.done[id(tensor)]
         if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
-            raise TraceError(f"{name} holds a parameter that no module registers; use nn.ParameterList or nn.ParameterDict")
+            raise TraceError(f"{name} holds a parameter that no module registers; use nn.ParameterList")
         if tensor.device.type == "meta" or is_fake_tensor(tensor):
             raise TraceError(f"{name} is a tensor without values inside a list or dict; register it as a buffer")
         return tensor
@@ -153,6 +155,6 @@ def check_tensor(tensor: torch.Tensor, what: str) -> None:
         kind = f"{type(tensor).__name__}, {tensor.layout}"
         raise TraceError(f"{what} is not a plain dense tensor ({kind}); pass the plain single-device model")
     if tensor.is_complex() and tensor.requires_grad:
-        raise TraceError(f"{what} is complex and requires grad, which is not supported; store its real and imaginary parts")
+        raise TraceError(f"{what} is complex and requires grad, which can't be planned; store real and imaginary parts")
     if tensor.numel() == 0:
         raise TraceError(f"{what} has a dim of size 0 (shape {tuple(tensor.shape)}); remove it")

@@ -152,7 +152,7 @@ def graph_hash(trace: Trace) -> str:
         line = (node.op, _target_text(node), _text((node.args, node.kwargs), index), _shape_text(node.meta.get("val")))
         digest.update(repr(line).encode())
     names = {node.name: i for node, i in index.items()}
-    roles = [("param", p.fqn, names[p.node], p.requires_grad, p.tied) for p in trace.params]
+    roles: list[tuple[Any, ...]] = [("param", p.fqn, names[p.node], p.requires_grad, p.tied) for p in trace.params]
     roles += [("buffer", b.fqn, names[b.node], b.persistent, b.tied) for b in trace.buffers]
     roles += [("input", i.path, names[i.node]) for i in trace.inputs]
     roles += [("output", o.path, None if o.node is None else names[o.node]) for o in trace.outputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -30,14 +30,14 @@ Fraction = Annotated[float, "fraction"]
 
 
 @cache
-def _rules(cls: Hashable) -> dict[str, str]:
+def _rules(cls: type) -> dict[str, str]:
     hints = get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
 def checked(instance: Any, where: str) -> None:
     """Check, and bring to int or float, the fields of a frozen dataclass that have one of the types above."""
-    for name, rule in _rules(type(instance)).items():
+    for name, rule in _rules(instance.__class__).items():
         object.__setattr__(instance, name, checked_value(getattr(instance, name), rule, f"{where}.{name}"))
 
 

@@ -3,6 +3,7 @@
 from autopar.solver.evaluate import CATEGORIES, Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.exhaustive import brute_force
 from autopar.solver.problem import Choice, InfeasibleProblem, Op, Problem, Solution, SolveResult, Value
+from autopar.solver.search import Progress, minimum_capacity, solve
 
 __all__ = [
     "CATEGORIES",
@@ -12,10 +13,13 @@ __all__ = [
     "InvalidSolution",
     "Op",
     "Problem",
+    "Progress",
     "Solution",
     "SolveResult",
     "Value",
     "brute_force",
     "complete",
     "evaluate",
+    "minimum_capacity",
+    "solve",
 ]

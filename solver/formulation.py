@@ -1,0 +1,271 @@
+"""The planning problem as a linear model.
+
+Indices: o, w ops; c choices; v values; q the state a value is made in; p a state it is
+wanted in; e a use (of one value by one op; `Use.rerun` if by an op that runs again).
+All columns are >= 0; (B) marks the binary ones, the others are then integral by themselves
+in some optimal solution, as argued below.
+
+    x[o,c] (B)      op o takes choice c. Ops tied together share it        `_add_choices`
+    y[o,c], R[o](B) op o takes choice c and runs again; R = sum_c y        `_add_reruns`
+    f[e,q,q]        use e takes v as it was made                           `_add_value`
+    f[e,q,p]        use e takes a copy converted from q to p               `add_own`, `add_later`
+    W[v,q,p]        the copy is made in the pass that makes v              `add_own`
+    KC[v,q,p] (B)   that copy is kept for the backward pass                `add_own`
+    WB[v,q,p]       the copy is made in the backward pass                  `add_later`
+    KO[v,q]         the original is kept for the backward pass             `_add_value`
+
+    minimise  sum cost_s (x + y) + sum convert_s (W + WB)   subject to
+    one choice      sum_c x[o,c] = 1                                       `_add_choices`
+    rerun           y[o,c] <= x[o,c],  sum_c y[o,c] = R[o]                 `_add_reruns`
+    made            sum_p f[e,q,p] = made[v,q]  (<= if rerun)              `_add_use`
+    wanted          sum_q f[e,q,p] = wanted[e,p]                           `_add_use`
+    copies          f <= W, f <= KC or f <= WB, as served                  `add_own`, `add_later`
+    kept copies     KC <= W <= sum_e f[e,q,p]                              `add_own`
+    availability    f[e,q,q] + sum_p fB[e,q,p] <= KO[q] + Y[q]             `_add_use`
+                    (fB: served by WB; Y = made by y; left out if e is early)
+    memory          sum of bytes alive at t <= capacity, as they bind      `LinearModel.add_memory_row`
+
+where made[v,q] sums x over the choices that make q, and wanted[e,p] sums x (y for a rerun
+use) over the choices that take p. Why the rest is integral: with x, y integral, made and
+wanted are unit vectors, hence f is; with KC integral too, the flow of a backward use is
+served wholly by KC where KC = 1 and by WB where not (any other split costs at least as
+much), and W, WB, KO are the largest of some integral flows, in cost and in memory.
+
+Where memory is free (`memory=False`) everything is kept: y, R, KO, KC and availability
+fall away, and a backward use may take any copy that the forward pass made.
+
+Columns W, KC, f and WB, f come in *groups*, one per (v, q, p), and only when they pay:
+there are some 600 per value with 25 states. `price` finds those that do: group gains
+bound what forcing the group in can save, since the duals of the group's own rows can be
+chosen best after the fact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.solver.lifetimes import Use, ValueLife
+from autopar.solver.linear import Floats, Ints, LinearModel
+from autopar.solver.problem import Problem
+
+Terms = dict[int, list[int]]  # state -> columns whose sum says "in this state"
+
+
+@dataclass
+class UseRows:
+    """Rows of one use: `made` per source state (aligned with ValueRows.sources), `wanted` per state (-1: never)."""
+
+    use: Use
+    made: Ints
+    wanted: Ints
+    available: Ints | None
+    alias_bytes: Floats | None  # per wanted state, what the result takes at the use's own time if it was converted
+
+
+@dataclass
+class ValueRows:
+    """What the model has of one value. `own_there`, `later_there`: [states, states], groups already in."""
+
+    life: ValueLife
+    sources: list[int]
+    own: list[UseRows]
+    later: list[UseRows]
+    own_there: npt.NDArray[np.bool_]
+    later_there: npt.NDArray[np.bool_]
+    kept_copies: dict[tuple[int, int], int] = field(default_factory=dict)  # (q, p) -> KC
+
+
+class Formulation:
+    """The model of a problem, and the way from its columns back to decisions.
+
+    memory: whether memory is limited at all. cost_scale: model cost per second.
+    """
+
+    def __init__(
+        self, problem: Problem, lives: tuple[ValueLife, ...], model: LinearModel, cost_scale: float, *, memory: bool
+    ) -> None:
+        self.problem, self.lives, self.model = problem, lives, model
+        self.cost_scale, self.memory = cost_scale, memory
+        self.x: list[list[int]] = []
+        self.y: dict[int, list[int]] = {}
+        self.reruns: dict[int, int] = {}
+        self._add_choices()
+        if memory:
+            self._add_reruns()
+        self.values = [self._add_value(v, life) for v, life in enumerate(lives)]
+
+    # -- ops ---------------------------------------------------------------------
+
+    def _add_choices(self) -> None:
+        model = self.model
+        for o, op in enumerate(self.problem.ops):
+            if op.tied_to is None:
+                self.x.append([model.add_column(0.0, integer=True) for _ in op.choices])
+                model.add_row(1.0, 1.0, [(column, 1.0) for column in self.x[o]])
+            else:
+                self.x.append(self.x[op.tied_to])
+            for column, choice in zip(self.x[o], op.choices, strict=True):
+                model.cost[column] += self.cost_scale * choice.cost_s
+                model.hold(column, (0, model.times - 1), choice.persistent_bytes)
+                model.hold(column, (o, o), choice.workspace_bytes)
+                for v, state in zip(op.results, choice.makes, strict=True):
+                    model.hold(column, self.lives[v].base, self.problem.values[v].state_bytes[state])
+
+    def _add_reruns(self) -> None:
+        model = self.model
+        for o, op in enumerate(self.problem.ops):
+            if op.recompute_time is None:
+                continue
+            at = (op.recompute_time, op.recompute_time)
+            self.y[o] = [model.add_column(self.cost_scale * choice.cost_s) for choice in op.choices]
+            self.reruns[o] = model.add_column(0.0, integer=True)
+            model.add_row(0.0, 0.0, [(self.reruns[o], -1.0), *((column, 1.0) for column in self.y[o])])
+            for column, once, choice in zip(self.y[o], self.x[o], op.choices, strict=True):
+                model.add_row(-np.inf, 0.0, [(column, 1.0), (once, -1.0)])
+                model.hold(column, at, choice.workspace_bytes)
+                for v, state in zip(op.results, choice.makes, strict=True):
+                    model.hold(column, self.lives[v].rerun, self.problem.values[v].state_bytes[state])
+
+    # -- values ------------------------------------------------------------------
+
+    def _add_value(self, v: int, life: ValueLife) -> ValueRows:
+        value = self.problem.values[v]
+        made = _terms(self.x[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
+        again: Terms = {}
+        if life.made_by in self.y:
+            again = _terms(self.y[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
+        sources = sorted(made)
+        keep: dict[int, int] = {}
+        if self.memory and life.needs_keeping:
+            for q in sources:
+                keep[q] = self.model.add_column(0.0)
+                self.model.hold(keep[q], life.kept, value.state_bytes[q])
+        own = [self._add_use(v, use, made, sources, {}, {}) for use in life.own_uses]
+        later = [
+            self._add_use(v, use, made, sources, keep, {} if use.early else again)
+            for use in life.later_uses
+            if not use.rerun or self.memory
+        ]
+        n = len(value.state_bytes)
+        blocked = np.isinf(value.convert_s) | np.eye(n, dtype=bool)
+        return ValueRows(life, sources, own, later, blocked.copy(), blocked.copy())
+
+    def _add_use(self, v: int, use: Use, made: Terms, sources: list[int], keep: dict[int, int], again: Terms) -> UseRows:
+        model, op = self.model, self.problem.ops[use.op]
+        wanted = _terms(self.y[use.op] if use.rerun else self.x[use.op], [c.uses[use.slot] for c in op.choices])
+        low = -np.inf if use.rerun else 0.0
+        made_rows = np.array([model.add_row(low, 0.0, [(c, -1.0) for c in made[q]]) for q in sources], dtype=np.int64)
+        wanted_rows = np.full(len(self.problem.values[v].state_bytes), -1, dtype=np.int64)
+        for p, columns in wanted.items():
+            wanted_rows[p] = model.add_row(0.0, 0.0, [(c, -1.0) for c in columns])
+        available = None
+        if keep:
+            available = np.array(
+                [model.add_row(-np.inf, 0.0, [(c, -1.0) for c in (keep[q], *again.get(q, ()))]) for q in sources],
+                dtype=np.int64,
+            )
+        for i, q in enumerate(sources):
+            if wanted_rows[q] >= 0:
+                rows = [(int(made_rows[i]), 1.0), (int(wanted_rows[q]), 1.0)]
+                model.add_column(0.0, rows if available is None else [*rows, (int(available[i]), 1.0)])
+        return UseRows(use, made_rows, wanted_rows, available, self._alias_bytes(v, use))
+
+    def _alias_bytes(self, v: int, use: Use) -> Floats | None:
+        if not use.alias:
+            return None
+        op = self.problem.ops[use.op]
+        result = self.problem.values[op.results[0]]
+        size = np.zeros(len(self.problem.values[v].state_bytes))
+        for choice in op.choices:
+            size[choice.uses[0]] = 0 if result.always_available else result.state_bytes[choice.makes[0]]
+        return size
+
+    # -- groups of conversions ---------------------------------------------------
+
+    def add_own(self, v: int, q: int, p: int) -> None:
+        """Let v be converted from q to p in the pass that makes it (and the copy be kept, if v has later uses)."""
+        rows, value = self.values[v], self.problem.values[v]
+        rows.own_there[q, p] = True
+        takers = [u for u in rows.own if u.wanted[p] >= 0]
+        if not takers or q not in rows.sources:
+            return
+        cost = self.cost_scale * float(value.convert_s[q, p])
+        copy, flows = self._add_copy(rows, takers, q, p, cost, rows.life.own_copy, value.state_bytes[p])
+        later = [u for u in rows.later if u.wanted[p] >= 0]
+        if not later:
+            return
+        source = copy
+        if self.memory:
+            if flows != [copy]:
+                self.model.add_row(-np.inf, 0.0, [(copy, 1.0), *((f, -1.0) for f in flows)])
+            source = rows.kept_copies[q, p] = self.model.add_column(0.0, integer=True)
+            self.model.hold(source, rows.life.kept_copy, value.state_bytes[p])
+            self.model.add_row(-np.inf, 0.0, [(source, 1.0), (copy, -1.0)])
+        for taker in later:
+            flow = self._add_flow(rows, taker, q, p)
+            self.model.add_row(-np.inf, 0.0, [(flow, 1.0), (source, -1.0)])
+
+    def add_later(self, v: int, q: int, p: int) -> None:
+        """Let the forward value v be converted from q to p in the backward pass."""
+        rows, value = self.values[v], self.problem.values[v]
+        rows.later_there[q, p] = True
+        takers = [u for u in rows.later if u.wanted[p] >= 0]
+        if takers and q in rows.sources:
+            cost = self.cost_scale * float(value.convert_s[q, p])
+            _, flows = self._add_copy(rows, takers, q, p, cost, rows.life.later_copy, value.state_bytes[p])
+            for flow, taker in zip(flows, takers, strict=True):
+                if taker.available is not None:
+                    self.model.add_entry(int(taker.available[rows.sources.index(q)]), flow, 1.0)
+
+    def _add_copy(
+        self, rows: ValueRows, takers: list[UseRows], q: int, p: int, cost: float, span: tuple[int, int] | None, size: int
+    ) -> tuple[int, list[int]]:
+        """The column of one converted copy, and the flows of its takers (the column itself if there is one taker)."""
+        model = self.model
+        counted = [u.alias_bytes is None for u in takers]
+        flows = [self._add_flow(rows, taker, q, p) for taker in takers]
+        if len(takers) == 1:
+            copy = flows[0]
+            model.cost[copy] = cost
+            model.hold(copy, span, size if counted[0] else 0)
+            return copy, flows
+        copy = model.add_column(cost)
+        holder = copy
+        if any(counted) and not all(counted):
+            holder = model.add_column(0.0)
+            model.add_row(-np.inf, 0.0, [(holder, 1.0), (copy, -1.0)])
+        model.hold(holder, span, size if any(counted) else 0)
+        for flow, counts in zip(flows, counted, strict=True):
+            model.add_row(-np.inf, 0.0, [(flow, 1.0), (holder if counts else copy, -1.0)])
+        return copy, flows
+
+    def _add_flow(self, rows: ValueRows, taker: UseRows, q: int, p: int) -> int:
+        column = self.model.add_column(0.0, [(int(taker.made[rows.sources.index(q)]), 1.0), (int(taker.wanted[p]), 1.0)])
+        if taker.alias_bytes is not None:
+            self.model.hold(column, (taker.use.op, taker.use.op), float(taker.alias_bytes[p]))
+        return column
+
+    # -- back --------------------------------------------------------------------
+
+    def decisions(self, values: Floats) -> tuple[tuple[int, ...], list[int], list[tuple[int, int]]]:
+        """(choices, recomputed, kept copies) of an integral solution of the model; the likeliest of any other."""
+        choices = tuple(int(np.argmax(values[columns])) for columns in self.x)
+        recomputed = [o for o, column in self.reruns.items() if values[column] > 0.5]
+        copies: list[tuple[int, int]] = []
+        for v, rows in enumerate(self.values):
+            if not self.memory:
+                copies.extend((v, p) for p in range(len(rows.own_there)))
+            copies.extend((v, p) for (_, p), column in rows.kept_copies.items() if values[column] > 0.5)
+        return choices, recomputed, copies
+
+
+def _terms(columns: list[int], states: list[int]) -> Terms:
+    terms: Terms = {}
+    for column, state in zip(columns, states, strict=True):
+        terms.setdefault(state, []).append(column)
+    return terms
+
+

@@ -1,0 +1,194 @@
+"""A linear model that only grows, and its LP in HiGHS's memory.
+
+Columns are nonnegative with no upper bound of their own: bounds that matter are rows, so
+that row duals alone price any column. Besides its coefficients a column may hold memory
+over spans of time; memory rows, one per time, are added when they turn out to bind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+LP_OPTIONS: dict[str, object] = {
+    "output_flag": False,
+    "threads": 1,
+    "random_seed": 7,
+    "solver": "simplex",
+    "small_matrix_value": 1e-12,
+}
+
+
+class LinearModel:
+    """Minimise cost @ x subject to row_low <= A x <= row_high, x >= 0, and memory rows.
+
+    times: number of points in time. byte_scale: factor from bytes to the unit of memory
+    rows, which keeps their numbers near 1. limit: right-hand side of memory rows, in bytes,
+    with constant bytes already taken off; memory beyond it is paid in the column `excess`.
+    """
+
+    def __init__(self, times: int, byte_scale: float, limit: float) -> None:
+        self.times, self.byte_scale, self.limit = times, byte_scale, limit
+        self.cost: list[float] = []
+        self.integer: list[bool] = []
+        self.row_low: list[float] = []
+        self.row_high: list[float] = []
+        self.entries: tuple[list[int], list[int], list[float]] = ([], [], [])
+        self.memory: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
+        self.memory_rows: dict[int, int] = {}  # time -> row
+        self._memory_done = 0
+        self.excess = self.add_column(0.0)
+
+    # -- growing -----------------------------------------------------------------
+
+    def add_column(self, cost: float, rows: Iterable[tuple[int, float]] = (), integer: bool = False) -> int:
+        column = len(self.cost)
+        self.cost.append(cost)
+        self.integer.append(integer)
+        for row, value in rows:
+            self.add_entry(row, column, value)
+        return column
+
+    def add_row(self, low: float, high: float, columns: Iterable[tuple[int, float]] = ()) -> int:
+        row = len(self.row_low)
+        self.row_low.append(low)
+        self.row_high.append(high)
+        for column, value in columns:
+            self.add_entry(row, column, value)
+        return row
+
+    def add_entry(self, row: int, column: int, value: float) -> None:
+        self.entries[0].append(row)
+        self.entries[1].append(column)
+        self.entries[2].append(value)
+
+    def hold(self, column: int, span: tuple[int, int] | None, nbytes: float) -> None:
+        """One unit of `column` holds `nbytes` over `span`. For a column that no LP has seen yet."""
+        if span is not None and nbytes:
+            for stored, item in zip(self.memory, (column, *span, nbytes), strict=True):
+                stored.append(item)  # type: ignore[arg-type]
+
+    def settle_memory(self) -> None:
+        """Enter columns that came since the last call into the memory rows that are there."""
+        if self._memory_done == len(self.memory[0]):
+            return
+        columns, first, last, nbytes = (np.asarray(a[self._memory_done :]) for a in self.memory)
+        for time, row in self.memory_rows.items():
+            alive = np.nonzero((first <= time) & (time <= last))[0]
+            self.entries[0].extend([row] * len(alive))
+            self.entries[1].extend(columns[alive].tolist())
+            self.entries[2].extend((nbytes[alive] * self.byte_scale).tolist())
+        self._memory_done = len(self.memory[0])
+
+    def add_memory_row(self, time: int) -> None:
+        """Demand that memory at `time`, less `excess`, stays within the limit."""
+        self.settle_memory()
+        row = self.add_row(-np.inf, self.limit * self.byte_scale, [(self.excess, -1.0)])
+        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        alive = np.nonzero((first <= time) & (time <= last))[0]
+        self.entries[0].extend([row] * len(alive))
+        self.entries[1].extend(columns[alive].tolist())
+        self.entries[2].extend((nbytes[alive] * self.byte_scale).tolist())
+        self.memory_rows[time] = row
+
+    def memory_line(self, values: Floats) -> Floats:
+        """[times] bytes held by a (fractional) solution, constant bytes not included."""
+        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        if not len(columns):
+            return np.zeros(self.times)
+        held = values[columns.astype(np.int64)] * nbytes
+        steps = np.bincount(first, held, self.times + 1) - np.bincount(last + 1, held, self.times + 1)
+        return np.cumsum(steps)[: self.times]
+
+
+@dataclass(frozen=True)
+class LpResult:
+    """status: "optimal", "infeasible" or "time". duals are per row: reduced cost = cost - duals @ column."""
+
+    status: str
+    objective: float
+    values: Floats
+    duals: Floats
+    reduced: Floats
+
+
+class LiveLp:
+    """The LP of a growing model, solved again and again from the last basis."""
+
+    def __init__(self, model: LinearModel) -> None:
+        self.model = model
+        self.highs = highspy.Highs()
+        self.highs.setOptionValue("output_flag", False)  # before all others, or HiGHS prints its banner
+        for name, option in LP_OPTIONS.items():
+            self.highs.setOptionValue(name, option)
+        self._columns = self._rows = self._entries = 0
+
+    def set_costs(self, costs: Sequence[float]) -> None:
+        """Replace the cost of all columns (only inside the LP; the model keeps its own)."""
+        self.sync()
+        n = len(self.model.cost)
+        self.highs.changeColsCost(n, np.arange(n, dtype=np.int32), np.asarray(costs, dtype=np.float64))
+
+    def set_upper(self, column: int, upper: float) -> None:
+        self.sync()
+        self.highs.changeColBounds(column, 0.0, upper)
+
+    def sync(self) -> None:
+        """Hand new columns and rows to HiGHS."""
+        model = self.model
+        model.settle_memory()
+        rows, columns = (np.asarray(a[self._entries :], dtype=np.int64) for a in model.entries[:2])
+        values = np.asarray(model.entries[2][self._entries :], dtype=np.float64)
+        n, m = len(model.cost), len(model.row_low)
+        if n > self._columns:
+            pick = rows < self._rows
+            start, index, value = compress(columns[pick] - self._columns, rows[pick], values[pick], n - self._columns)
+            cost = np.asarray(model.cost[self._columns :], dtype=np.float64)
+            low, high = np.zeros(len(cost)), np.full(len(cost), np.inf)
+            self.highs.addCols(len(cost), cost, low, high, len(index), start, index, value)
+        if m > self._rows:
+            pick = rows >= self._rows
+            start, index, value = compress(rows[pick] - self._rows, columns[pick], values[pick], m - self._rows)
+            low = np.asarray(model.row_low[self._rows :], dtype=np.float64)
+            high = np.asarray(model.row_high[self._rows :], dtype=np.float64)
+            self.highs.addRows(len(low), low, high, len(index), start, index, value)
+        self._columns, self._rows, self._entries = n, m, len(model.entries[0])
+
+    def solve(self, time_limit_s: float | None) -> LpResult:
+        self.sync()
+        limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01) + self.highs.getRunTime()
+        self.highs.setOptionValue("time_limit", limit)
+        self.highs.run()
+        status = self.highs.getModelStatus()
+        kinds = highspy.HighsModelStatus
+        solution = self.highs.getSolution()
+        values, duals, reduced = (
+            np.asarray(a, dtype=np.float64) for a in (solution.col_value, solution.row_dual, solution.col_dual)
+        )
+        if status == kinds.kOptimal:
+            return LpResult("optimal", self.highs.getObjectiveValue(), values, duals, reduced)
+        if status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
+            return LpResult("infeasible", np.inf, values, duals, reduced)
+        if status == kinds.kTimeLimit:
+            return LpResult("time", np.inf, values, duals, reduced)
+        raise RuntimeError(f"HiGHS stopped an LP with {self.highs.modelStatusToString(status)}: report this problem")
+
+
+def compress(major: Ints, minor: Ints, values: Floats, majors: int) -> tuple[npt.NDArray[np.int32], ...]:
+    """COO to compressed form (starts, minor indices, values); duplicates are summed, zeros dropped."""
+    if len(major):
+        width = int(minor.max()) + 1
+        keys, inverse = np.unique(major * width + minor, return_inverse=True)
+        summed = np.bincount(inverse, values, len(keys))
+        keep = summed != 0.0
+        keys, values = keys[keep], summed[keep]
+        major, minor = keys // width, keys % width
+    starts = np.searchsorted(major, np.arange(majors)).astype(np.int32)
+    return starts, minor.astype(np.int32), values.astype(np.float64)  # type: ignore[return-value]

@@ -1,0 +1,250 @@
+"""One model of a problem, relaxed and then solved in integers.
+
+`Stage.relax` solves the LP exactly: conversion groups come in as their gain demands, memory
+rows as they are violated. `Stage.search` then finds integral solutions. It keeps only the
+columns whose reduced cost does not exceed a *slack*: any solution cheaper than LP bound +
+slack uses no other. So when the best solution found costs no more than that, it is
+optimal among all; otherwise the slack grows to what the incumbent leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.solver.evaluate import Evaluation, complete, evaluate
+from autopar.solver.formulation import Formulation
+from autopar.solver.lifetimes import ValueLife
+from autopar.solver.linear import Floats, LinearModel, LiveLp, LpResult
+from autopar.solver.mip import MipResult, solve_mip
+from autopar.solver.pricing import Prices, price
+from autopar.solver.problem import Problem, Solution
+
+COST_UNITS = 1e3  # the model's objective is about this large, so that HiGHS's absolute tolerances are relative ones
+BYTE_UNITS = 1e4  # a memory limit in the model's unit
+PRICED_OUT = 1e-7  # gains below this, in cost units, are rounding
+FIRST_SLACK = 1e-3  # of the bound
+SLACK_GROWTH = 8.0
+LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
+
+Accept = Callable[[Solution, Evaluation], None]
+
+
+class SolverError(RuntimeError):
+    """The solver contradicts itself: a bug here, never the user's fault."""
+
+
+class Clock:
+    """Wall time since the start, against an optional limit in seconds."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self.started, self.limit_s = time.perf_counter(), limit_s
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def left_s(self) -> float | None:
+        return None if self.limit_s is None else self.limit_s - self.elapsed_s()
+
+    def out(self) -> bool:
+        left = self.left_s()
+        return left is not None and left <= 0
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """status: "optimal", "infeasible" or "time"; bound in model units; result of the last LP that was solved."""
+
+    status: str
+    bound: float
+    result: LpResult | None
+
+
+class Stage:
+    """A model with its LP.
+
+    limit_bytes: None where memory is free. excess: minimise the bytes beyond the limit instead of the cost.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        lives: tuple[ValueLife, ...],
+        clock: Clock,
+        cost_scale: float,
+        *,
+        limit_bytes: int | None,
+        byte_reference: float = 1.0,
+        excess: bool = False,
+    ) -> None:
+        self.problem, self.lives, self.clock, self.excess = problem, lives, clock, excess
+        self.limit_bytes, self.cost_scale = limit_bytes, cost_scale
+        limit = 0.0 if limit_bytes is None else float(limit_bytes - problem.constant_bytes)
+        self.model = LinearModel(len(problem.ops), BYTE_UNITS / max(byte_reference, 1.0), limit)
+        self.form = Formulation(problem, lives, self.model, cost_scale, memory=limit_bytes is not None)
+        self.live = LiveLp(self.model)
+        self.stats = {"lp_solves": 0.0, "mips": 0.0, "mip_columns": 0.0}
+        self._add_first_groups()
+
+    def _add_first_groups(self) -> None:
+        """For every source its cheapest targets, for every target its cheapest sources: enough to start with."""
+        for v, rows in enumerate(self.form.values):
+            wanted = sorted({int(p) for u in (*rows.own, *rows.later) for p in np.nonzero(u.wanted >= 0)[0]})
+            cost = np.where(rows.own_there, np.inf, self.problem.values[v].convert_s)
+            pairs = {(q, min(wanted, key=lambda p, q=q: cost[q, p])) for q in rows.sources if wanted}
+            pairs |= {(min(rows.sources, key=lambda q, p=p: cost[q, p]), p) for p in wanted}
+            self.add_groups((v, q, p) for q, p in sorted(pairs))
+
+    def add_groups(self, groups: Iterable[tuple[int, int, int]]) -> None:
+        for v, q, p in groups:
+            rows = self.form.values[v]
+            if rows.own and not rows.own_there[q, p]:
+                self.form.add_own(v, q, p)
+            if rows.later and not rows.later_there[q, p]:
+                self.form.add_later(v, q, p)
+
+    def add_all_groups(self) -> None:
+        for v, rows in enumerate(self.form.values):
+            self.add_groups((v, q, p) for q in rows.sources for p in range(len(rows.own_there)))
+
+    # -- the LP ------------------------------------------------------------------
+
+    def costs(self) -> Floats:
+        """[columns] the objective of this stage."""
+        if not self.excess:
+            return np.asarray(self.model.cost)
+        costs = np.zeros(len(self.model.cost))
+        costs[self.model.excess] = 1.0
+        return costs
+
+    def relax(self, *, stop_at_zero: bool = False) -> Relaxation:
+        """Solve the LP relaxation over all groups and all memory rows. stop_at_zero: an objective of 0 will do."""
+        bound = 0.0
+        self.live.set_upper(self.model.excess, np.inf if self.excess else 0.0)
+        while True:
+            self.live.set_costs(self.costs())
+            result = self.live.solve(self.clock.left_s())
+            self.stats["lp_solves"] += 1
+            if result.status != "optimal":
+                return Relaxation(result.status, bound, None)
+            rows = self._violated(self.model.memory_line(result.values), result.values[self.model.excess])
+            found = price(self.form, self.prices(result), PRICED_OUT)
+            bound = max(bound, result.objective - found.total_gain)
+            done = not rows and (stop_at_zero and result.objective <= PRICED_OUT)
+            if done or (not rows and not found.own and not found.later):
+                return Relaxation("optimal", bound, result)
+            if self.clock.out():
+                return Relaxation("time", bound, result)
+            found.add_to(self.form)
+            for at in rows:
+                self.model.add_memory_row(at)
+
+    def prices(self, result: LpResult) -> Prices:
+        return Prices.of(self.form, result.duals, 0.0 if self.excess else self.cost_scale)
+
+    def _violated(self, line: Floats, excess: float) -> list[int]:
+        """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the local maxima."""
+        if self.limit_bytes is None or not len(line):
+            return []
+        limit = self.model.limit + excess / self.model.byte_scale
+        over = line > limit + 1e-6 / self.model.byte_scale
+        peaks = over & (line >= np.append(line[1:], -np.inf)) & (line > np.append(-np.inf, line[:-1]))
+        fresh = [int(t) for t in np.nonzero(peaks)[0] if int(t) not in self.model.memory_rows]
+        return fresh or [int(t) for t in np.nonzero(over)[0] if int(t) not in self.model.memory_rows]
+
+    # -- integers ----------------------------------------------------------------
+
+    def search(self, relaxed: Relaxation, accept: Accept, cutoff: float, gap: float) -> float:
+        """Find solutions, hand each to `accept`, and return a bound in model units.
+
+        cutoff: objective of the best solution known so far, in model units (inf if none).
+        gap: relative, good enough.
+        """
+        assert relaxed.result is not None
+        low, best, proven = relaxed.bound, cutoff, relaxed.bound
+        slack = max(FIRST_SLACK * low, PRICED_OUT)
+        while not self.clock.out():
+            if best < np.inf:
+                slack = min(slack, max(best - low, 0.0))
+            if slack > LAST_SLACK * max(low, 1.0) and best == np.inf:
+                slack = np.inf
+            mip, found = self._restricted(relaxed.result, slack, accept, gap)
+            best = min(best, found)
+            proven = max(proven, min(mip.bound, low + slack))
+            if best - proven <= gap * best + 1e-9 or slack == np.inf or low + slack >= best:
+                break
+            slack = best - low if best < np.inf else slack * SLACK_GROWTH
+        return min(proven, best)
+
+    def _restricted(self, lp: LpResult, slack: float, accept: Accept, gap: float) -> tuple[MipResult, float]:
+        """The integer program on columns of reduced cost <= slack: its last run, and the best valid objective."""
+        price(self.form, self.prices(lp), -slack if slack < np.inf else -np.inf).add_to(self.form)
+        bound = -np.inf
+        while True:
+            alive = np.ones(len(self.model.cost), dtype=bool)
+            alive[: len(lp.reduced)] = lp.reduced <= slack + 1e-6
+            alive[self.model.excess] = self.excess
+            self.stats["mips"] += 1
+            self.stats["mip_columns"] = max(self.stats["mip_columns"], float(alive.sum()))
+            mip = solve_mip(self.model, alive, self.costs(), gap=gap, time_limit_s=self.clock.left_s())
+            bound = max(bound, mip.bound)
+            mip = MipResult(mip.status, mip.values, mip.objective, bound)
+            if mip.values is None:
+                return mip, np.inf
+            if self._settle(mip, accept, gap):
+                return mip, mip.objective
+            if self.clock.out():
+                return mip, np.inf
+
+    def _settle(self, mip: MipResult, accept: Accept, gap: float) -> bool:
+        """Check an integral solution with `evaluate`; accept it, or add the memory rows that it violates."""
+        assert mip.values is not None
+        choices, recomputed, copies = self.form.decisions(mip.values)
+        solution = complete(self.problem, choices, recomputed, copies, self.lives)
+        found = evaluate(self.problem, solution, self.lives)
+        if self.limit_bytes is not None:
+            limit = self.model.limit + (mip.values[self.model.excess] / self.model.byte_scale if self.excess else 0.0)
+            line = found.memory_bytes.astype(np.float64) - self.problem.constant_bytes
+            rows = [int(t) for t in np.nonzero(line > limit + 1e-6 / self.model.byte_scale)[0]]
+            fresh = [t for t in rows if t not in self.model.memory_rows]
+            if fresh:
+                for at in self._violated(line, mip.values[self.model.excess]) or fresh:
+                    self.model.add_memory_row(at)
+                return False
+            over = np.nonzero(line > limit)[0] if not self.excess else np.zeros(0)
+            if len(over):
+                self._forbid(mip.values, int(over[0]))
+                return False
+        self._agree(mip, found, gap)
+        accept(solution, found)
+        return True
+
+    def _forbid(self, values: Floats, at: int) -> None:
+        """A cover cut: HiGHS let memory at `at` pass by its tolerance, but these columns cannot all be 1."""
+        columns, first, last, nbytes = (np.asarray(a) for a in self.model.memory)
+        alive = (first <= at) & (at <= last) & (values[columns.astype(np.int64)] > 0.5)
+        cover = sorted(set(columns[alive].astype(int).tolist()) - {self.model.excess})
+        if nbytes[alive].sum() <= self.model.limit:
+            raise SolverError(f"memory at time {at} is over the limit, but not by the model's columns: report this problem")
+        self.model.add_row(-np.inf, len(cover) - 1.0, [(c, 1.0) for c in cover])
+
+    def _agree(self, mip: MipResult, found: Evaluation, gap: float) -> None:
+        """The model's objective and the price from scratch must agree."""
+        if self.excess:
+            return
+        priced = found.cost_s * self.cost_scale
+        rounding = 1e-6 * max(1.0, abs(priced))
+        if priced > mip.objective + rounding or priced < mip.objective * (1 - gap) - rounding:
+            raise SolverError(
+                f"the model says {mip.objective / self.cost_scale:.9g} s, but the solution costs {found.cost_s:.9g} s "
+                "priced from scratch: report this problem"
+            )
+
+
+def bytes_bound(stage: Stage, bound: float) -> int:
+    """A bound of a stage that minimises excess over a limit of 0, in whole bytes (constant bytes included)."""
+    return max(0, math.ceil(bound / stage.model.byte_scale * (1 - 1e-9) - 1e-3)) + stage.problem.constant_bytes

@@ -26,8 +26,11 @@ from autopar.errors import (
 )
 
 if TYPE_CHECKING:
-    from autopar.api import Plan, Program, Report, compile, plan, verify
+    from autopar.api import compile, plan, verify
     from autopar.cluster import ClusterSpec
+    from autopar.explain import Report
+    from autopar.plans import Plan
+    from autopar.runtime.program import Program
 
 __version__ = "0.1.0"
 
@@ -35,9 +38,9 @@ __version__ = "0.1.0"
 # it would replace the name by the module (tests/test_architecture.py sees to that).
 _LAZY = {
     "ClusterSpec": "autopar.cluster",
-    "Plan": "autopar.api",
-    "Program": "autopar.api",
-    "Report": "autopar.api",
+    "Plan": "autopar.plans",
+    "Program": "autopar.runtime.program",
+    "Report": "autopar.explain",
     "compile": "autopar.api",
     "plan": "autopar.api",
     "verify": "autopar.api",

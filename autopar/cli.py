@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -110,8 +109,8 @@ def _add_plan(commands: Any) -> None:
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--memory-limit-gb", type=_positive_float, metavar="GB", help="per device, in 10^9 bytes")
     limit.add_argument("--memory-limit-bytes", type=_positive_int, metavar="BYTES", help="per device, in bytes")
-    add("--precision", help="as in autopar.plan(precision=...)")
-    add("--optimizer", help="as in autopar.plan(optimizer=...)")
+    add("--precision", help="of the model (default: its own dtype), as in autopar.plan")
+    add("--optimizer", help="whose state is planned for (default adamw), as in autopar.plan")
     add("--time-limit-s", type=_positive_float, metavar="S", help="stop proving after S seconds; the gap is reported")
     add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=PIN_HELP)
     add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
@@ -173,6 +172,7 @@ def parse_pin(text: str) -> tuple[str, Any]:
 def run_plan(args: argparse.Namespace) -> int:
     """Plan, save, and print the report or the figures."""
     import autopar
+    from autopar.api import with_model
 
     _check_writable(args.output)
     pin = _merge_pins(args.pin)
@@ -191,7 +191,7 @@ def run_plan(args: argparse.Namespace) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     with _Progress() as progress:
         plan = autopar.plan(model, cluster, progress=progress.show, **given)
-    plan = replace(plan, options=replace(plan.options, model=spec))
+    plan = with_model(plan, spec)
     if args.output is not None:
         plan.save(args.output)
     print(_to_json({**plan.layout(), **plan.to_summary()}) if args.json else plan.explain())

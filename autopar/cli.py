@@ -171,11 +171,11 @@ def parse_pin(text: str) -> tuple[str, Any]:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Plan, save, and print the report or the figures."""
-    import autopar
-    from autopar.api import with_model
-
     _check_writable(args.output)
     pin = _merge_pins(args.pin)
+    import autopar  # late, as it brings torch
+    from autopar.api import with_model
+
     cluster = _load_cluster(args.cluster, args.gpus)
     spec = args.model + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
     model = _load_model(spec)
@@ -202,9 +202,9 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Print the report of a plan file, or write it as HTML."""
+    _check_writable(args.html)
     import autopar
 
-    _check_writable(args.html)
     report = autopar.Plan.load(args.plan).explain()
     if args.html is not None:
         report.to_html(args.html)
@@ -254,7 +254,7 @@ def _load_model(spec: str) -> nn.Module:
     from autopar.models import load_model
 
     name, _, attention = spec.partition(ATTENTION_MARK)
-    return load_model(name, **({"attention": attention} if attention else {}))
+    return load_model(name, attention=attention or None)
 
 
 def _memory_limit_bytes(args: argparse.Namespace) -> int | None:

@@ -91,9 +91,11 @@ def train_parallel(args: argparse.Namespace) -> dict[str, Any]:
     """The same model compiled for what torchrun started. Peaks are of the worst rank."""
     cluster = autopar.ClusterSpec.local()
     example = next(batches(1, args.batch, args.seq))
-    limit = {} if args.memory_limit_mb is None else {"memory_limit_bytes": int(args.memory_limit_mb * 10**6)}
+    limit_bytes = None if args.memory_limit_mb is None else int(args.memory_limit_mb * 10**6)
     start = time.perf_counter()
-    program = autopar.compile(build_model(), cluster, example_inputs=((), example), **limit)
+    program = autopar.compile(build_model(), cluster, example_inputs=((), example), memory_limit_bytes=limit_bytes)
+    plan = program.plan
+    assert plan is not None  # example_inputs were given
     compile_s = time.perf_counter() - start
     if dist.get_rank() == 0:
         print(program.explain())
@@ -101,12 +103,11 @@ def train_parallel(args: argparse.Namespace) -> dict[str, Any]:
     peaks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, result["peak_bytes"])
     dist.destroy_process_group()
-    summary = program.plan.to_summary()
     return {
         **result,
         "peak_bytes": max(peaks),
-        "predicted_peak_bytes": summary["peak_bytes"],
-        "layout": program.plan.layout(),
+        "predicted_peak_bytes": plan.to_summary()["peak_bytes"],
+        "layout": plan.layout(),
         "compile_s": compile_s,
     }
 

@@ -137,7 +137,7 @@ def is_private_torch(dotted: str) -> bool:
 
 
 def dotted_name(node: ast.expr) -> str | None:
-    """"a.b.c" for the expression a.b.c, else None."""
+    """The text of an expression that is a chain of names (a.b.c), else None."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -198,7 +198,9 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_import_is_free_of_torch() -> None:
-    script = "import sys, autopar, autopar.solver; print([m for m in ('torch', 'rich', 'matplotlib') if m in sys.modules])"
+    script = (
+        "import sys, autopar, autopar.solver; print([m for m in ('torch', 'rich', 'matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

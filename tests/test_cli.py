@@ -56,9 +56,7 @@ def test_pins(text: str, pin: tuple[str, Any]) -> None:
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     code, out, err = run(capsys, *argv)
     assert (code, out) == (cli.EXIT_USAGE, "")
     assert err.startswith("autopar: error: ")
@@ -136,8 +134,12 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256,
-        "num_attention_heads": 8, "num_key_value_heads": 8,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
     }
     (folder / "config.json").write_text(json.dumps(config))
     argv = ["plan", "--model", str(folder / "config.json"), "--cluster", "cpu", "--gpus", "2", "--seq", "16"]

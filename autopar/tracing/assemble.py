@@ -87,12 +87,12 @@ def _roles(graph_module: fx.GraphModule, input_paths: list[str]) -> _Raw:
     output = graph_module.graph.output_node()
     for node, desc in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
         if isinstance(desc, compat.PlainAOTOutput):
-            raw.outputs[desc.idx] = node  # type: ignore[assignment]
+            raw.outputs[desc.idx] = node
         elif isinstance(desc, compat.GradAOTOutput):
             if isinstance(node, fx.Node) and isinstance(desc.grad_of, compat.ParamAOTInput):
                 raw.grads[_fqn(desc.grad_of.target)] = node
         elif isinstance(desc, compat.InputMutationAOTOutput):
-            raw.updates[_updated_buffer(desc.mutated_input, node, input_paths)] = node  # type: ignore[assignment]
+            raw.updates[_updated_buffer(desc.mutated_input, node, input_paths)] = node
         elif node is not None:
             raise TraceError(f"the captured graph has an output of an unknown kind ({desc}); please report this model")
     return raw
@@ -175,7 +175,7 @@ class _Assembler:
         output.meta["val"] = tuple(self.new[v].meta["val"] for v in values)
         output.meta["module_path"] = ""
         clean(self.graph)
-        names = iter(n.name for n in output.args[0])  # type: ignore[union-attr]
+        names = iter(n.name for n in output.args[0])
         outputs = dict(zip(self.roles.outputs, names, strict=False))
         updates = dict(zip(self.roles.updates, names, strict=False))
         grads = dict(zip(self.roles.grads, names, strict=False))

@@ -87,7 +87,7 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     if pair is not None:
         return pair
     before, after = source.meta.get("val"), node.meta.get("val")
-    test = _NOOPS.get(node.target)  # type: ignore[arg-type]
+    test = _NOOPS.get(node.target)
     if test is None or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return None
     same = before.shape == after.shape and before.dtype == after.dtype and before.device == after.device

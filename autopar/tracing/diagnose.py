@@ -70,10 +70,8 @@ def rebound_buffer(model: nn.Module, messages: list[str]) -> None:
         name, source = _assignment(module)
         owner = path or type(module).__name__
         called = f"{owner}.{name}" if name else f"a buffer of {owner}"
-        raise TraceError(
-            f"forward binds {called} to a new tensor{at(source)}; write into it instead: self.{name or 'name'}.copy_(...)",
-            source,
-        )
+        remedy = f"write into it instead: self.{name or 'name'}.copy_(...)"
+        raise TraceError(f"forward binds {called} to a new tensor{at(source)}; {remedy}", source)
 
 
 def at(source: str | None) -> str:

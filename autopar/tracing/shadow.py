@@ -75,7 +75,7 @@ class _Copier:
         if id(original) in self.done:
             return self.done[id(original)]
         if id(original) not in self.registered and any(True for _ in original.parameters()):
-            raise TraceError(f"{path[:-1]} is a module that the model doesn't register; use nn.ModuleList or ModuleDict")
+            raise TraceError(f"{path[:-1]} is a module that no module registers; use nn.ModuleList or ModuleDict")
         copy = original.__class__.__new__(original.__class__)
         self._remember(original, copy)
         state = dict(vars(original))
@@ -118,14 +118,15 @@ class _Copier:
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.module(value.__self__, f"{name}."))
         if isinstance(value, functools.partial):
-            inner = [self._value(v, name) for v in (value.func, *value.args)]
-            return functools.partial(*inner, **{k: self._value(v, name) for k, v in value.keywords.items()})
+            keywords = {k: self._value(v, name) for k, v in value.keywords.items()}
+            return functools.partial(self._value(value.func, name), *(self._value(v, name) for v in value.args), **keywords)
         if type(value) in (list, tuple, dict, OrderedDict, set) and id(value) not in self.open:
             return self._container(value, name)
         return value
 
     def _container(self, value: Any, name: str) -> Any:
         self.open.add(id(value))
+        copy: Any
         if isinstance(value, dict):
             pairs = [(k, self._value(v, f"{name}.{k}")) for k, v in value.items()]
             changed = any(value[k] is not v for k, v in pairs)

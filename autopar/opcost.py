@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
-from autopar._torch_compat import tree_map_only
 from autopar.cost.compute import op_class, op_flops
 from autopar.cost.model import CostModel
 from autopar.dataflow import Operand, result_metas

@@ -38,10 +38,13 @@ class GraphBuilder:
         self.graph = fx.Graph()
         self.origin: str | None = None
         self._last_placeholder: fx.Node | None = None
+        self._input_names: dict[str, int] = {}
         self._coords = [self.placeholder(f"coord{axis}", 0) for axis in range(len(self.mesh))]
 
     def placeholder(self, name: str, value: Any) -> fx.Node:
-        """A new input of the graph, after the inputs that are there."""
+        """A new input of the graph, after the inputs that are there; its name is made unique."""
+        self._input_names[name] = self._input_names.get(name, -1) + 1
+        name = f"{name}__{self._input_names[name]}" if self._input_names[name] else name
         anchor = self._last_placeholder
         if anchor is None:
             node = self.graph.placeholder(name)

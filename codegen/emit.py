@@ -67,7 +67,7 @@ class _Emitter:
     def __init__(
         self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, bucket_bytes: int
     ) -> None:
-        self.trace, self.decisions, self.mesh, self.costs = trace, decisions, mesh
+        self.trace, self.decisions, self.mesh = trace, decisions, mesh
         self.flow = Dataflow(trace.graph_module.graph)
         self.views = ViewMaps(mesh)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}

@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.utils import _pytree as pytree
 
-from autopar.errors import PlanMismatch, RuntimeFailure
+from autopar.errors import RuntimeFailure
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
 from autopar.runtime.binding import bind_inputs
@@ -46,24 +47,21 @@ class Program(nn.Module):
     plan: the plan in use (None before the first call).
     """
 
-    def __init__(self, model: nn.Module, planner: Planner, example: Call | None = None) -> None:
+    def __init__(self, model: nn.Module, planner: Planner) -> None:
         super().__init__()
         self._model = [model]  # in a list: not a submodule, its weights are not ours
         self._planner = planner
         self._compiled: dict[object, Compiled] = {}
         self._first: Compiled | None = None
-        self._tied: dict[str, str] = {}
         _mirror(self, model)
         self.register_load_state_dict_pre_hook(_distribute_loaded)
         self.train(model.training)
-        if example is not None:
-            self._prepare(example)
 
     # -- calling -------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the global batch; the loss is differentiable and whole on every rank."""
-        compiled = self._prepare((args, kwargs))
+        compiled = self.prepare((args, kwargs))
         trace = compiled.trace
         inputs = bind_inputs(trace, self._model[0], args, kwargs)
         params = dict(self.named_parameters())
@@ -112,7 +110,8 @@ class Program(nn.Module):
 
     # -- preparing -----------------------------------------------------------------
 
-    def _prepare(self, call: Call) -> Compiled:
+    def prepare(self, call: Call) -> Compiled:
+        """Plan and emit for this call's shapes, if that has not been done yet."""
         key = (_signature(call), self.training)
         if key not in self._compiled:
             model = self._model[0]
@@ -263,21 +262,13 @@ def _distribute_loaded(program: nn.Module, state_dict: dict[str, Any], prefix: s
 
 def _loss_of(result: Any) -> torch.Tensor:
     """The loss among what the model returns: the only leaf with a gradient function."""
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = pytree.tree_leaves(result)
     return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
 
 
 def _signature(call: Call) -> tuple[object, ...]:
     """What decides whether a call can use the same plan: structure, shapes, dtypes and constants."""
-    leaves, spec = torch.utils._pytree.tree_flatten(call)
+    leaves, spec = pytree.tree_flatten(call)
     kinds = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
     return (kinds, str(spec))
 
-
-def check_world(plan: Plan, world_size: int) -> None:
-    """Raise PlanMismatch unless the plan is for this many ranks."""
-    if plan.devices != world_size:
-        raise PlanMismatch(
-            f"the plan is for {plan.devices} ranks, but {world_size} are running; start torchrun with "
-            f"{plan.devices} processes in all, or plan again for {world_size} devices"
-        )

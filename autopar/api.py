@@ -1,0 +1,247 @@
+"""The face: plan, compile, verify. Each reads like the pipeline it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.cluster import ClusterSpec
+from autopar.codegen.schedule import emit_within, persistent_memory
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.errors import AutoparError, PlanMismatch
+from autopar.explain import Report
+from autopar.figures import predicted_figures
+from autopar.layout import axis_roles, layout_keys
+from autopar.models import example_inputs as default_inputs
+from autopar.placements import State
+from autopar.plan_types import Decisions
+from autopar.planning import SearchResult, SearchSettings, search
+from autopar.plans import Candidate, InputShape, Plan, PlanOptions
+from autopar.runtime.execute import RankProgram
+from autopar.runtime.program import Call, Compiled, Program
+from autopar.runtime.world import agree, device_mesh, join_world
+from autopar.trace import Trace, graph_hash, trace
+from autopar.verification import VerifyReport, verify
+
+__all__ = ["Plan", "Program", "Report", "VerifyReport", "compile", "plan", "verify"]
+
+
+def plan(
+    model: nn.Module,
+    cluster: ClusterSpec,
+    *,
+    example_inputs: Call | None = None,
+    seq: int | None = None,
+    global_batch: int | None = None,
+    precision: str = "model",
+    optimizer: str = "adamw",
+    memory_limit_bytes: int | None = None,
+    objective: str = "throughput",
+    time_limit_s: float | None = None,
+    pin: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Find the fastest plan for `model` on `cluster`. Needs no GPU, no process group and no weights.
+
+    example_inputs: (args, kwargs) of the global batch, real, meta or fake tensors; for a transformers
+        model `seq` and `global_batch` will do.
+    memory_limit_bytes: per device; the device's memory less its reserve if not given.
+    time_limit_s: of the search; the best plan by then is returned with its proven gap.
+    pin: what is fixed, see `autopar.pins`.
+    Raises TraceError, Infeasible, PinError, ClusterSpecError.
+    """
+    _check_options(precision, objective)
+    call = example_inputs or _default_call(model, global_batch, seq)
+    began = time.perf_counter()
+    traced = trace(model, call)
+    trace_s = time.perf_counter() - began
+    options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
+    return _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress).with_timings(
+        trace_s=trace_s
+    )
+
+
+def compile(
+    model: nn.Module,
+    cluster: ClusterSpec,
+    *,
+    plan: Plan | None = None,
+    example_inputs: Call | None = None,
+    seq: int | None = None,
+    global_batch: int | None = None,
+    precision: str = "model",
+    optimizer: str = "adamw",
+    memory_limit_bytes: int | None = None,
+    objective: str = "throughput",
+    time_limit_s: float | None = None,
+    pin: Mapping[str, Any] | None = None,
+    inputs: str = "global",
+) -> Program:
+    """An ordinary nn.Module that runs `model` in parallel on the ranks that torchrun started.
+
+    Plans at its first call, on the real batch, or at once with `example_inputs` (or `seq`); with `plan` it
+    runs that plan. Options as in `plan`. Raises RuntimeFailure outside torchrun, PlanMismatch
+    where world size, model or batch differ from the plan's.
+    """
+    _check_options(precision, objective)
+    if inputs != "global":
+        raise AutoparError(f"inputs={inputs!r} is not available yet; pass the global batch on every rank")
+    if plan is not None and plan.devices != cluster.devices:
+        raise PlanMismatch(f"the plan is for {plan.devices} devices, the cluster has {cluster.devices}; plan again")
+    join_world(cluster.devices, cluster.device.kind)
+
+    def planner(module: nn.Module, call: Call, fixed: dict[str, State] | None) -> Compiled:
+        traced = trace(module, call)
+        if plan is not None and fixed is None:
+            return _ready(traced, _matching(plan, traced), cluster)
+
+        def make() -> str:
+            options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
+            mesh = program.plan.mesh if fixed is not None and program.plan else None
+            found = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, fixed=fixed, fixed_mesh=mesh)
+            return found.dumps()
+
+        text = make() if cluster.devices == 1 else agree(make, cluster.device.kind)
+        return _ready(traced, _matching(Plan.loads(text), traced), cluster)
+
+    at_once = example_inputs or (_default_call(model, global_batch, seq) if seq is not None else None)
+    program = Program(model, planner)
+    if at_once is not None:
+        program.prepare(at_once)
+    return program
+
+
+# -- the pipeline -----------------------------------------------------------------------
+
+
+def _plan_trace(
+    traced: Trace,
+    cluster: ClusterSpec,
+    options: PlanOptions,
+    *,
+    time_limit_s: float | None = None,
+    fixed: Mapping[str, State] | None = None,
+    fixed_mesh: tuple[int, ...] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    spec = OptimizerSpec(options.optimizer)
+
+    def memory_of(decisions: Decisions, mesh: tuple[int, ...], costs: CostModel) -> int:
+        always = persistent_memory(traced, decisions, mesh, spec).total
+        return emit_within(traced, decisions, mesh, costs, always, options.memory_limit_bytes)[1].peak_bytes
+
+    settings = SearchSettings(
+        cluster,
+        spec,
+        options.memory_limit_bytes,
+        memory_of,
+        pin=options.pin,
+        time_limit_s=time_limit_s,
+        fixed_params=fixed,
+        fixed_mesh=fixed_mesh,
+        progress=progress,
+    )
+    found = search(traced, settings)
+    return _as_plan(traced, cluster, options, settings, found).with_timings(solve_s=found.solve_s)
+
+
+def _as_plan(
+    traced: Trace, cluster: ClusterSpec, options: PlanOptions, settings: SearchSettings, found: SearchResult
+) -> Plan:
+    best = found.best
+    assert best.decisions is not None and best.price is not None
+    roles = axis_roles(traced, best.decisions, best.mesh)
+    return Plan(
+        graph_hash=graph_hash(traced),
+        torch_version=torch.__version__.split("+")[0],
+        cluster=cluster,
+        mesh=best.mesh,
+        roles=roles,
+        options=options,
+        inputs=tuple(InputShape(i.path, tuple(i.shape), str(i.dtype).removeprefix("torch.")) for i in traced.inputs),
+        decisions=best.decisions,
+        layout_keys=layout_keys(traced, best.decisions, best.mesh, roles),
+        predicted=predicted_figures(traced, best, settings),
+        status=found.status,
+        objective_s=best.price.step_time_s,
+        bound_s=found.bound_s,
+        gap=found.gap,
+        candidates=tuple(
+            Candidate(t.mesh, t.status, t.price.step_time_s if t.price else None, t.bound_s) for t in found.tried
+        ),
+        unruled=best.unruled,
+    )
+
+
+def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec) -> Compiled:
+    costs = CostModel(plan.cluster, plan.mesh)
+    spec = OptimizerSpec(plan.options.optimizer)
+    always = persistent_memory(traced, plan.decisions, plan.mesh, spec).total
+    emitted, _ = emit_within(traced, plan.decisions, plan.mesh, costs, always, plan.options.memory_limit_bytes)
+    if not plan.mesh:
+        return Compiled(traced, plan, RankProgram(emitted, (), ()), None)
+    mesh = device_mesh(cluster.device.kind, plan.mesh)
+    groups = [mesh.get_group(axis).group_name for axis in range(len(plan.mesh))]
+    return Compiled(traced, plan, RankProgram(emitted, groups, mesh.get_coordinate() or ()), mesh)
+
+
+def _matching(plan: Plan, traced: Trace) -> Plan:
+    shapes = {i.path: (i.shape, i.dtype) for i in plan.inputs}
+    now = {i.path: (tuple(i.shape), str(i.dtype).removeprefix("torch.")) for i in traced.inputs}
+    if shapes != now:
+        raise PlanMismatch(f"the plan was made for inputs {shapes}, this batch is {now}; plan again for this batch")
+    if plan.graph_hash != graph_hash(traced):
+        raise PlanMismatch(
+            "the plan was made for another model (its traced graph differs); plan again for this model, "
+            f"with the same torch ({plan.torch_version})"
+        )
+    return plan
+
+
+# -- options ------------------------------------------------------------------------------
+
+
+def _options(
+    traced: Trace,
+    cluster: ClusterSpec,
+    global_batch: int | None,
+    precision: str,
+    optimizer: str,
+    memory_limit_bytes: int | None,
+    pin: Mapping[str, Any] | None,
+) -> PlanOptions:
+    batch = next((i.shape[0] for i in traced.inputs if i.batch_dim == 0), 1)
+    if global_batch is not None and global_batch != batch:
+        raise PlanMismatch(f"global_batch={global_batch}, but the example inputs hold a batch of {batch}")
+    if memory_limit_bytes is not None and memory_limit_bytes <= 0:
+        raise AutoparError(f"memory_limit_bytes must be positive, got {memory_limit_bytes}")
+    limit = memory_limit_bytes or cluster.device.memory_bytes - cluster.device.reserved_bytes
+    pins = {k: list(v) if isinstance(v, tuple) else v for k, v in (pin or {}).items()}
+    return PlanOptions(batch, precision, optimizer, limit, pins)
+
+
+def _default_call(model: nn.Module, global_batch: int | None, seq: int | None) -> Call:
+    if global_batch is None:
+        raise AutoparError("pass example_inputs=(args, kwargs), or global_batch= and seq= for a transformers model")
+    return default_inputs(model, global_batch, seq)
+
+
+def _check_options(precision: str, objective: str) -> None:
+    if precision != "model":
+        raise AutoparError(
+            f"precision={precision!r} is not available yet: the plan uses the model's own dtype; "
+            "convert the model first, e.g. model.to(torch.bfloat16)"
+        )
+    if objective != "throughput":
+        raise AutoparError(f"objective={objective!r} is not available yet; use 'throughput'")
+
+
+def with_model(plan: Plan, name: str) -> Plan:
+    """The same plan, remembering how the command line loads its model."""
+    return replace(plan, options=replace(plan.options, model=name))

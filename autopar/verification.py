@@ -1,0 +1,348 @@
+"""Proves a plan on CPU: all ranks of the emitted program in this one process, against the single-device model.
+
+Ranks are simulated by torch's LocalTensorMode: every tensor holds the local tensors of
+all ranks, and collectives are computed on them. Loss and all gradients are compared; if
+they differ, the program is run again node by node and the first node whose glued result
+differs from the traced model's is named. Independently of values, the sequences of
+collectives of all ranks are matched, in order, so that no rank waits for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from autopar._torch_compat import local_parts, local_tensor, simulated_mesh
+from autopar.codegen.builder import GROUP_PREFIX, is_collective
+from autopar.codegen.emit import EmittedProgram
+from autopar.codegen.schedule import emit_within, persistent_memory
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.errors import PlanMismatch, RuntimeFailure, VerifyError
+from autopar.placements import PARTIAL, State, shard_dim
+from autopar.plan_types import Decisions
+from autopar.plans import Plan
+from autopar.runtime.execute import RankProgram
+from autopar.sample import sample_call, sample_values
+from autopar.trace import Trace, graph_hash, trace
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared: the largest relative difference of the loss and of any gradient (and which)."""
+
+    ranks: int
+    loss_error: float
+    worst_gradient: str | None
+    worst_gradient_error: float
+    tolerance: float
+    collectives: int
+
+    def __str__(self) -> str:
+        worst = f" (worst: {self.worst_gradient})" if self.worst_gradient else ""
+        return (
+            f"verified on {self.ranks} simulated ranks: loss differs by {self.loss_error:.1e}, gradients by "
+            f"{self.worst_gradient_error:.1e}{worst}, tolerance {self.tolerance:.0e}; "
+            f"{self.collectives} collectives match on all ranks"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as a dict."""
+        return dict(self.__dict__)
+
+
+def verify(model: nn.Module, plan: Plan, *, example_inputs: Any = None, seed: int = 0) -> VerifyReport:
+    """Prove that the program of `plan` equals `model`; raises VerifyError naming the first node that differs.
+
+    example_inputs: (args, kwargs) to compare on; made up from the plan's shapes if not given.
+    """
+    call = example_inputs or sample_call(plan)
+    traced = trace(model, call)
+    if graph_hash(traced) != plan.graph_hash:
+        raise PlanMismatch("the plan was made for another model or batch (its traced graph differs); plan again")
+    emitted = emit_for(traced, plan)
+    values = sample_values(traced, model, call, seed)
+    return verify_program(traced, plan.decisions, emitted, values)
+
+
+def emit_for(traced: Trace, plan: Plan) -> EmittedProgram:
+    """The program that `plan` emits for `traced`."""
+    spec = OptimizerSpec(plan.options.optimizer)
+    always = persistent_memory(traced, plan.decisions, plan.mesh, spec).total
+    costs = CostModel(plan.cluster, plan.mesh)
+    return emit_within(traced, plan.decisions, plan.mesh, costs, always, plan.options.memory_limit_bytes)[0]
+
+
+def verify_program(
+    traced: Trace, decisions: Decisions, emitted: EmittedProgram, values: Mapping[str, torch.Tensor]
+) -> VerifyReport:
+    """Compare an emitted program with its trace on given placeholder values (whole tensors by name)."""
+    ranks = math.prod(emitted.mesh)
+    collectives = match_collectives([emitted] * ranks, emitted.mesh)
+    expected = run_reference(traced, values)
+    with simulated_ranks(emitted.mesh) as (groups, coordinates):
+        simulated = Simulation(traced, decisions, emitted, groups, coordinates)
+        loss, grads = simulated.step(values)
+        errors = gradient_errors(grads, {fqn: expected[node] for fqn, node in traced.grads.items()})
+        loss_error = relative_error(loss, expected[traced.loss])
+        tolerance = TOLERANCE.get(expected[traced.loss].dtype, 1e-2)
+        worst = max(errors, key=lambda k: errors[k], default=None)
+        worst_error = errors[worst] if worst else 0.0
+        if not max(loss_error, worst_error) <= tolerance:
+            node, detail = simulated.first_difference(values, expected, tolerance)
+            what = "loss" if loss_error > tolerance else f"gradient of {worst}"
+            raise VerifyError(
+                f"the program differs from the single-device model: {what} is off by "
+                f"{max(loss_error, worst_error):.1e} (tolerance {tolerance:.0e}); first node that differs: {detail}",
+                node=node,
+            )
+    return VerifyReport(ranks, loss_error, worst, worst_error, tolerance, collectives)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest absolute difference over the largest absolute expected value, or over `floor` if that is larger.
+
+    inf where shapes differ, or where one has an infinity or NaN that the other has not.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    a, b = found.double(), expected.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    difference = (a[finite] - b[finite]).abs().max().item()
+    scale = max(b[finite].abs().max().item(), floor)
+    return difference / scale if scale > 0 else difference
+
+
+def gradient_errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Relative error per gradient.
+
+    Some gradients are zero but for rounding (a key's bias under softmax): none is measured against less than a
+    thousandth of the largest gradient.
+    """
+    largest = max((t.abs().max().item() for t in expected.values() if t.numel()), default=0.0)
+    return {name: relative_error(found[name], expected[name], 1e-3 * largest) for name in found}
+
+
+def run_reference(traced: Trace, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor of the traced joint graph on the given placeholder values, by node name."""
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n.name] = result = super().run_node(n)
+            return result
+
+    names = [n.name for n in traced.graph_module.graph.nodes if n.op == "placeholder"]
+    with torch.no_grad():
+        Recorder(traced.graph_module).run(*(values[name] for name in names), enable_io_processing=False)
+    return found
+
+
+@contextmanager
+def simulated_ranks(mesh: tuple[int, ...]) -> Iterator[tuple[list[str], list[Any]]]:
+    """A context in which all ranks of `mesh` run in this process: yields (group names, coordinates per axis)."""
+    if not mesh:
+        yield [], []
+        return
+    if dist.is_initialized():
+        raise RuntimeFailure("verify simulates all ranks in this one process; call it outside torchrun")
+    with simulated_mesh(mesh) as simulated:
+        yield simulated
+
+
+def cut(tensor: torch.Tensor, state: State, mesh: tuple[int, ...], rank: int) -> torch.Tensor:
+    """The part of a whole tensor that `rank` (row-major in the mesh) holds in `state`."""
+    for placement, size, coordinate in zip(state, mesh, coordinates_of(rank, mesh), strict=True):
+        dim = shard_dim(placement)
+        if dim is not None:
+            tensor = tensor.chunk(size, dim)[coordinate]
+        elif placement == PARTIAL and coordinate:
+            tensor = torch.zeros_like(tensor)
+    return tensor.contiguous()
+
+
+def glue(locals_: Sequence[torch.Tensor], state: State, mesh: tuple[int, ...]) -> torch.Tensor:
+    """The whole tensor from every rank's part, innermost axis first."""
+    parts = list(locals_)
+    for placement, size in reversed(list(zip(state, mesh, strict=True))):
+        groups = [parts[i : i + size] for i in range(0, len(parts), size)]
+        dim = shard_dim(placement)
+        if dim is not None:
+            parts = [torch.cat(group, dim) for group in groups]
+        elif placement == PARTIAL:
+            parts = [torch.stack(group).sum(0) for group in groups]
+        else:
+            parts = [_same_on_all(group) for group in groups]
+    return parts[0]
+
+
+def _same_on_all(group: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Replicas must agree; where they don't, the one that differs most from the first is shown (so it is noticed)."""
+    if group[0].dtype == torch.bool or not group[0].is_floating_point():
+        return next((t for t in group if not torch.equal(t, group[0])), group[0])
+    return max(group, key=lambda t: relative_error(t, group[0]))
+
+
+def coordinates_of(rank: int, mesh: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major coordinates of a rank."""
+    found = []
+    for size in reversed(mesh):
+        found.append(rank % size)
+        rank //= size
+    return tuple(reversed(found))
+
+
+class Simulation:
+    """All ranks of one program, on LocalTensors."""
+
+    def __init__(
+        self,
+        traced: Trace,
+        decisions: Decisions,
+        emitted: EmittedProgram,
+        groups: Sequence[str],
+        coordinates: Sequence[Any],
+    ) -> None:
+        self.traced, self.mesh, self.emitted = traced, emitted.mesh, emitted
+        self.program = RankProgram(emitted, groups, coordinates)
+        self.states = {p.node: decisions.params[p.fqn] for p in traced.params}
+        self.param_states = dict(decisions.params)
+        self.ranks = math.prod(emitted.mesh)
+
+    def scatter(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A placeholder's local tensors on all ranks."""
+        state = self.states.get(name, ("R",) * len(self.mesh))
+        if not self.mesh:
+            return tensor
+        return local_tensor({r: cut(tensor, state, self.mesh, r).clone() for r in range(self.ranks)})
+
+    def gather(self, tensor: torch.Tensor, state: State) -> torch.Tensor:
+        """The whole tensor from its local tensors."""
+        if not self.mesh:
+            return tensor
+        parts = local_parts(tensor)
+        if parts is None:
+            return tensor
+        return glue([parts[r] for r in range(self.ranks)], state, self.mesh)
+
+    def step(self, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients (whole tensors by parameter name) of one step."""
+        local = {name: self.scatter(name, tensor) for name, tensor in values.items()}
+        with torch.no_grad():
+            outputs, saved = self.program.forward(local)
+            tangent = local[self.traced.tangent]
+            grads = self.program.backward(saved, local, self.traced.tangent, tangent)
+        loss = self.gather(outputs[0], ("R",) * len(self.mesh))
+        named = zip(self.emitted.grads, grads, strict=True)
+        return loss, {fqn: self.gather(g, self.param_states[fqn]) for fqn, g in named}
+
+    def first_difference(
+        self, values: Mapping[str, torch.Tensor], expected: Mapping[str, Any], tolerance: float
+    ) -> tuple[str | None, str]:
+        """The first node of the program whose glued result is wrong: (node name, description)."""
+        local = {name: self.scatter(name, tensor) for name, tensor in values.items()}
+        outputs: list[Any] = []
+        for module, is_forward in ((self.program.forward_module, True), (self.program.backward_module, False)):
+            checker = _Checker(module, self, expected, tolerance)
+            if is_forward:
+                inputs = [*self.program.coordinates, *(local[n] for n in self.emitted.forward_inputs)]
+            else:
+                saved = dict(zip(self.emitted.saved, outputs[len(self.emitted.output_names) :], strict=True))
+                inputs = list(self.program.coordinates)
+                inputs += [saved[v] if v in saved else local[v[0]] for v in self.emitted.backward_inputs]
+            with torch.no_grad():
+                outputs = list(checker.run(*inputs, enable_io_processing=False))
+            if checker.wrong:
+                return checker.wrong
+        return None, "none: the difference comes from a conversion of an output or gradient"
+
+
+class _Checker(fx.Interpreter):
+    """Runs a rank program node by node and compares every result that has a global meaning."""
+
+    def __init__(self, module: fx.GraphModule, simulation: Simulation, expected: Mapping[str, Any], tolerance: float):
+        super().__init__(module)
+        self.simulation, self.expected, self.tolerance = simulation, expected, tolerance
+        self.wrong: tuple[str, str] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        version = n.meta.get("version")
+        if version is not None and self.wrong is None:
+            name, index, state = version
+            whole = self.expected[name]
+            whole = whole[index] if isinstance(whole, (tuple, list)) else whole
+            error = relative_error(self.simulation.gather(result, state), whole)
+            if error > self.tolerance:
+                self.wrong = (name, f"{name} ({n.target}) in state {state}, off by {error:.1e}")
+        return result
+
+
+def match_collectives(programs: Sequence[EmittedProgram], mesh: tuple[int, ...]) -> int:
+    """Check that all ranks issue matching collectives in matching order; returns how many each rank issues.
+
+    Every group's members must list the same collectives (kind, shape, dtype) for that group, and playing
+    all lists together must not stop before their ends.
+    """
+    lists = [_collectives(p, rank, mesh) for rank, p in enumerate(programs)]
+    position = [0] * len(lists)
+    while any(position[r] < len(lists[r]) for r in range(len(lists))):
+        progress = False
+        for rank in range(len(lists)):
+            if position[rank] >= len(lists[rank]):
+                continue
+            group, call, node = lists[rank][position[rank]]
+            waiting = [r for r in group if position[r] < len(lists[r]) and lists[r][position[r]][0] == group]
+            if len(waiting) < len(group):
+                continue
+            for other in group:
+                theirs = lists[other][position[other]]
+                if theirs[1] != call:
+                    raise VerifyError(
+                        f"collectives don't match: rank {rank} issues {call} at {node}, rank {other} {theirs[1]} "
+                        f"at {theirs[2]}",
+                        node=node,
+                    )
+            for other in group:
+                position[other] += 1
+            progress = True
+        if not progress:
+            rank = next(r for r in range(len(lists)) if position[r] < len(lists[r]))
+            group, call, node = lists[rank][position[rank]]
+            raise VerifyError(f"deadlock: rank {rank} waits in {call} at {node} for ranks {group}", node=node)
+    return len(lists[0])
+
+
+def _collectives(program: EmittedProgram, rank: int, mesh: tuple[int, ...]) -> list[tuple[tuple[int, ...], str, str]]:
+    """(members of the group, call, node) of each collective of one rank, in order."""
+    found = []
+    for graph in (program.forward, program.backward):
+        for node in graph.nodes:
+            if is_collective(node):
+                token = next(a for a in node.args if isinstance(a, str) and a.startswith(GROUP_PREFIX))
+                members = _members(rank, int(token.removeprefix(GROUP_PREFIX)), mesh)
+                shapes = [(tuple(i.meta["val"].shape), str(i.meta["val"].dtype)) for i in node.all_input_nodes]
+                rest = [a for a in node.args[1:] if a != token]
+                found.append((members, f"{node.target}({shapes}, {rest})", str(node.meta.get("origin", node.name))))
+    return found
+
+
+def _members(rank: int, axis: int, mesh: tuple[int, ...]) -> tuple[int, ...]:
+    stride = 1
+    for size in mesh[axis + 1 :]:
+        stride *= size
+    first = rank - coordinates_of(rank, mesh)[axis] * stride
+    return tuple(first + i * stride for i in range(mesh[axis]))

@@ -165,9 +165,12 @@ class LiveLp:
         self.sync()
         limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01) + self.highs.getRunTime()
         self.highs.setOptionValue("time_limit", limit)
-        self.highs.run()
-        status = self.highs.getModelStatus()
         kinds = highspy.HighsModelStatus
+        self.highs.run()
+        if self.highs.getModelStatus() == kinds.kUnknown:  # lost its way from the last basis: from scratch, then
+            self.highs.clearSolver()
+            self.highs.run()
+        status = self.highs.getModelStatus()
         solution = self.highs.getSolution()
         values, duals, reduced = (
             np.asarray(a, dtype=np.float64) for a in (solution.col_value, solution.row_dual, solution.col_dual)

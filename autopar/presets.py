@@ -69,10 +69,12 @@ class Preset:
 
 def find_preset(name: str) -> Preset:
     """The preset of this name; ClusterSpecError listing all of them if there is none."""
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
+    text = str(name).lower()
+    # "h100" means h100-sxm, though h200 has fewer letters to change.
+    near = [p for p in PRESETS if text and p.startswith(text)] or difflib.get_close_matches(text, PRESETS, n=1)
+    hint = f", did you mean {near[-1]!r}?" if near else ";"
     raise ClusterSpecError(f"unknown cluster preset {name!r}{hint} presets: {', '.join(PRESETS)}")
 
 

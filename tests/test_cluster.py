@@ -197,6 +197,12 @@ def test_preset_errors():
         ClusterSpecError, match=r"unknown cluster preset 'a100-80', did you mean 'a100-80g'\? presets:.*cpu"
     ):
         ClusterSpec.preset("a100-80")
+    for name, meant in (("h100", "h100-sxm"), ("A100", "a100-80g"), ("H200", "h200"), ("h20", "h200")):
+        with pytest.raises(ClusterSpecError, match=f"did you mean '{meant}'"):
+            ClusterSpec.preset(name)
+    for name in ("", "tpu-v5", None, ["cpu"]):
+        with pytest.raises(ClusterSpecError, match="; presets: v100-16g"):
+            ClusterSpec.preset(name)
     with pytest.raises(ClusterSpecError, match=r"gpus=12 does not fill nodes of 8; use 8 or 16"):
         ClusterSpec.preset("b200", gpus=12)
     for gpus in (0, -8, 2.0, True, "8"):

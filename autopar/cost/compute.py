@@ -64,7 +64,7 @@ _REDUCTIONS = _names(  # those that carry no reduction tag in torch: normalizati
     "linalg_vector_norm cumsum cumprod max_pool2d_with_indices avg_pool2d"
 )
 _ELEMENTWISE = _names(  # copies and factories, which carry no pointwise tag in torch
-    "_to_copy copy clone contiguous lift_fresh_copy fill full full_like zeros zeros_like ones ones_like empty "
+    "_to_copy to copy clone contiguous lift_fresh_copy fill full full_like zeros zeros_like ones ones_like empty "
     "empty_like new_zeros new_ones new_full new_empty scalar_tensor arange cat stack nll_loss_backward "
     "nll_loss2d_backward mse_loss_backward constant_pad_nd slice_backward select_backward"
 )
@@ -85,7 +85,7 @@ def op_class(target: Any) -> OpClass:
         return OpClass.MATMUL
     if "convolution" in name or name == "_slow_conv2d_forward":
         return OpClass.CONVOLUTION
-    if target.is_view or name in _FREE:
+    if (target.is_view or name in _FREE) and name not in _ELEMENTWISE:  # "to" says it is a view, but may copy
         return OpClass.VIEW
     if torch.Tag.reduction in target.tags or name in _REDUCTIONS:
         return OpClass.REDUCTION

@@ -62,6 +62,8 @@ def test_the_worst_placed_group_counts():
     cluster = ClusterSpec.preset("h100-sxm", gpus=24)
     # Of the groups of six, 0-5 lies in a node; 6-11 has two members in one node and four in the next.
     assert axis_span(MeshAxis(6, 1), cluster) == Span(2, 2)
+    # Of the groups of five, 5-9 lies three and two over its nodes, 15-19 one and four.
+    assert axis_span(MeshAxis(5, 1), ClusterSpec.preset("h100-sxm", gpus=40)) == Span(2, 1)
     with pytest.raises(ClusterSpecError, match="does not fit"):
         axis_span(MeshAxis(32, 1), cluster)
 

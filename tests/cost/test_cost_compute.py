@@ -34,6 +34,8 @@ CPU = ClusterSpec.preset("cpu").device
         (aten.gelu_backward.default, OpClass.ELEMENTWISE),
         (aten._to_copy.default, OpClass.ELEMENTWISE),
         (aten.clone.default, OpClass.ELEMENTWISE),
+        (aten.contiguous.default, OpClass.ELEMENTWISE),
+        (aten.to.dtype, OpClass.ELEMENTWISE),
         (aten.sum.dim_IntList, OpClass.REDUCTION),
         (aten._softmax.default, OpClass.REDUCTION),
         (aten.native_layer_norm_backward.default, OpClass.REDUCTION),
@@ -174,6 +176,13 @@ def test_matmul_efficiency_rises_and_stays_below_its_limit(device, flops):
     rate_of_double = 2 * flops / op_time_s(device, OpClass.MATMUL, 2 * flops, 0.0, "float32")
     limit = device.peak_flops("float32") * device.matmul_efficiency_fraction
     assert rate <= rate_of_double <= limit * (1 + 1e-9)
+
+
+def test_matmul_efficiency_is_half_its_limit_at_the_ramp():
+    limit = H100.peak_flops("bfloat16") * H100.matmul_efficiency_fraction
+    half = limit * H100.matmul_ramp_s
+    kernel_s = op_time_s(H100, OpClass.MATMUL, half, 0.0, "bfloat16") - H100.launch_overhead_s
+    assert half / kernel_s == pytest.approx(limit / 2)
 
 
 def test_what_binds():

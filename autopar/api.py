@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from autopar.cluster import ClusterSpec
-from autopar.codegen.schedule import emit_within, persistent_memory
+from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanMismatch
 from autopar.explain import Report
 from autopar.figures import predicted_figures
 from autopar.layout import axis_roles, layout_keys
+from autopar.memory_types import MemoryEstimate
 from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
 from autopar.plan_types import Decisions
@@ -132,9 +133,10 @@ def _plan_trace(
 ) -> Plan:
     spec = OptimizerSpec(options.optimizer)
 
-    def memory_of(decisions: Decisions, mesh: tuple[int, ...], costs: CostModel) -> int:
-        always = persistent_memory(traced, decisions, mesh, spec).total
-        return emit_within(traced, decisions, mesh, costs, always, options.memory_limit_bytes)[1].peak_bytes
+    def memory_of(decisions: Decisions, mesh: tuple[int, ...], costs: CostModel) -> MemoryEstimate:
+        always = persistent_memory(traced, decisions, mesh, spec)
+        timeline = emit_within(traced, decisions, mesh, costs, always.total, options.memory_limit_bytes)[1]
+        return memory_estimate(always, timeline)
 
     settings = SearchSettings(
         cluster,
@@ -148,14 +150,14 @@ def _plan_trace(
         progress=progress,
     )
     found = search(traced, settings)
-    return _as_plan(traced, cluster, options, settings, found).with_timings(solve_s=found.solve_s)
+    return _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)
 
 
 def _as_plan(
-    traced: Trace, cluster: ClusterSpec, options: PlanOptions, settings: SearchSettings, found: SearchResult
+    traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult
 ) -> Plan:
     best = found.best
-    assert best.decisions is not None and best.price is not None
+    assert best.decisions is not None and best.price is not None and best.memory is not None
     roles = axis_roles(traced, best.decisions, best.mesh)
     return Plan(
         graph_hash=graph_hash(traced),
@@ -167,7 +169,9 @@ def _as_plan(
         inputs=tuple(InputShape(i.path, tuple(i.shape), str(i.dtype).removeprefix("torch.")) for i in traced.inputs),
         decisions=best.decisions,
         layout_keys=layout_keys(traced, best.decisions, best.mesh, roles),
-        predicted=predicted_figures(traced, best, settings),
+        predicted=predicted_figures(
+            traced, best.price, best.memory, CostModel(cluster, best.mesh), options.memory_limit_bytes
+        ),
         status=found.status,
         objective_s=best.price.step_time_s,
         bound_s=found.bound_s,

@@ -19,6 +19,7 @@ from autopar.cluster import ClusterSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, Infeasible, PinError
+from autopar.memory_types import MemoryEstimate
 from autopar.pins import PinRequest, parse_pins, resolve_pins
 from autopar.placements import State
 from autopar.plan_types import Decisions
@@ -28,7 +29,7 @@ from autopar.solver import InfeasibleProblem, SolveResult, solve
 from autopar.trace import Trace
 
 Progress = Callable[[str], None]
-MemoryOf = Callable[[Decisions, tuple[int, ...], CostModel], int]
+MemoryOf = Callable[[Decisions, tuple[int, ...], CostModel], MemoryEstimate]
 
 _GAP = 1e-4
 _MAX_LEANER = 24
@@ -38,7 +39,7 @@ _MAX_LEANER = 24
 class SearchSettings:
     """What the search is asked for.
 
-    memory_of: simulated peak bytes of the program that decisions give (the code generator knows).
+    memory_of: simulated memory of the program that decisions give (the code generator knows).
     fixed_params: parameter states that must stay (a program that is already running).
     """
 
@@ -62,7 +63,7 @@ class MeshResult:
     bound_s: float | None = None
     decisions: Decisions | None = None
     price: Price | None = None
-    peak_bytes: int | None = None
+    memory: MemoryEstimate | None = None
     unruled: tuple[str, ...] = ()
     needed_bytes: int | None = None
     binding: str | None = None
@@ -159,14 +160,13 @@ def _search_mesh(
             return MeshResult(mesh, "infeasible", bound, needed_bytes=error.needed_bytes, binding=where)
         bound = result.bound_s if bound is None else bound
         decisions = stated.decisions(result.solution)
-        peak = settings.memory_of(decisions, mesh, costs)
-        if peak <= settings.memory_limit_bytes:
+        memory = settings.memory_of(decisions, mesh, costs)
+        if memory.peak_bytes <= settings.memory_limit_bytes:
             priced = price(trace, decisions, costs, settings.optimizer)
             _check_price(priced, result, stated)
-            return MeshResult(mesh, result.status, bound, decisions, priced, peak, stated.unruled)
+            return MeshResult(mesh, result.status, bound, decisions, priced, memory, stated.unruled)
         capacity = min(capacity, result.peak_bytes) - 1
-    needed, where = peak, None
-    return MeshResult(mesh, "infeasible", bound, needed_bytes=needed, binding=where)
+    return MeshResult(mesh, "infeasible", bound, needed_bytes=memory.peak_bytes, binding=memory.node)
 
 
 def _check_price(priced: Price, result: SolveResult, stated: ShardingProblem) -> None:

@@ -11,6 +11,7 @@ from autopar.codegen.memory import MemoryTimeline, simulate_memory
 from autopar.codegen.overlap import overlap
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
+from autopar.memory_types import MemoryEstimate
 from autopar.opcost import local_bytes
 from autopar.placements import replicated
 from autopar.plan_types import Decisions
@@ -73,3 +74,18 @@ def emit_within(
             if limit_bytes is None or timeline.peak_bytes <= limit_bytes or bucket_bytes == 0:
                 break
     return program, timeline
+
+
+def memory_estimate(persistent: PersistentMemory, timeline: MemoryTimeline) -> MemoryEstimate:
+    """The peak of a program and what it is made of."""
+    peak = timeline.peak
+    categories = {
+        "parameters": persistent.parameters,
+        "gradients": peak.gradients,
+        "optimizer": persistent.optimizer,
+        "activations": peak.activations,
+        "temporaries": peak.temporaries,
+        "buffers": persistent.buffers,
+        "inputs": persistent.inputs,
+    }
+    return MemoryEstimate(timeline.peak_bytes, categories, peak.phase, peak.node)

@@ -200,7 +200,7 @@ def test_preset_errors():
     for name, meant in (("h100", "h100-sxm"), ("A100", "a100-80g"), ("H200", "h200"), ("h20", "h200")):
         with pytest.raises(ClusterSpecError, match=f"did you mean '{meant}'"):
             ClusterSpec.preset(name)
-    for name in ("", "tpu-v5", None, ["cpu"]):
+    for name in ("", "tpu-v5", 8, ["x"]):
         with pytest.raises(ClusterSpecError, match="; presets: v100-16g"):
             ClusterSpec.preset(name)
     with pytest.raises(ClusterSpecError, match=r"gpus=12 does not fill nodes of 8; use 8 or 16"):

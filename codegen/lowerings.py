@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -86,6 +86,9 @@ _SIZE_ARGUMENTS = {
 # squeeze would drop dims that are of size 1 on a rank only: reshape does neither.
 _RESHAPES = frozenset({"aten.view", "aten._unsafe_view", "aten.reshape", "aten.view_copy", "aten.squeeze"})
 _GROUP_NORMS = frozenset({"aten.native_group_norm", "aten.native_group_norm_backward"})
+# Kernels that read some operand as if it were contiguous (true of what they were traced with,
+# not of a shard that is a slice): they give wrong numbers or fail otherwise. Seen in torch 2.13.
+_CONTIGUOUS = _GROUP_NORMS | {"aten.native_layer_norm_backward", "aten._fused_rms_norm_backward"}
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ def _local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operan
         return _as_strided(op)
     if name in _SIZE_ARGUMENTS:
         return op.call({_SIZE_ARGUMENTS[name]: list(op.result_shape())})
+    if name in _CONTIGUOUS:
+        op = replace(op, operands=[ctx.call(aten.contiguous.default, x) for x in operands])
     if name in _GROUP_NORMS:
         return op.call(_group_norm_sizes(op))
     return op.call({})

@@ -230,6 +230,12 @@ def stack(call: OpCall) -> list[AxisRule]:
     return [call.rule({"tensors": shard(d - (d > dim))}, shard(d)) for d in range(rank) if d != dim]
 
 
+def unfold(call: OpCall) -> list[AxisRule]:
+    """unfold makes windows of a dim, in a new last dim; the other dims stay."""
+    dim = normalized(call.arg("dimension"), call.inputs[0].dim())
+    return [call.rule({"self": shard(d)}, shard(d)) for d in range(call.inputs[0].dim()) if d != dim]
+
+
 def triangle(call: OpCall) -> list[AxisRule]:
     """tril, triu: batch dims only, for the diagonal runs through the last two."""
     return [call.rule({"self": shard(d)}, shard(d)) for d in range(call.out.dim() - 2)]
@@ -282,6 +288,7 @@ CUSTOM: dict[str, RuleFunction] = {
     "aten.as_strided": no_rules,  # it reads storage by strides
     "aten.empty_permuted": no_rules,
     "aten.fill": fill_tensor,
+    "aten.masked_fill": elementwise,
     "aten.copy": elementwise,
     "aten.lift_fresh_copy": elementwise,
     "aten.softplus_backward": elementwise,
@@ -299,6 +306,7 @@ CUSTOM: dict[str, RuleFunction] = {
     "aten.select_scatter": select_scatter,
     "aten.cat": cat,
     "aten.stack": stack,
+    "aten.unfold": unfold,
     "aten.tril": triangle,
     "aten.triu": triangle,
     "aten.cumsum": scan,

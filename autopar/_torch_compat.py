@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,19 +22,40 @@ from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput as BufferAOTInput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput as GradAOTOutput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput as InputMutationAOTOutput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     ParamAOTInput as ParamAOTInput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     PlainAOTInput as PlainAOTInput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput as PlainAOTOutput,
+)
+from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput as TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException as DataDependentOutputException,
+)
+from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException as DynamicOutputShapeException,
+)
+from torch._subclasses.fake_tensor import (
     FakeTensor,
+)
+from torch._subclasses.fake_tensor import (
     FakeTensorMode as FakeTensorMode,
+)
+from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException as UnsupportedOperatorException,
 )
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,7 +65,6 @@ from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, Tu
 from torch.distributed.tensor._ops.single_dim_strategy import _ShardingPlaceholder
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
-
 
 # ---------------------------------------------------------------------------
 # Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.
@@ -146,7 +166,7 @@ def recorded_node_meta() -> Iterator[None]:
 _SUM, _AVG = "P", "avg"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mesh_without_group(size: int) -> DeviceMesh:
     """A 1-D mesh that only has a size: no process group is made, looked up or needed."""
     return DeviceMesh("cpu", torch.arange(size), _init_backend=False, _rank=0)
@@ -155,7 +175,7 @@ def _mesh_without_group(size: int) -> DeviceMesh:
 def _placement_name(placement: object) -> str | None:
     """ "R", "S(d)", "P" or "avg"; None for what autopar has no word for (strided shards, max, masks)."""
     if isinstance(placement, _ShardingPlaceholder) or type(placement) is Shard:
-        return f"S({placement.dim})"  # type: ignore[attr-defined]
+        return f"S({placement.dim})"
     if isinstance(placement, Replicate):
         return "R"
     if type(placement) is Partial:
@@ -177,7 +197,7 @@ def _meta(tensor: torch.Tensor) -> TensorMeta:
 
 
 def dtensor_rules(
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outputs: Sequence[torch.Tensor | None],
@@ -212,7 +232,7 @@ def dtensor_rules(
 
 def _single_dim_rules(
     info: Any,
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inputs: int,
@@ -248,7 +268,7 @@ def _requests(inputs: Sequence[torch.Tensor], axis_size: int) -> Iterator[tuple[
 
 def _strategies(
     strategy: Callable[[OpSchema], Any],
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     request: tuple[str, ...],
@@ -271,7 +291,7 @@ def _strategies(
     schema = OpSchema(op, tuple(wrap(a) for a in args), {k: wrap(v) for k, v in kwargs.items()}, info)
     try:
         found = strategy(schema)
-    except Exception:  # noqa: BLE001  DTensor refuses in many ways: KeyError, RuntimeError, AssertionError, ...
+    except Exception:  # DTensor refuses in many ways: KeyError, RuntimeError, AssertionError, ...
         return []
     return found.strategies if isinstance(found, OpStrategy) else []
 

@@ -18,11 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from autopar._torch_compat import OpOverload
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, shard
-from autopar.rules import AxisRule, operands as operands_of, results as results_of
+from autopar.rules import AxisRule
+from autopar.rules import operands as operands_of
+from autopar.rules import results as results_of
 from autopar.rules.schema import OpCall, bind, normalized, op_call
 
 aten = torch.ops.aten
@@ -238,8 +240,9 @@ def _mean_partial(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
 
 
 def _outside(op: _Shards, index: fx.Node, slot: int, dim: int) -> tuple[fx.Node, fx.Node]:
-    """Indices counted from the start of this rank's part of a cut dim of an operand, and where they lie outside of it."""
-    return _outside_of(op, index, op.offset(op.axes(slot, dim), op.operand_shape(slot)[dim]), op.operand_shape(slot)[dim])
+    """Indices counted from the start of this rank's part of a cut dim of an operand, and where they lie outside it."""
+    size = op.operand_shape(slot)[dim]
+    return _outside_of(op, index, op.offset(op.axes(slot, dim), size), size)
 
 
 def _outside_of(op: _Shards, index: fx.Node, offset: fx.Node, size: int) -> tuple[fx.Node, fx.Node]:
@@ -260,7 +263,7 @@ def _vocab_embedding(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ..
 def _vocab_embedding_backward(
     ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]
 ) -> Results:
-    """The gradient of this rank's rows; what belongs elsewhere goes to a padding row behind them, cut off at the end."""
+    """The gradient of this rank's rows; what belongs elsewhere goes to a padding row behind them, cut off at last."""
     op = _Shards(ctx, node, rules, operands)
     rows = op.result_shape()[0]
     indices = operands[op.slot("indices")]
@@ -340,7 +343,7 @@ _IGNORE = -100  # outside of any range of classes
 
 
 def _local_targets(op: _Shards) -> dict[str, Any]:
-    """Changed arguments of a loss whose classes are cut: targets of other ranks are ignored. Nothing if they are not."""
+    """Changed arguments of a loss whose classes are cut: targets of other ranks are ignored. Empty if they are not."""
     slot = op.slot("self")
     class_dim = 1 if op.traced.inputs[slot].dim() > 1 else 0
     if not op.axes(slot, class_dim):
@@ -353,7 +356,7 @@ def _local_targets(op: _Shards) -> dict[str, Any]:
 
 
 def _nll_loss(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]) -> Results:
-    """Sum the local targets' losses and weights; the weights are all-reduced, and divide the sum if a mean is wanted."""
+    """Sum the local targets' losses and weights; the all-reduced weights divide the sum if a mean is wanted."""
     op = _Shards(ctx, node, rules, operands)
     reduction = op.traced.arg("reduction")
     changes = _local_targets(op)

@@ -9,11 +9,11 @@ the list that it does not run.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
-from torch._ops import OpOverload
 
+from autopar._torch_compat import OpOverload
 from autopar.rules.schema import is_view
 
 ADMITTED = frozenset(
@@ -22,7 +22,8 @@ ADMITTED = frozenset(
         "aten.mm", "aten.bmm", "aten.dot", "aten.convolution", "aten.convolution_backward",
         # reductions
         "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.all", "aten.any", "aten.prod", "aten.max", "aten.min",
-        "aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp", "aten.argmax", "aten.argmin",
+        "aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp", "aten.argmax",
+        "aten.argmin",
         # normalization
         "aten.native_layer_norm", "aten.native_layer_norm_backward", "aten._fused_rms_norm",
         "aten._fused_rms_norm_backward",
@@ -36,7 +37,7 @@ ADMITTED = frozenset(
 )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_admitted(op: OpOverload) -> bool:
     """Whether DTensor's rules for this op hold for running the same op on shards."""
     return is_view(op) or torch.Tag.pointwise in op.tags or str(op.overloadpacket) in ADMITTED

@@ -56,7 +56,7 @@ def factory(call: OpCall) -> list[AxisRule]:
 
 
 def factory_like(call: OpCall) -> list[AxisRule]:
-    """*_like, new_*, fill: the operand gives dtype and device, and its shape unless there is a size; never its values."""
+    """*_like, new_*, fill: the operand gives dtype and device, its shape unless there is a size, never its values."""
     source = call.inputs[0]
     made = [shard(d) for d in range(call.out.dim())] + ([PARTIAL] if _makes_zero(call) else [])
     if source.shape == call.out.shape:
@@ -81,7 +81,10 @@ _MEAN, _SUM = 1, 2
 
 
 def elementwise_loss(call: OpCall) -> list[AxisRule]:
-    """mse_loss and its like: without reduction element by element, else summands (over the local count: "mean_partial")."""
+    """mse_loss and its like: without reduction element by element, else summands.
+
+    A mean divides by the local count, hence "mean_partial".
+    """
     whole = call.inputs[0].shape
     if any(t.shape != whole for t in call.inputs):
         return []
@@ -118,8 +121,8 @@ def group_norm(call: OpCall) -> list[AxisRule]:
 def group_norm_backward(call: OpCall) -> list[AxisRule]:
     """-> (grad_input, grad_weight [C], grad_bias [C])."""
     over = ("grad_out", "input", "mean", "rstd")
-    samples: dict[str, Placement | None] = {name: shard(0) for name in over}
-    channels: dict[str, Placement | None] = {name: shard(1) for name in over} | {"weight": shard(0)}
+    samples: dict[str, Placement | None] = {**dict.fromkeys(over, shard(0))}
+    channels: dict[str, Placement | None] = {**dict.fromkeys(over, shard(1)), "weight": shard(0)}
     return [
         call.rule(samples, (shard(0), PARTIAL, PARTIAL)),
         call.rule(channels, (shard(1), shard(0), shard(0))),
@@ -172,7 +175,8 @@ def slice_view(call: OpCall) -> list[AxisRule]:
     """slice keeps every cut but that of its own dim, unless it takes all of it."""
     source = call.inputs[0]
     dim = normalized(call.arg("dim"), source.dim())
-    return [call.rule({"self": shard(d)}, shard(d)) for d in range(source.dim()) if d != dim or _whole(call, source.shape[d])]
+    kept = [d for d in range(source.dim()) if d != dim or _whole(call, source.shape[d])]
+    return [call.rule({"self": shard(d)}, shard(d)) for d in kept]
 
 
 def slice_backward(call: OpCall) -> list[AxisRule]:
@@ -282,7 +286,8 @@ CUSTOM: dict[str, RuleFunction] = {
     **ATTENTION,
     **VOCAB,
     **{f"aten.{n}": factory for n in ("full", "zeros", "ones", "empty", "scalar_tensor")},
-    **{f"aten.{a}{n}{b}": factory_like for a, b in (("", "_like"), ("new_", "")) for n in ("full", "zeros", "ones", "empty")},
+    **{f"aten.{n}_like": factory_like for n in ("full", "zeros", "ones", "empty")},
+    **{f"aten.new_{n}": factory_like for n in ("full", "zeros", "ones", "empty")},
     **{f"aten.{n}": no_rules for n in ("arange", "eye", "linspace", "tril_indices", "triu_indices", "empty_strided")},
     "aten.new_empty_strided": no_rules,
     "aten.as_strided": no_rules,  # it reads storage by strides

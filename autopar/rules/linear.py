@@ -113,7 +113,7 @@ def linear_rules(call: OpCall) -> list[AxisRule]:
         present = tuple(name for name in group if call.arg(name) is not None)
         slots = [slot for name in present for slot in call.slots.get(name, ())]
         if slots and all(call.slots.get(name) for name in present) and _keeps_precision(call, slots):
-            found.append(call.rule({name: PARTIAL for name in present}, PARTIAL))
+            found.append(call.rule(dict.fromkeys(present, PARTIAL), PARTIAL))
     return found
 
 

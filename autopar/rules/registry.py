@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from autopar._torch_compat import dtensor_rules, static_size
+from autopar._torch_compat import OpOverload, dtensor_rules, static_size
 from autopar.placements import PARTIAL, REPLICATE, Placement, local_shape
 from autopar.rules.admitted import is_admitted
 from autopar.rules.custom import CUSTOM, elementwise
@@ -86,7 +85,7 @@ def _sharded(call: OpCall, axis_size: int) -> Iterable[AxisRule] | None:
     if is_admitted(call.op):
         found = dtensor_rules(call.op, call.args, call.kwargs, call.outputs, axis_size)
         if found is not None:
-            return [_from_dtensor(*rule) for rule in found if PARTIAL not in rule[0] and "avg" not in rule[0]]
+            return [_from_dtensor(*rule) for rule in found if not {PARTIAL, "avg"} & set(rule[0])]
     if torch.Tag.pointwise in call.op.tags:
         return elementwise(call)
     return None
@@ -100,11 +99,11 @@ def _from_dtensor(taken: tuple[Placement, ...], made: tuple[Placement | None, ..
 
 
 def _is_legal(rule: AxisRule, call: OpCall, axis_size: int) -> bool:
-    """Shards divide, summands are floating, and summands do not come from nothing but whole operands."""
+    """Every result that exists has a placement, shards divide, and summands are floating."""
     pairs = [*zip(call.inputs, rule.inputs, strict=True), *zip(call.outputs, rule.outputs, strict=True)]
     for tensor, placement in pairs:
         if tensor is None or placement is None:
-            if tensor is not placement:
+            if tensor is not None or placement is not None:
                 return False
             continue
         if placement == PARTIAL and not tensor.is_floating_point():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from autopar._torch_compat import OpOverload
 from autopar.placements import REPLICATE, Placement, shard, shard_dim
 from autopar.rules.types import AxisRule
 
@@ -57,7 +57,7 @@ def results(node: fx.Node) -> tuple[Tensor | None, ...]:
     return ()
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_view(op: OpOverload) -> bool:
     """Whether the op only looks at its first operand in another way (schema alias, or _unsafe_view)."""
     schema = op._schema

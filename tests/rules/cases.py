@@ -121,7 +121,8 @@ def factories() -> Iterator[fx.Node]:
 
 def views() -> Iterator[fx.Node]:
     x = randn(4, 8, 16)
-    for shape in ([32, 16], [4, 128], [4, 8, 4, 4], [4, 2, 4, 16], [512], [4, 8, 16], [1, 4, 8, 16], [2, 2, 8, 16], [4, 8, -1, 2]):
+    shapes = ([32, 16], [4, 128], [4, 8, 4, 4], [4, 2, 4, 16], [512], [4, 8, 16], [1, 4, 8, 16], [2, 2, 8, 16])
+    for shape in (*shapes, [4, 8, -1, 2]):
         yield case(aten.view.default, x, shape)
         yield case(aten._unsafe_view.default, x, shape)
     yield case(aten.view.default, randn(6, 4), [3, 8])
@@ -143,7 +144,9 @@ def views() -> Iterator[fx.Node]:
     yield case(aten.squeeze.dims, randn(4, 1, 8, 1), [1, 3])
     yield case(aten.detach.default, x)
     yield case(aten.alias.default, x)
-    for arguments in ((1, 0, 4), (1, 4, 8), (-1, 0, 9223372036854775807), (0, 0, 4), (0, 0, 4, 2), (1, -4, 9223372036854775807), (1, 0, 7)):
+    to_the_end = 2**63 - 1
+    slices = ((1, 0, 4), (1, 4, 8), (-1, 0, to_the_end), (0, 0, 4), (0, 0, 4, 2), (1, -4, to_the_end), (1, 0, 7))
+    for arguments in slices:
         yield case(aten.slice.Tensor, x, *arguments)
     yield case(aten.slice.Tensor, x)
     yield case(aten.select.int, x, 1, 3)
@@ -210,7 +213,8 @@ def indexing() -> Iterator[fx.Node]:
 
 def reductions() -> Iterator[fx.Node]:
     x = randn(4, 8, 16)
-    for op in (aten.sum.default, aten.mean.default, aten.amax.default, aten.max.default, aten.min.default, aten.prod.default):
+    wholes = (aten.sum, aten.mean, aten.amax, aten.max, aten.min, aten.prod)
+    for op in (packet.default for packet in wholes):
         yield case(op, x)
     for dims, keep in (([0], False), ([1], True), ([-1], False), ([0, 1], False), ([0, 1, 2], True)):
         for op in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default):
@@ -259,7 +263,7 @@ def products() -> Iterator[fx.Node]:
 
 def normalizations() -> Iterator[fx.Node]:
     x, w, b = randn(4, 8, 16), randn(16), randn(16)
-    out, mean, rstd = aten.native_layer_norm(x, [16], w, b, 1e-5)
+    _, mean, rstd = aten.native_layer_norm(x, [16], w, b, 1e-5)
     yield case(aten.native_layer_norm.default, x, [16], w, b, 1e-5)
     yield case(aten.native_layer_norm.default, x, [16], None, None, 1e-5)
     yield case(aten.native_layer_norm.default, x, [8, 16], randn(8, 16), randn(8, 16), 1e-5)
@@ -275,9 +279,10 @@ def normalizations() -> Iterator[fx.Node]:
         sizes = (4, 8, 16, groups)
         yield case(aten.native_group_norm.default, x, randn(8), randn(8), *sizes, 1e-5)
         yield case(aten.native_group_norm.default, x, None, None, *sizes, 1e-5)
-        out, mean, rstd = aten.native_group_norm(x, randn(8), None, *sizes, 1e-5)
+        _, mean, rstd = aten.native_group_norm(x, randn(8), None, *sizes, 1e-5)
         for wanted in ([True, True, True], [True, False, False]):
-            yield case(aten.native_group_norm_backward.default, randn(4, 8, 4, 4), x, mean, rstd, randn(8), *sizes, wanted)
+            grad = randn(4, 8, 4, 4)
+            yield case(aten.native_group_norm_backward.default, grad, x, mean, rstd, randn(8), *sizes, wanted)
 
 
 def softmaxes() -> Iterator[fx.Node]:
@@ -304,9 +309,8 @@ def losses() -> Iterator[fx.Node]:
                 known = torch.where(targets == -100, torch.full_like(targets, ignored), targets)
                 loss, total = aten.nll_loss_forward(scores, known, given, reduction, ignored)
                 yield case(aten.nll_loss_forward.default, scores, known, given, reduction, ignored)
-                yield case(
-                    aten.nll_loss_backward.default, torch.randn_like(loss), scores, known, given, reduction, ignored, total
-                )
+                rest = (scores, known, given, reduction, ignored, total)
+                yield case(aten.nll_loss_backward.default, torch.randn_like(loss), *rest)
     yield case(aten.nll_loss_forward.default, randn(16), torch.tensor(9), None, 1, -100)
     image, labels = randn(4, 8, 4, 4), ints(8, 4, 4, 4)
     for reduction in (0, 1, 2):

@@ -82,7 +82,8 @@ def recorded(name: str) -> tuple[fx.Node, ...]:
         warnings.simplefilter("ignore")
         captured = dynamo_graph_capture_for_export(model)(**inputs)
         joint = aot_export_joint_with_descriptors(stack, captured, (), inputs).graph_module
-    state = dict(captured.named_parameters(remove_duplicate=False)) | dict(captured.named_buffers(remove_duplicate=False))
+    state = dict(captured.named_parameters(remove_duplicate=False))  # tied ones are arguments of their own
+    state |= dict(captured.named_buffers(remove_duplicate=False))
     recorder = Recorder(joint)
     with torch.no_grad():
         recorder.run(*_arguments(joint, state, inputs))

@@ -94,7 +94,8 @@ def _all_reduce(values: list[Any], axis: int, op: str, at: list[tuple[int, ...]]
     combine = {"sum": operator.add, "max": torch.maximum}[op]
     made = []
     for coords in at:
-        group = [v for v, c in zip(values, at, strict=True) if c[:axis] + c[axis + 1 :] == coords[:axis] + coords[axis + 1 :]]
+        others = coords[:axis] + coords[axis + 1 :]
+        group = [v for v, c in zip(values, at, strict=True) if c[:axis] + c[axis + 1 :] == others]
         total = group[0]
         for value in group[1:]:
             total = combine(total, value)

@@ -20,9 +20,7 @@ from tests.rules.harness import Context, case
 
 def table(node: fx.Node, size: int = 2) -> set[tuple[str, str]]:
     """Rules as ("inputs", "outputs"), blank-separated."""
-    return {
-        (" ".join(rule.inputs), " ".join(p or "-" for p in rule.outputs)) for rule in axis_rules(node, size).rules
-    }
+    return {(" ".join(rule.inputs), " ".join(p or "-" for p in rule.outputs)) for rule in axis_rules(node, size).rules}
 
 
 def test_matrix_product_has_rows_columns_contraction_and_summands() -> None:
@@ -154,7 +152,7 @@ def test_operands_and_results_in_schema_order() -> None:
         attn_mask=randn(8, 8),
     )
     assert [tuple(n.meta["val"].shape) for n in operands(masked)] == [(4, 4, 8, 4)] * 3 + [(8, 8)]
-    out, mean, rstd = aten.native_layer_norm(randn(4, 8), [8], None, None, 1e-5)
+    _, mean, rstd = aten.native_layer_norm(randn(4, 8), [8], None, None, 1e-5)
     arguments = (randn(4, 8), randn(4, 8), [8], mean, rstd, None, None, [True, False, False])
     grads = results(case(aten.native_layer_norm_backward.default, *arguments))
     assert [g is None for g in grads] == [False, True, True]
@@ -207,9 +205,7 @@ def test_as_strided_reads_only_its_operand() -> None:
 
 
 def test_every_lowering_named_by_a_rule_exists_and_is_named() -> None:
-    named = {
-        rule.lowering for group in GROUPS.values() for node in group() for rule in axis_rules(node, 2).rules
-    }
+    named = {rule.lowering for group in GROUPS.values() for node in group() for rule in axis_rules(node, 2).rules}
     assert named == set(LOWERINGS)
 
 

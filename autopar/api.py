@@ -112,7 +112,8 @@ def compile(
         return _ready(traced, _matching(Plan.loads(text), traced), cluster)
 
     at_once = example_inputs or (_default_call(model, global_batch, seq) if seq is not None else None)
-    program = Program(model, planner)
+    world = device_mesh(cluster.device.kind, (cluster.devices,)) if cluster.devices > 1 else None
+    program = Program(model, planner, world)
     if at_once is not None:
         program.prepare(at_once)
     return program

@@ -10,7 +10,7 @@ result can be made on its base, at the same number of bytes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -180,9 +180,11 @@ class Dataflow:
                 yield Use(op, slot, operand)
 
 
-def output_node(graph: fx.Graph) -> fx.Node:
-    """The output node of a graph."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+def gradient_values(flow: Dataflow, gradient_nodes: Iterable[str]) -> frozenset[ValueName]:
+    """Base values that are nothing but gradients: no op uses them."""
+    nodes = {n.name: n for n in flow.graph.nodes}
+    values = {resolve(nodes[name]) for name in gradient_nodes}
+    return frozenset(o.value for o in values if o.node.op == "call_function" and o.value not in flow.uses)
 
 
 def is_backward(node: fx.Node) -> bool:

@@ -177,7 +177,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
             "make": [_join(s) for s in d.result_states],
             "recompute": d.recompute,
         }
-        for name, d in plan.decisions.nodes.items()
+        for name, d in sorted(plan.decisions.nodes.items())
     }
     return {
         "autopar_plan": SCHEMA_VERSION,

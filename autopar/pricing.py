@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.dataflow import Dataflow, Operand, ViewMaps, is_backward, resolve, result_metas
+from autopar.dataflow import Dataflow, Operand, ViewMaps, gradient_values, is_backward, resolve, result_metas
 from autopar.opcost import local_bytes, op_flops_of, op_seconds, work_share
 from autopar.placements import State, replicated
 from autopar.plan_types import Decisions, NodeDecision
@@ -73,6 +73,7 @@ class _Pricer:
         self.flow = Dataflow(trace.graph_module.graph)
         self.views = ViewMaps(self.mesh)
         self.tables = ConversionTables(self.mesh, costs)
+        self.gradients = gradient_values(self.flow, trace.grads.values())
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.param_of = {p.node: p.fqn for p in trace.params}
 
@@ -100,7 +101,7 @@ class _Pricer:
     def _optimizer_seconds(self, optimizer: OptimizerSpec) -> float:
         seconds = 0.0
         for param in self.trace.params:
-            if param.fqn in self.trace.grads:
+            if param.fqn in self.trace.grads and optimizer.updates:
                 tensor = result_metas(self.nodes[param.node])[0]
                 assert tensor is not None
                 nbytes = local_bytes(tensor, self.decisions.params[param.fqn], self.mesh)
@@ -140,9 +141,15 @@ class _Pricer:
             if phase == "backward" and (operand.value, target) in self.decisions.kept_copies:
                 continue
             path = self._table(operand).path(source, target)
-            steps = tuple((s.kind, s.axis, s.nbytes, step_s(s, self.costs)) for s in path)
+            costs = self.tables.costs(bucketed=operand.value in self.gradients)
+            steps = tuple((s.kind, s.axis, s.nbytes, step_s(s, costs)) for s in path)
             yield Transfer(operand.value, phase, source, target, steps)
 
     def _table(self, operand: Operand) -> Conversions:
         tensor = operand.base_tensor
-        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())
+        return self.tables.of(
+            tensor.shape,
+            tensor.element_size(),
+            partial=tensor.is_floating_point(),
+            bucketed=operand.value in self.gradients,
+        )

@@ -174,17 +174,45 @@ def _dijkstra(source: int, arcs: list[list[tuple[int, Step, float]]]) -> tuple[l
     return distance, previous
 
 
+@dataclass(frozen=True)
+class BucketedCosts:
+    """Costs of conversions that travel in buckets: a message pays its share, by bytes, of a full bucket."""
+
+    costs: StepCosts
+    bucket_bytes: int
+
+    def collective_s(self, kind: str, nbytes: float, axis: int) -> float:
+        """Seconds of this message's share of a full bucket."""
+        full = max(float(self.bucket_bytes), nbytes)
+        return self.costs.collective_s(kind, full, axis) * nbytes / full
+
+    def copy_s(self, nbytes: float) -> float:
+        """Copies are not shared."""
+        return self.costs.copy_s(nbytes)
+
+
+GRADIENT_BUCKET_BYTES = 25 << 20  # the default of torch's DistributedDataParallel
+
+
 class ConversionTables:
-    """The conversions of every kind of tensor on one mesh, computed once per shape and element size."""
+    """The conversions of every kind of tensor on one mesh, computed once per shape and element size.
+
+    Values that are nothing but gradients are reduced in buckets (`BucketedCosts`).
+    """
 
     def __init__(self, mesh: Sequence[int], costs: StepCosts) -> None:
-        self.mesh, self.costs = tuple(mesh), costs
-        self._tables: dict[tuple[tuple[int, ...], int, bool], Conversions] = {}
+        self.mesh = tuple(mesh)
+        self._costs = {False: costs, True: BucketedCosts(costs, GRADIENT_BUCKET_BYTES)}
+        self._tables: dict[tuple[tuple[int, ...], int, bool, bool], Conversions] = {}
 
-    def of(self, shape: Sequence[int], itemsize: int, *, partial: bool) -> Conversions:
+    def costs(self, *, bucketed: bool = False) -> StepCosts:
+        """What prices a step of a conversion."""
+        return self._costs[bucketed]
+
+    def of(self, shape: Sequence[int], itemsize: int, *, partial: bool, bucketed: bool = False) -> Conversions:
         """The table for tensors of this shape; `partial` ones may also be sums in pieces (floating point)."""
-        key = (tuple(shape), itemsize, partial)
+        key = (tuple(shape), itemsize, partial, bucketed)
         if key not in self._tables:
             states = enumerate_states(shape, self.mesh, partial=partial)
-            self._tables[key] = conversions(shape, itemsize, self.mesh, states, self.costs)
+            self._tables[key] = conversions(shape, itemsize, self.mesh, states, self._costs[bucketed])
         return self._tables[key]

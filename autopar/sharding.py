@@ -23,6 +23,7 @@ from autopar.dataflow import (
     Operand,
     ValueName,
     ViewMaps,
+    gradient_values,
     is_backward,
     resolve,
     result_metas,
@@ -129,6 +130,7 @@ class _Builder:
         self.output_states: dict[str, tuple[State, ...]] = {}
         self.unruled: list[str] = []
         self.tables = ConversionTables(self.mesh, costs)
+        self.gradients = gradient_values(self.flow, trace.grads.values())
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
 
@@ -196,15 +198,17 @@ class _Builder:
     def _add_value(
         self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False
     ) -> int:
-        table = self._table(tensor)
+        table = self._table(tensor, bucketed=name in self.gradients)
         index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out))
         self.states.append(table.states)
         self.value_index[name] = index
         return index
 
-    def _table(self, tensor: torch.Tensor) -> Conversions:
-        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())
+    def _table(self, tensor: torch.Tensor, *, bucketed: bool = False) -> Conversions:
+        return self.tables.of(
+            tensor.shape, tensor.element_size(), partial=tensor.is_floating_point(), bucketed=bucketed
+        )
 
     def _add_op(self, op: Op) -> int:
         self.op_index[op.name] = len(self.ops)
@@ -234,7 +238,7 @@ class _Builder:
             stored = [s for s in stored if s in possible]
         if self.pins.allow_param is not None:
             stored = [s for s in stored if self.pins.allow_param(param, s)]
-        optimized = param.fqn in self.trace.grads
+        optimized = param.fqn in self.trace.grads and self.optimizer.updates
         choices = []
         for state in stored:
             at = self.states[value].index(state)

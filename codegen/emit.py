@@ -18,11 +18,11 @@ from autopar.codegen.buckets import GradientBuckets
 from autopar.codegen.builder import GraphBuilder
 from autopar.codegen.lowerings import lower
 from autopar.codegen.steps import emit_path
-from autopar.dataflow import Dataflow, Operand, ViewMaps, is_backward, resolve, result_metas, value_name
+from autopar.dataflow import Dataflow, Operand, ViewMaps, gradient_values, is_backward, resolve, result_metas, value_name
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
-from autopar.redistribute import Conversions, ConversionTables, StepCosts
+from autopar.redistribute import GRADIENT_BUCKET_BYTES, Conversions, ConversionTables, StepCosts
 from autopar.rules import axis_rules
 from autopar.rules.types import AxisRule
 from autopar.trace import Trace
@@ -53,7 +53,7 @@ class EmittedProgram:
 
 
 def emit(
-    trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, *, bucket_bytes: int = 25 << 20
+    trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, *, bucket_bytes: int = GRADIENT_BUCKET_BYTES
 ) -> EmittedProgram:
     """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace.
 
@@ -77,6 +77,7 @@ class _Emitter:
         self.backward = _Pass(self, backward=self.forward)
         self.buckets = GradientBuckets(self.backward.builder, bucket_bytes)
         self.tables = ConversionTables(mesh, costs)
+        self.gradients = gradient_values(self.flow, trace.grads.values())
 
     def emit(self) -> EmittedProgram:
         for node in self.flow.placeholders:
@@ -120,14 +121,14 @@ class _Emitter:
         return grads, [self.backward.take(operands[fqn], states[fqn])[0] for fqn in grads]
 
     def _gradient_state(self, fqn: str, operand: Operand) -> State:
-        base_states = self.table(operand.base_tensor).states
+        base_states = self.table(operand).states
         return self.views.preimages(operand, base_states)[self.decisions.params[fqn]]
 
     def _reduce_gradient(self, operand: Operand, state: State) -> None:
         made, key = self.made[operand.value], (operand.value, state)
         if key in self.backward.versions or made == state:
             return
-        path = self.table(operand.base_tensor).path(made, state)
+        path = self.table(operand).path(made, state)
         source = self.backward.version(operand, made)
         self.buckets.add(source, path, lambda node: self.backward.versions.setdefault(key, node))
 
@@ -142,9 +143,15 @@ class _Emitter:
                     made[value_name(self.nodes[name], index)] = state
         return made
 
-    def table(self, tensor: torch.Tensor) -> Conversions:
-        """The conversions of tensors shaped like this one."""
-        return self.tables.of(tensor.shape, tensor.element_size(), partial=tensor.is_floating_point())
+    def table(self, operand: Operand) -> Conversions:
+        """The conversions of an operand's base value."""
+        tensor = operand.base_tensor
+        return self.tables.of(
+            tensor.shape,
+            tensor.element_size(),
+            partial=tensor.is_floating_point(),
+            bucketed=operand.value in self.gradients,
+        )
 
     def _forward_outputs(self) -> tuple[dict[str, fx.Node], dict[str, State]]:
         outputs, states = {}, {}
@@ -227,7 +234,7 @@ class _Pass:
         if made == state:
             raise PlanError(f"{operand.value} is needed in the backward pass but neither kept nor recomputed")
         source = self.version(operand, made)
-        path = self.emitter.table(operand.base_tensor).path(made, state)
+        path = self.emitter.table(operand).path(made, state)
         self.builder.origin = operand.value
         alive = operand.node.op == "placeholder"
         return emit_path(self.builder, source, path, keep_source_alive=alive)

@@ -15,9 +15,8 @@ from autopar.memory_types import MemoryEstimate
 from autopar.opcost import local_bytes
 from autopar.placements import replicated
 from autopar.plan_types import Decisions
+from autopar.redistribute import GRADIENT_BUCKET_BYTES
 from autopar.trace import Trace
-
-BUCKET_BYTES = 25 << 20  # the default of torch's DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def emit_within(
 ) -> tuple[EmittedProgram, MemoryTimeline]:
     """The emitted program and its simulated memory; overlapped and bucketed if that stays within the limit."""
     with torch.no_grad():
-        for bucket_bytes, overlapped in ((BUCKET_BYTES, True), (BUCKET_BYTES, False), (0, False)):
+        for bucket_bytes, overlapped in ((GRADIENT_BUCKET_BYTES, True), (GRADIENT_BUCKET_BYTES, False), (0, False)):
             program = emit(trace, decisions, mesh, costs, bucket_bytes=bucket_bytes)
             if overlapped:
                 overlap(program.forward)

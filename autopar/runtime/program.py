@@ -47,13 +47,13 @@ class Program(nn.Module):
     plan: the plan in use (None before the first call).
     """
 
-    def __init__(self, model: nn.Module, planner: Planner) -> None:
+    def __init__(self, model: nn.Module, planner: Planner, world: DeviceMesh | None) -> None:
         super().__init__()
         self._model = [model]  # in a list: not a submodule, its weights are not ours
         self._planner = planner
         self._compiled: dict[object, Compiled] = {}
         self._first: Compiled | None = None
-        _mirror(self, model)
+        _mirror(self, model, world)
         self.register_load_state_dict_pre_hook(_distribute_loaded)
         self.train(model.training)
 
@@ -135,10 +135,8 @@ class Program(nn.Module):
                 source = model_params[fqn].detach()
                 state = compiled.plan.decisions.params[fqn]
                 placed = nn.Parameter(_place(source, state, compiled.mesh), requires_grad=param.requires_grad)
-                if isinstance(param, DTensor) or compiled.mesh is not None:
+                if compiled.mesh is not None:
                     torch.utils.swap_tensors(param, placed)
-                else:
-                    param.data = placed.data
 
     def _buffer_values(self, trace: Trace) -> dict[str, torch.Tensor]:
         values = {b.node: self.get_buffer(b.fqn) for b in trace.buffers}
@@ -222,12 +220,18 @@ def _place(source: torch.Tensor, state: State, mesh: DeviceMesh | None) -> torch
     return distribute_tensor(source.to(mesh.device_type), mesh, torch_placements(state))
 
 
-def _mirror(program: nn.Module, model: nn.Module) -> None:
-    """Give `program` the parameters and buffers of `model` under the same names, ties included."""
+def _mirror(program: nn.Module, model: nn.Module, world: DeviceMesh | None) -> None:
+    """Give `program` the parameters and buffers of `model` under the same names, ties included.
+
+    On a world of several ranks parameters start as replicated DTensors on the model's own storage.
+    """
     copies: dict[int, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if id(param) not in copies:
-            copies[id(param)] = nn.Parameter(param.detach(), requires_grad=param.requires_grad)
+            tensor = param.detach()
+            if world is not None:
+                tensor = DTensor.from_local(tensor, world, [Replicate()], run_check=False)
+            copies[id(param)] = nn.Parameter(tensor, requires_grad=param.requires_grad)
         _register(program, name, copies[id(param)], persistent=True)
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False):

@@ -63,8 +63,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, TupleStrategy
 from torch.distributed.tensor._ops.single_dim_strategy import _ShardingPlaceholder
+from torch.utils import _pytree as _torch_pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+pytree = _torch_pytree  # registered by transformers for its outputs
 
 # ---------------------------------------------------------------------------
 # Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.
@@ -345,7 +348,7 @@ def local_parts(tensor: torch.Tensor) -> dict[int, torch.Tensor] | None:
 
 
 @contextlib.contextmanager
-def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[list[str], list[Any]]]:
+def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[Any]]]:
     """All ranks of a mesh in this process: yields the group name and the rank-dependent coordinate of each axis.
 
     Uses torch's LocalTensorMode on the "fake" backend; needs that no process group exists yet, and leaves none.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.baselines import baselines
 from autopar.cluster import ClusterSpec
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
@@ -151,12 +152,11 @@ def _plan_trace(
         progress=progress,
     )
     found = search(traced, settings)
-    return _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)
+    made = _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)
+    return replace(made, compare_with=lambda: baselines(traced, settings))
 
 
-def _as_plan(
-    traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult
-) -> Plan:
+def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult) -> Plan:
     best = found.best
     assert best.decisions is not None and best.price is not None and best.memory is not None
     roles = axis_roles(traced, best.decisions, best.mesh)

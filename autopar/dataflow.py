@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar._torch_compat import OpOverload
 from autopar.placements import Placement, State, local_shape
 from autopar.rules import axis_rules, is_view, operands
 
@@ -78,7 +79,8 @@ class Operand:
 
 def resolve(node: fx.Node) -> Operand:
     """The base value behind a node's (single) tensor result, and the views in between."""
-    index, views = 0, []
+    views: list[View] = []
+    index = 0
     while True:
         if node.target is operator.getitem:
             index, node = int(node.args[1]), node.args[0]  # type: ignore[arg-type,assignment]
@@ -91,7 +93,7 @@ def resolve(node: fx.Node) -> Operand:
 
 def is_view_node(node: fx.Node) -> bool:
     """Whether a node is a pure view of its one tensor operand."""
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and is_view(node.target)
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and is_view(node.target)
 
 
 def is_real_op(node: fx.Node) -> bool:
@@ -119,7 +121,7 @@ class ViewMaps:
         return state
 
     def preimages(self, operand: Operand, base_states: tuple[State, ...]) -> dict[State, State]:
-        """For each state that can be had at the end of the chain, the base state that gives it (the first if several)."""
+        """For each state that can be had at the end of the chain, a base state that gives it."""
         found: dict[State, State] = {}
         for base in base_states:
             state = self.forward(operand, base)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autopar.baselines import Baseline
 from autopar.errors import AutoparError
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
@@ -23,9 +24,13 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Why a plan is what it is. Print it, or take `to_dict()`, or write `to_html(path)`."""
+    """Why a plan is what it is. Print it, or take `to_dict()`, or write `to_html(path)`.
+
+    baselines: the usual layouts; None if they were not priced (a plan that was loaded from a file).
+    """
 
     plan: Plan
+    baselines: tuple[Baseline, ...] | None = None
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -39,7 +44,7 @@ class Report:
             "mesh": list(plan.mesh),
             "axes": list(plan.roles),
             "layout": plan.layout(),
-            **{k: v for k, v in plan.predicted.items() if k != "baselines"},
+            **plan.predicted,
             "memory_limit_bytes": plan.options.memory_limit_bytes,
             "solver": {
                 "status": plan.status,
@@ -50,7 +55,7 @@ class Report:
             },
             "parameters": _parameter_table(plan),
             "recomputed_ops": sorted(n for n, d in plan.decisions.nodes.items() if d.recompute),
-            "baselines": list(plan.predicted.get("baselines", [])),
+            "baselines": None if self.baselines is None else [b.to_dict() for b in self.baselines],
             "replicated_for_want_of_a_rule": list(plan.unruled),
             "pins": dict(plan.options.pin),
             "assumptions": list(ASSUMPTIONS),
@@ -149,20 +154,18 @@ class Report:
         return lines
 
     def _baseline_lines(self) -> list[str]:
-        baselines = self.plan.predicted.get("baselines")
-        if not baselines:
-            return []
+        if self.baselines is None:
+            return ["the usual layouts were not priced: the plan was loaded without its model", ""]
         lines = ["the usual layouts, priced the same way"]
         ours = self.plan.predicted["step_time_s"]
-        for row in baselines:
-            if row["step_time_s"] is None:
-                lines.append(f"  {row['name']:<34}{row['reason']}")
+        for row in self.baselines:
+            if row.step_time_s is None:
+                lines.append(f"  {row.name:<34}{row.reason}")
             else:
-                ratio = row["step_time_s"] / ours if ours else math.inf
-                lines.append(
-                    f"  {row['name']:<34}{_seconds(row['step_time_s']):>12}  {ratio:5.2f} x  {size_text(row['peak_bytes'])}"
-                )
-        return [*lines, ""]
+                ratio = row.step_time_s / ours if ours else math.inf
+                time, memory = _seconds(row.step_time_s), size_text(row.peak_bytes or 0)
+                lines.append(f"  {row.name:<34}{time:>12}  {ratio:6.2f} x  {memory:>12}")
+        return [*lines, ""] if self.baselines else []
 
     def _rule_lines(self) -> list[str]:
         plan = self.plan
@@ -202,9 +205,3 @@ def size_text(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes:.0f} B"
-
-
-def explain(plan: Plan) -> Report:
-    """The report of a plan."""
-    return Report(plan)
-

@@ -59,7 +59,7 @@ def _batch(trace: Trace) -> int:
 
 
 def _zero(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> int:
-    """0: most parameter bytes are stored whole on the data axes; 3: cut and gathered again in the backward pass; 2: cut."""
+    """0: most parameter bytes are whole on the data axes; 2: cut and gathered once; 3: also gathered in the backward."""
     axes = [a for a, role in enumerate(roles) if role == "dp"]
     sizes = {p.fqn: math.prod(p.shape) for p in trace.params}
     cut = [p for p in trace.params if any(shard_dim(decisions.params[p.fqn][a]) is not None for a in axes)]
@@ -75,7 +75,8 @@ def _sequence_sharded(trace: Trace, decisions: Decisions, roles: tuple[str, ...]
     for node in Dataflow(trace.graph_module.graph).ops:
         states = decisions.nodes[node.name].result_states
         for tensor, state in zip(result_metas(node), states, strict=True):
-            if tensor is not None and state is not None and tensor.dim() == 3 and tuple(tensor.shape[:2]) == lead:
-                if any(shard_dim(state[a]) == 1 for a in axes):
-                    return True
+            if tensor is None or state is None or tensor.dim() != 3 or tuple(tensor.shape[:2]) != lead:
+                continue
+            if any(shard_dim(state[a]) == 1 for a in axes):
+                return True
     return False

@@ -204,17 +204,17 @@ def _transformers(wanted_for: str) -> ModuleType:
         raise TraceError(f"{wanted_for} needs transformers ({error}); pip install transformers") from None
 
 
-def _build(
-    model_class: Any, config: Any, device: str, dtype: torch.dtype | None, options: dict[str, str]
-) -> nn.Module:
+def _build(model_class: Any, config: Any, device: str, dtype: torch.dtype | None, options: dict[str, str]) -> nn.Module:
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache of keys and values is for generation; training has none
     try:
         with torch.device(device):
             model: nn.Module = model_class._from_config(config, dtype=dtype, **options)
-    except (ValueError, ImportError, TypeError, KeyError) as error:
-        raise TraceError(f"transformers cannot build {model_class.__name__}: {error}; change the config") from error
+    except Exception as error:  # whatever transformers finds wrong with a config, in many types
+        raise TraceError(
+            f"transformers cannot build {model_class.__name__}: {_line(error)}; change the config"
+        ) from error
     return model.train()
 
 
@@ -230,9 +230,8 @@ def _from_config_file(path: Path, device: str, dtype: torch.dtype | None, option
         raise TraceError(f"{str(path)!r} has no model_type; give the config.json of a Hugging Face model")
     try:
         config = transformers.AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise TraceError(f"transformers does not accept {str(path)!r}: {first}; change the config") from None
+    except Exception as error:  # whatever transformers finds wrong with a config, in many types
+        raise TraceError(f"transformers does not accept {str(path)!r}: {_line(error)}; change the config") from error
     return _build(_model_class(transformers, config, str(path)), config, device, dtype, options)
 
 
@@ -242,7 +241,7 @@ def _model_class(transformers: ModuleType, config: Any, path: str) -> Any:
     if not names:
         mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if type(config) not in mapping:
-            raise TraceError(f"{path!r} names no architectures; add the class, such as [\"BertForMaskedLM\"]")
+            raise TraceError(f'{path!r} names no architectures; add the class, such as ["BertForMaskedLM"]')
         return mapping[type(config)]
     found = getattr(transformers, names[0], None)
     if found is None:
@@ -267,6 +266,11 @@ def _from_callable(spec: str, device: str, dtype: torch.dtype | None) -> nn.Modu
     if not isinstance(model, nn.Module):
         raise TraceError(f"{spec!r} returned a {type(model).__name__}, not an nn.Module; return the model")
     return model.to(dtype) if dtype is not None else model
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())
 
 
 def _nearest(name: str, known: list[str] | None = None) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map_only
 
+from autopar._torch_compat import pytree
 from autopar.cost.compute import op_class, op_flops
 from autopar.cost.model import CostModel
 from autopar.dataflow import Operand, result_metas
@@ -27,7 +27,7 @@ def local_bytes(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> int:
 def op_flops_of(node: fx.Node) -> int:
     """FLOPs of the whole (unsharded) op, cached on the node."""
     if "flops" not in node.meta:
-        args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
         node.meta["flops"] = op_flops(node.target, args, kwargs, node.meta["val"])
     return int(node.meta["flops"])
 

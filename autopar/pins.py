@@ -129,7 +129,7 @@ def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pi
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a pattern names a path, one of its parents, or an inner part of it ("layers.0" in "model.layers.0.mlp")."""
+    """Whether a pattern names a path or any run of its parts ("layers.0" in "model.layers.0.mlp")."""
     parts = path.split(".")
     inner = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
     return any(fnmatchcase(name, pattern) for name in inner)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 Placement = str
 State = tuple[Placement, ...]
@@ -27,7 +27,7 @@ PARTIAL: Placement = "P"
 _SHARD = re.compile(r"S\((\d+)\)\Z")
 
 
-@lru_cache(maxsize=None)
+@cache
 def shard(dim: int) -> Placement:
     """The placement that cuts dim `dim` (not negative)."""
     if dim < 0:
@@ -35,7 +35,7 @@ def shard(dim: int) -> Placement:
     return f"S({dim})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def shard_dim(placement: Placement) -> int | None:
     """The dim a placement cuts, or None for "R" and "P"."""
     match = _SHARD.match(placement)

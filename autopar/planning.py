@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 from autopar.cluster import ClusterSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
@@ -203,5 +202,3 @@ def _infeasible(tried: list[MeshResult], settings: SearchSettings) -> Infeasible
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.3g} MiB"
-
-

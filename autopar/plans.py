@@ -7,7 +7,7 @@ The same input gives the same bytes, so wall-clock times are not part of the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from autopar.plan_types import Decisions, NodeDecision
 from autopar.rules.types import AxisRule
 
 if TYPE_CHECKING:
+    from autopar.baselines import Baseline
     from autopar.explain import Report
 
 SCHEMA_VERSION = 1
@@ -66,6 +67,7 @@ class Plan:
     predicted: figures of the cost model, see `autopar.pricing`.
     gap: proven, relative: no plan of this search space is faster than objective * (1 - gap).
     timings: trace_s and solve_s of this process; not saved.
+    compare_with: prices the usual layouts, while the trace is at hand; not saved.
     """
 
     graph_hash: str
@@ -85,6 +87,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     unruled: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict, compare=False)
+    compare_with: Callable[[], tuple[Baseline, ...]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def devices(self) -> int:
@@ -111,10 +114,10 @@ class Plan:
         }
 
     def explain(self) -> Report:
-        """Why this plan: see `autopar.explain.Report`."""
-        from autopar.explain import explain
+        """Why this plan: see `autopar.explain.Report`. Prices the usual layouts too, unless the plan was loaded."""
+        from autopar.explain import Report
 
-        return explain(self)
+        return Report(self, self.compare_with() if self.compare_with else None)
 
     # -- file ------------------------------------------------------------------------
 
@@ -139,7 +142,9 @@ class Plan:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"{where}: not a plan file (not JSON: {error}); make it again with `autopar plan`") from None
+            raise PlanError(
+                f"{where}: not a plan file (not JSON: {error}); make it again with `autopar plan`"
+            ) from None
         try:
             return _decode(_Reader(data, where))
         except AutoparError:
@@ -270,7 +275,9 @@ def _decode(reader: _Reader) -> Plan:
         mesh=mesh,
         roles=reader.strings("roles"),
         options=_decode_options(reader.sub("options")),
-        inputs=tuple(InputShape(r.get("path", str), r.ints("shape"), r.get("dtype", str)) for r in reader.subs("inputs")),
+        inputs=tuple(
+            InputShape(r.get("path", str), r.ints("shape"), r.get("dtype", str)) for r in reader.subs("inputs")
+        ),
         decisions=_decode_decisions(reader, len(mesh)),
         layout_keys=reader.get("layout", dict),
         predicted=reader.get("predicted", dict),

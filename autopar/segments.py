@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from autopar.dataflow import Dataflow, is_backward, module_path, value_name, result_metas
+from autopar._torch_compat import OpOverload
+from autopar.dataflow import Dataflow, is_backward, module_path, result_metas, value_name
 
 _MIN_BLOCK_OPS = 6
 
@@ -50,7 +51,7 @@ def segments(flow: Dataflow) -> list[list[fx.Node]]:
 def is_deterministic(node: fx.Node) -> bool:
     """Whether running a node twice gives the same result."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def recompute_times(

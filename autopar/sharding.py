@@ -195,9 +195,7 @@ class _Builder:
 
     # -- values ------------------------------------------------------------------
 
-    def _add_value(
-        self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False
-    ) -> int:
+    def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
         table = self._table(tensor, bucketed=name in self.gradients)
         index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out))

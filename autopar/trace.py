@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from autopar._torch_compat import fake_tensor_mode, has_device
+from autopar._torch_compat import capture_environment, fake_tensor_mode, has_device, pytree
 from autopar.errors import TraceError
 from autopar.tracing.assemble import assemble
-from autopar.tracing.capture import capture
+from autopar.tracing.capture import capture, logging_calls
 from autopar.tracing.leaves import input_leaves
 from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
 from autopar.tracing.types import (
@@ -71,10 +70,13 @@ def trace(
             if leaf.requires_grad:
                 raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
     mode = fake_tensor_mode()
-    shadow = make_shadow(model, mode, device)
-    # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
-    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, mode, device), (args, kwargs))
-    return assemble(capture(shadow.module, fake_args, fake_kwargs, mode), model, shadow, leaves)
+    with capture_environment(logging_calls()):
+        shadow = make_shadow(model, mode, device)
+        # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
+        fake_args, fake_kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: fake_like(t, mode, device), (args, kwargs)
+        )
+        return assemble(capture(shadow.module, fake_args, fake_kwargs, mode), model, shadow, leaves)
 
 
 def _checked(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -152,7 +152,7 @@ def run_reference(traced: Trace, values: Mapping[str, torch.Tensor]) -> dict[str
 
 
 @contextmanager
-def simulated_ranks(mesh: tuple[int, ...]) -> Iterator[tuple[list[str], list[Any]]]:
+def simulated_ranks(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[Any]]]:
     """A context in which all ranks of `mesh` run in this process: yields (group names, coordinates per axis)."""
     if not mesh:
         yield [], []
@@ -273,7 +273,9 @@ class Simulation:
 class _Checker(fx.Interpreter):
     """Runs a rank program node by node and compares every result that has a global meaning."""
 
-    def __init__(self, module: fx.GraphModule, simulation: Simulation, expected: Mapping[str, Any], tolerance: float):
+    def __init__(
+        self, module: fx.GraphModule, simulation: Simulation, expected: Mapping[str, Any], tolerance: float
+    ) -> None:
         super().__init__(module)
         self.simulation, self.expected, self.tolerance = simulation, expected, tolerance
         self.wrong: tuple[str, str] | None = None

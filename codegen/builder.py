@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar._torch_compat import FakeTensorMode
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten

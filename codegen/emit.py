@@ -11,14 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from autopar.codegen.buckets import GradientBuckets
 from autopar.codegen.builder import GraphBuilder
 from autopar.codegen.lowerings import lower
 from autopar.codegen.steps import emit_path
-from autopar.dataflow import Dataflow, Operand, ViewMaps, gradient_values, is_backward, resolve, result_metas, value_name
+from autopar.dataflow import (
+    Dataflow,
+    Operand,
+    ViewMaps,
+    gradient_values,
+    is_backward,
+    resolve,
+    value_name,
+)
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
@@ -53,7 +60,12 @@ class EmittedProgram:
 
 
 def emit(
-    trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, *, bucket_bytes: int = GRADIENT_BUCKET_BYTES
+    trace: Trace,
+    decisions: Decisions,
+    mesh: tuple[int, ...],
+    costs: StepCosts,
+    *,
+    bucket_bytes: int = GRADIENT_BUCKET_BYTES,
 ) -> EmittedProgram:
     """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace.
 
@@ -208,7 +220,9 @@ class _Pass:
             key = (view.node, view.index, at)
             if key not in self._viewed:
                 self.builder.origin = view.node.name
-                self._viewed[key] = lower(self.builder, view.node, rules, [at])[view.index]
+                viewed = lower(self.builder, view.node, rules, [at])[view.index]
+                assert viewed is not None
+                self._viewed[key] = viewed
             at = self._viewed[key]
             state = tuple(r.outputs[view.index] or "R" for r in rules)
         return at, state
@@ -226,7 +240,8 @@ class _Pass:
         """The base value of an operand in a state, converted, fetched or recomputed if need be."""
         key = (operand.value, state)
         if key not in self.versions:
-            self.versions[key] = self._fetch(operand, state) or self._convert(operand, state)
+            fetched = self._fetch(operand, state)
+            self.versions[key] = self._convert(operand, state) if fetched is None else fetched
         return self.versions[key]
 
     def _convert(self, operand: Operand, state: State) -> fx.Node:
@@ -266,4 +281,3 @@ class _Pass:
             raise PlanError(f"the plan keeps {version[0]} in {version[1]}, which the forward pass never makes")
         self.inputs.append(version)
         return node
-

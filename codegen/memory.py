@@ -84,7 +84,7 @@ def _storages(nodes: Iterable[fx.Node]) -> dict[int, int]:
 
 def _output_storages(graph: fx.Graph, last: tuple[object, ...]) -> dict[int, int]:
     """Storages of the last len(last) outputs."""
-    outputs = list(next(iter(graph.find_nodes(op="output"))).args[0])  # type: ignore[arg-type]
+    outputs = list(next(iter(graph.find_nodes(op="output"))).args[0])
     return _storages(n for n in outputs[len(outputs) - len(last) :] if isinstance(n, fx.Node))
 
 

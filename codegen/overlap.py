@@ -53,7 +53,7 @@ def hoist_starts(graph: fx.Graph) -> None:
         if order[anchor] + 1 < order[start]:
             anchor.append(start)
             order = {node: i for i, node in enumerate(graph.nodes)}
-        waits = [u for u in _waits_of(start)]
+        waits = _waits_of(start)
         floor = min(waits, key=lambda n: order[n]) if waits else start
 
 

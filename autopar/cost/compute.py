@@ -29,9 +29,9 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from autopar._torch_compat import OpOverload
 from autopar.cluster import DeviceSpec
 
 

@@ -11,7 +11,9 @@ from autopar.errors import PlanMismatch
 from autopar.trace import Trace, input_leaves
 
 
-def bind_inputs(trace: Trace, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+def bind_inputs(
+    trace: Trace, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The call's tensors by placeholder name; raises PlanMismatch where the call differs from what was planned."""
     leaves = input_leaves(model.forward, args, kwargs)
     for fixed in trace.fixed_inputs:

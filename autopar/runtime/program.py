@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
-from torch.utils import _pytree as pytree
 
+from autopar._torch_compat import pytree
 from autopar.errors import RuntimeFailure
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
@@ -157,7 +157,7 @@ class _Step(torch.autograd.Function):
     """Ties the two emitted graphs into autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, compiled: Compiled, buffers: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], *params: Any
     ) -> tuple[torch.Tensor, ...]:
         values = {p.node: _local(t) for p, t in zip(compiled.trace.params, params, strict=True)}
@@ -171,7 +171,7 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         compiled: Compiled = ctx.compiled
         if ctx.saved is None:
             raise RuntimeError("backward was called twice on one forward pass; call the program again first")
@@ -181,6 +181,7 @@ class _Step(torch.autograd.Function):
         saved, ctx.saved = ctx.saved, None
         values, ctx.values = ctx.values, None
         tangent = grad_outputs[0]
+        assert tangent is not None  # the loss is the only differentiable output
         with naming_dead_ranks(compiled.mesh):
             grads = compiled.rank_program.backward(saved, values, compiled.trace.tangent, tangent)
         by_fqn = dict(zip(compiled.rank_program.emitted.grads, grads, strict=True))
@@ -196,7 +197,8 @@ def _as_gradient(compiled: Compiled, fqn: str, grads: dict[str, torch.Tensor]) -
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def torch_placements(state: State) -> list[TorchPlacement]:
@@ -275,4 +277,3 @@ def _signature(call: Call) -> tuple[object, ...]:
     leaves, spec = pytree.tree_flatten(call)
     kinds = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
     return (kinds, str(spec))
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ def join_world(devices: int, device_type: str) -> None:
     start_heartbeat()
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_mesh(device_type: str, shape: tuple[int, ...]) -> DeviceMesh:
     """The DeviceMesh of a plan; axes are named x0, x1, ..."""
     return init_device_mesh(device_type, shape, mesh_dim_names=tuple(f"x{i}" for i in range(len(shape))))

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch.utils import _pytree as pytree
 
+from autopar._torch_compat import pytree
 from autopar.errors import TraceError
 
 ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]

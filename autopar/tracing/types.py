@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
+
+from autopar._torch_compat import OpOverload, pytree
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _target_text(node: fx.Node) -> str:
     if node.op in ("placeholder", "output"):
         return ""
     target: Any = node.target
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def _text(value: Any, index: dict[fx.Node, int]) -> str:

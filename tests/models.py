@@ -14,10 +14,21 @@ BATCH, SEQ, HIDDEN, VOCAB = 8, 16, 64, 256
 ModelAndInputs = tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """The mean cross-entropy of the next token, in the dtype of the logits."""
+    following = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return nn.functional.cross_entropy(logits.view(-1, vocab_size), following.reshape(-1))
+
+
 def tiny_llama(
     dtype: torch.dtype = torch.float64, layers: int = 2, kv_heads: int = 8, tied: bool = False, seed: int = 0
 ) -> ModelAndInputs:
-    """A Llama from transformers: hidden 64, 8 heads, vocabulary 256, sequences of 16."""
+    """A Llama from transformers: hidden 64, 8 heads, vocabulary 256, sequences of 16.
+
+    transformers computes the loss of a causal language model in float32 whatever the dtype of the model. In
+    float64 the model gets a loss in float64, through transformers' own `loss_function`, so that two orders of
+    summation agree to more than seven digits.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -34,6 +45,8 @@ def tiny_llama(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(dtype)
+        if dtype == torch.float64:
+            model.loss_function = next_token_loss
         ids = torch.randint(0, VOCAB, (BATCH, SEQ))
     return model, ((), {"input_ids": ids, "labels": ids.clone()})
 

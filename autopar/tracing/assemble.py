@@ -19,7 +19,7 @@ from autopar.tracing.diagnose import at, source_of
 from autopar.tracing.shadow import Shadow
 from autopar.tracing.types import BufferInfo, ConstantInfo, FixedInput, InputInfo, OutputInfo, ParamInfo, Trace
 
-_PREFIX = re.compile(r"^(target\.)?captured\.model\.")
+_PREFIX = re.compile(r"^captured\.model\.")
 _KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr")
 _MODULE = re.compile(r"\['([^']+)'\]|\[(\d+)\]")
 
@@ -260,14 +260,20 @@ class _Assembler:
 
     def _made_constants(self) -> list[ConstantInfo]:
         found: list[ConstantInfo] = []
+        nodes: dict[int, fx.Node] = {}
         mode = self.roles.tangent.meta["val"].fake_mode
         for old in self.old.graph.find_nodes(op="get_attr"):
             value = getattr(self.old, str(old.target))
             if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or compat.is_fake_tensor(value):
                 raise _unreachable(old, value)
-            old.meta.setdefault("val", mode.from_tensor(value))
-            node = self._placeholder(old, f"c_{len(found)}")
-            found.append(ConstantInfo(node.name, tuple(value.shape), value.dtype, value.detach(), None))
+            if not old.users:
+                continue
+            if id(value) not in nodes:
+                old.meta.setdefault("val", mode.from_tensor(value))
+                nodes[id(value)] = self._placeholder(old, f"c_{len(found)}")
+                constant = ConstantInfo(nodes[id(value)].name, tuple(value.shape), value.dtype, value.detach(), None)
+                found.append(constant)
+            self.new[old] = nodes[id(value)]
         return found
 
     def _inputs(self) -> tuple[InputInfo, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from autopar._torch_compat import pytree
 from autopar import _torch_compat as compat
 from autopar.errors import TraceError
 from autopar.tracing.diagnose import definition_of, located, rebound_buffer
@@ -70,6 +70,25 @@ class _Interpreter(fx.Interpreter):
             raise located(error, n) from None
 
 
+@dataclass(frozen=True)
+class _Arguments:
+    """A call's arguments: its tensors apart, all else fixed."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
+
+    def filled(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with other tensors in place."""
+        values = iter(tensors)
+        leaves = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
 @dataclass
 class _Result:
     leaves: list[tuple[str, int | None, Any]] = field(default_factory=list)
@@ -80,14 +99,15 @@ class _Result:
 class _LossAndDetached(nn.Module):
     """See the module. `source`: where the model's forward is defined, for errors."""
 
-    def __init__(self, graph_module: fx.GraphModule, source: str | None) -> None:
+    def __init__(self, graph_module: fx.GraphModule, source: str | None, arguments: _Arguments) -> None:
         super().__init__()
-        self.captured, self.source = graph_module, source
+        self.captured, self.source, self.arguments = graph_module, source, arguments
         self.result = _Result()
 
-    def forward(self, *flat: Any) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self.arguments.filled(inputs)
         with compat.recorded_node_meta():
-            value = _Interpreter(self.captured).run(*flat)
+            value = _Interpreter(self.captured).run(*args, *kwargs.values())
         loss = find_loss(value, self.source)
         named, spec = output_leaves(value)
         tensors: list[torch.Tensor] = []
@@ -148,16 +168,19 @@ def _constant(path: str, leaf: Any) -> Any:
 
 
 def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: compat.FakeTensorMode) -> RawJoint:
-    """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line."""
-    flat = pytree.tree_leaves((args, kwargs))
-    with compat.capture_environment(_logging_calls()), warnings.catch_warnings(record=True) as caught:
+    """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line.
+
+    To be called in `capture_environment(logging_calls())`.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    arguments = _Arguments(tuple(leaves), spec)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             graph_module = compat.capture_forward(_Root(shadow), args, kwargs)
             rebound_buffer(shadow, [str(w.message) for w in caught])
-            tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
-            target = _LossAndDetached(graph_module, definition_of(shadow))
-            joint = compat.export_joint(_TensorsOnly(target, flat, tensors), tuple(flat[i] for i in tensors), mode)
+            target = _LossAndDetached(graph_module, definition_of(shadow), arguments)
+            joint = compat.export_joint(target, arguments.tensors, mode)
         except TraceError:
             raise
         except Exception as error:
@@ -167,21 +190,7 @@ def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
     return RawJoint(joint, result.leaves, result.out_spec, result.loss_index)
 
 
-class _TensorsOnly(nn.Module):
-    """Takes the tensor arguments alone and fills in the fixed ones."""
-
-    def __init__(self, target: _LossAndDetached, flat: list[Any], tensors: list[int]) -> None:
-        super().__init__()
-        self.target, self.flat, self.positions = target, tuple(flat), tuple(tensors)
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        flat = list(self.flat)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            flat[position] = tensor
-        return self.target(*flat)
-
-
-def _logging_calls() -> set[Callable[..., Any]]:
+def logging_calls() -> set[Callable[..., Any]]:
     """Logging and warnings: they leave no trace in the graph and are left out of it."""
     names = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "info_once")
     calls: set[Callable[..., Any]] = {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}

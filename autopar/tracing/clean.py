@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar._torch_compat import OpOverload
+
 aten = torch.ops.aten
 _UNINITIALIZED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 _Noop = Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]
@@ -59,7 +61,7 @@ def share_repeated(graph: fx.Graph) -> None:
 
 def _is_deterministic(node: fx.Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return getattr(target, "__module__", "") == "_operator"  # getitem
     random = torch.Tag.nondeterministic_seeded in target.tags
     return not random and not target._schema.is_mutable and target not in _UNINITIALIZED
@@ -126,6 +128,8 @@ def _plus_zero(node: fx.Node, before: torch.Tensor, after: torch.Tensor) -> bool
 _NOOPS: dict[Any, _Noop] = {
     aten.detach.default: _always,
     aten.alias.default: _always,
+    aten.lift_fresh.default: _always,
+    aten.lift_fresh_copy.default: _always,
     aten.clone.default: _always,
     aten._to_copy.default: _always,
     aten.view.default: _always,

@@ -6,6 +6,7 @@ import ast
 import inspect
 import os
 import re
+import sysconfig
 import textwrap
 from typing import Any
 
@@ -16,6 +17,7 @@ from autopar import _torch_compat as compat
 from autopar.errors import TraceError
 
 _TORCH_DIR = os.path.dirname(torch.__file__)
+_STDLIB_DIR = sysconfig.get_path("stdlib")
 _OWN_DIR = os.path.dirname(__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -35,6 +37,8 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
      "use operations whose shapes don't depend on values, such as torch.where"),
     ("dynamicoutputshape", "the shape of a result depends on values (nonzero, unique, masked_select)",
      "use operations whose shapes don't depend on values, such as torch.where"),
+    ("logginglogger", "the code makes a logger", "make it once, outside of forward"),
+    ("backend_input must not be none", "it computes nothing with tensors", "let forward return a scalar loss"),
     ("numpy", "the code calls a NumPy function that can't be traced",
      "use the torch function of the same name"),
 )  # fmt: skip
@@ -129,8 +133,12 @@ def _from_exception(error: BaseException) -> str | None:
 
 
 def _innermost(frames: list[tuple[str, int]]) -> str | None:
-    own = [f for f in frames if not f[0].startswith((_TORCH_DIR, _OWN_DIR, "<"))]
+    own = [f for f in frames if not f[0].startswith((_TORCH_DIR, _OWN_DIR, "<")) and not _in_standard_library(f[0])]
     return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+
+def _in_standard_library(path: str) -> bool:
+    return path.startswith(_STDLIB_DIR) and "-packages" not in path  # site-packages may lie inside
 
 
 def _assignment(module: nn.Module) -> tuple[str | None, str | None]:

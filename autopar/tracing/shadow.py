@@ -118,8 +118,8 @@ class _Copier:
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.module(value.__self__, f"{name}."))
         if isinstance(value, functools.partial):
-            keywords = {k: self._value(v, name) for k, v in value.keywords.items()}
-            return functools.partial(self._value(value.func, name), *(self._value(v, name) for v in value.args), **keywords)
+            function, args = self._value(value.func, name), [self._value(v, name) for v in value.args]
+            return functools.partial(function, *args, **{k: self._value(v, name) for k, v in value.keywords.items()})
         if type(value) in (list, tuple, dict, OrderedDict, set) and id(value) not in self.open:
             return self._container(value, name)
         return value

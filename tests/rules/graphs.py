@@ -57,13 +57,26 @@ def _model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     if name == "mlp":
         x = torch.randn(BATCH, HIDDEN, dtype=torch.float64)
         return Mlp().double(), {"x": x, "y": torch.randn_like(x)}
-    family, attention = name.split("-")
+    family, _, attention = name.partition("-")
     tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE))
     labels = tokens.clone()
     labels[0, 3:] = -100
     if family == "llama":
         llama = transformers.LlamaConfig(num_key_value_heads=2, use_cache=False, **_sizes(attention))
         return LossOf(transformers.LlamaForCausalLM(llama).double()), {"input_ids": tokens, "labels": labels}
+    if family == "mixtral":
+        sizes = _sizes("sdpa") | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "batched_mm",
+        }
+        mixtral = transformers.MixtralConfig(num_key_value_heads=2, use_cache=False, **sizes)
+        return LossOf(transformers.MixtralForCausalLM(mixtral).double()), {"input_ids": tokens, "labels": labels}
+    if family == "mamba":
+        mamba = transformers.MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, state_size=4, num_hidden_layers=1, use_cache=False
+        )
+        return LossOf(transformers.MambaForCausalLM(mamba).double()), {"input_ids": tokens, "labels": labels}
     bert = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **_sizes(attention))
     mask = torch.ones_like(tokens)
     mask[1, 5:] = 0
@@ -72,12 +85,17 @@ def _model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 NAMES = ("mlp", "llama-eager", "llama-sdpa", "bert-eager", "bert-sdpa")
+MORE_NAMES = ("mixtral", "mamba")
 
 
 @cache
 def recorded(name: str) -> tuple[fx.Node, ...]:
+    """The cases of a model in NAMES."""
+    return record(*_model(name))
+
+
+def record(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[fx.Node, ...]:
     """A case per distinct op of a model's joint graph, its operands being what the model computes there."""
-    model, inputs = _model(name)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         captured = dynamo_graph_capture_for_export(model)(**inputs)

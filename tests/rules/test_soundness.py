@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import fx
 
-from autopar.rules import axis_rules
+from autopar.rules import AxisRule, axis_rules
 from autopar.rules.admitted import ADMITTED
 from autopar.rules.custom import CUSTOM
 from autopar.rules.linear import LINEAR
 from tests.rules import graphs
-from tests.rules.cases import GROUPS
-from tests.rules.harness import check, rule_pairs, sampled
+from tests.rules.cases import GROUPS, aten, randn
+from tests.rules.harness import case, check, rule_pairs, sampled
 
 PAIRS_PER_OP = 12
 # No CPU kernel, and no decomposition to stand in for one: the rules are those of the CPU sister.
@@ -50,6 +50,14 @@ def test_ops_of_models(name: str) -> None:
     check_all(list(graphs.recorded(name)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", graphs.MORE_NAMES)
+def test_ops_of_other_families(name: str) -> None:
+    nodes = list(graphs.recorded(name))
+    assert {str(node.target) for node in nodes if not axis_rules(node, 2).known} == set()
+    check_all(nodes)
+
+
 @pytest.mark.parametrize("name", graphs.NAMES)
 def test_every_op_of_the_models_has_rules(name: str) -> None:
     unknown = {str(node.target) for node in graphs.recorded(name) if not axis_rules(node, 2).known}
@@ -72,10 +80,6 @@ def test_pairs_of_different_axis_sizes() -> None:
 def test_a_wrong_rule_is_caught() -> None:
     """The harness itself: rules that look right but are not must fail."""
     torch.manual_seed(0)
-    from autopar.rules import AxisRule
-    from tests.rules.cases import aten, randn
-    from tests.rules.harness import case
-
     wrong = [
         (case(aten.add.Scalar, randn(4, 8), 1.0), AxisRule(("P",), ("P",))),
         (case(aten._softmax.default, randn(4, 8), 1, False), AxisRule(("S(1)",), ("S(1)",))),

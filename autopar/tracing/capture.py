@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autopar._torch_compat import pytree
 from autopar import _torch_compat as compat
+from autopar._torch_compat import pytree
 from autopar.errors import TraceError
 from autopar.tracing.diagnose import definition_of, located, rebound_buffer
 from autopar.tracing.leaves import output_leaves
-
-ROOT = "model"  # the shadow's name in the module that Dynamo sees
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Every rewrite is exact to the last bit. The graph is functional (no op writes to its
 operands), so a copy can stand for its source. Expressions are shared within a phase
 only: what the backward pass computes again it may compute again, that is for the
-planner to decide. Ops that draw random numbers are never touched.
+planner to decide. Ops that draw random numbers are never shared.
 """
 
 from __future__ import annotations

@@ -6,11 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-
 from autopar._torch_compat import pytree
 from autopar.errors import TraceError
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def input_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

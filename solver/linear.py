@@ -7,6 +7,9 @@ over spans of time; memory rows, one per time, are added when they turn out to b
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -124,8 +127,7 @@ class LiveLp:
 
     def __init__(self, model: LinearModel) -> None:
         self.model = model
-        self.highs = highspy.Highs()
-        self.highs.setOptionValue("output_flag", False)  # before all others, or HiGHS prints its banner
+        self.highs = quiet_highs()
         for name, option in LP_OPTIONS.items():
             self.highs.setOptionValue(name, option)
         self._columns = self._rows = self._entries = 0
@@ -182,6 +184,24 @@ class LiveLp:
         if status == kinds.kTimeLimit:
             return LpResult("time", np.inf, values, duals, reduced)
         raise RuntimeError(f"HiGHS stopped an LP with {self.highs.modelStatusToString(status)}: report this problem")
+
+
+def quiet_highs() -> highspy.Highs:
+    """A HiGHS instance. The first of a process prints a banner, whatever its options: not onto the user's stdout."""
+    sys.stdout.flush()
+    try:
+        stdout = os.dup(1)
+    except OSError:  # no stdout: nothing to keep clean
+        return highspy.Highs()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            highs = highspy.Highs()
+            ctypes.CDLL(None).fflush(None)  # C holds the banner back until its buffer is written
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+    return highs
 
 
 def compress(major: Ints, minor: Ints, values: Floats, majors: int) -> tuple[npt.NDArray[np.int32], ...]:

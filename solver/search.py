@@ -114,7 +114,7 @@ class _Search:
     def _solve_limited(self) -> None:
         limit = self.problem.capacity_bytes
         assert limit is not None
-        stage = self._limited_stage(limit, float(limit), excess=False)
+        stage = self._limited_stage(limit, self._byte_reference(limit), excess=False)
         relaxed = stage.relax()
         if relaxed.status == "infeasible":
             self._make_feasible(stage)
@@ -131,6 +131,10 @@ class _Search:
         self._note("limited", stage)
         if self.best is None:
             self._find_any(limit)
+
+    def _byte_reference(self, limit: int) -> float:
+        """Bytes that count as one unit: the limit, unless it is so small that the numbers of memory rows explode."""
+        return max(float(limit), self.free_peak / 16)
 
     def _limited_stage(self, limit: int, reference: float, *, excess: bool) -> Stage:
         stage = Stage(
@@ -158,7 +162,7 @@ class _Search:
 
     def _find_any(self, limit: int) -> None:
         """No solution so far: minimise the excess over the limit, whatever time it takes; raise if it is not 0."""
-        stage = self._limited_stage(limit, float(limit), excess=True)
+        stage = self._limited_stage(limit, self._byte_reference(limit), excess=True)
         stage.clock = Clock(None)
         relaxed = self._relax_always_feasible(stage)
         if relaxed.bound <= 1e-6:

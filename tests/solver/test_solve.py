@@ -1,0 +1,106 @@
+"""Properties of `solve` that do not need brute force: limits, order, honesty, repeatability."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.solver import InfeasibleProblem, Progress, evaluate, minimum_capacity, solve
+from tests.solver.generator import random_problem, with_capacity
+from tests.solver.transformer import TransformerProblem
+
+
+def feasible_seeds(count: int) -> list[int]:
+    seeds = []
+    for seed in range(1000, 1000 + 4 * count):
+        try:
+            minimum_capacity(random_problem(seed))
+        except InfeasibleProblem:
+            continue
+        seeds.append(seed)
+    return seeds[:count]
+
+
+@given(seed=st.sampled_from(feasible_seeds(40)), parts=st.lists(st.floats(0, 1), min_size=2, max_size=4))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_lowering_the_cap_never_lowers_the_cost(seed: int, parts: list[float]) -> None:
+    problem = random_problem(seed)
+    least = minimum_capacity(problem)[0]
+    most = solve(problem, gap=0.0).peak_bytes
+    caps = sorted(least + int(part * (most - least)) for part in parts)
+    costs = [solve(with_capacity(problem, cap), gap=0.0).objective_s for cap in caps]
+    assert all(lower >= higher - 1e-9 for lower, higher in zip(costs, costs[1:], strict=False))
+
+
+def test_infeasible_says_what_would_fit() -> None:
+    problem = random_problem(feasible_seeds(1)[0])
+    with pytest.raises(InfeasibleProblem, match="raise the capacity") as caught:
+        solve(with_capacity(problem, 0))
+    error = caught.value
+    assert error.needed_bytes is not None
+    assert error.needed_bytes == error.bound_bytes
+    assert error.peak_time in range(len(problem.ops))
+    assert solve(with_capacity(problem, error.needed_bytes)).peak_bytes == error.needed_bytes
+
+
+@pytest.fixture(scope="module")
+def small_transformer():
+    return TransformerProblem.build(layers=1, mesh=(8,))
+
+
+@pytest.mark.parametrize("fraction", [None, 0.85])
+def test_no_time_at_all_still_gives_a_valid_solution(small_transformer, fraction: float | None) -> None:
+    free = solve(small_transformer)
+    capacity = None if fraction is None else int(free.peak_bytes * fraction)
+    problem = with_capacity(small_transformer, capacity)
+    best = solve(problem, gap=0.0)
+    hasty = solve(problem, time_limit_s=0.0)
+    found = evaluate(problem, hasty.solution)
+    assert found.cost_s == hasty.objective_s
+    assert capacity is None or found.peak_bytes <= capacity
+    assert hasty.bound_s <= best.objective_s * (1 + 1e-9) <= hasty.objective_s * (1 + 2e-9)
+    assert hasty.gap == pytest.approx(1 - hasty.bound_s / hasty.objective_s, abs=1e-9)
+    assert (hasty.status == "optimal") == (hasty.gap <= 1e-4)
+
+
+def test_a_transformer_within_memory(small_transformer) -> None:
+    free = solve(small_transformer)
+    assert free.status == "optimal"
+    previous = free.objective_s
+    for fraction in (0.95, 0.85):
+        problem = with_capacity(small_transformer, int(free.peak_bytes * fraction))
+        result = solve(problem)
+        assert result.status == "optimal"
+        assert result.gap <= 1e-4
+        assert result.objective_s >= previous * (1 - 1e-4)
+        assert evaluate(problem, result.solution).peak_bytes <= problem.capacity_bytes
+        previous = result.objective_s
+
+
+def test_same_input_same_output(small_transformer) -> None:
+    problem = with_capacity(small_transformer, int(solve(small_transformer).peak_bytes * 0.9))
+    first, second = solve(problem), solve(problem)
+    assert first.solution == second.solution
+    assert (first.objective_s, first.bound_s, first.stats) == (second.objective_s, second.bound_s, second.stats)
+
+
+def test_progress_is_told_in_order(small_transformer) -> None:
+    told: list[Progress] = []
+    result = solve(small_transformer, progress=told.append)
+    assert told
+    assert all(a.bound_s <= b.bound_s and a.elapsed_s <= b.elapsed_s for a, b in zip(told, told[1:], strict=False))
+    assert told[-1].incumbent_s == result.objective_s
+
+
+def test_needs_no_torch_and_prints_nothing() -> None:
+    code = (
+        "import sys; from autopar.solver import solve; from tests.solver.generator import random_problem; "
+        "solve(random_problem(1000)); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == ""

@@ -175,7 +175,7 @@ class Stage:
             mip, found = self._restricted(relaxed.result, slack, accept, gap)
             best = min(best, found)
             proven = max(proven, min(mip.bound, low + slack))
-            if best - proven <= gap * best + 1e-9 or slack == np.inf or low + slack >= best:
+            if slack == np.inf or (best < np.inf and (best - proven <= gap * best or low + slack >= best)):
                 break
             slack = best - low if best < np.inf else slack * SLACK_GROWTH
         return min(proven, best)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -58,7 +57,9 @@ def ranks(script: Path, processes: int, *args: str, out: Path, timeout_s: float 
     return _collect(running, files, began, timeout_s)
 
 
-def _collect(running: Sequence[subprocess.Popen[bytes]], files: Sequence[Any], began: float, timeout_s: float) -> list[Ended]:
+def _collect(
+    running: Sequence[subprocess.Popen[bytes]], files: Sequence[Any], began: float, timeout_s: float
+) -> list[Ended]:
     seconds: dict[int, float] = {}
     while len(seconds) < len(running) and time.monotonic() - began < timeout_s:
         for rank, process in enumerate(running):
@@ -77,11 +78,6 @@ def _collect(running: Sequence[subprocess.Popen[bytes]], files: Sequence[Any], b
             file.close()
         ended.append(Ended(process.returncode, texts[0], texts[1], seconds.get(rank, timeout_s)))
     return ended
-
-
-def results(ended: Ended) -> list[dict[str, Any]]:
-    """The JSON objects that ranks printed, one a line."""
-    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
 
 def _environment(extra: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ fails on a surviving rank, the ranks whose heartbeat has stopped are the dead on
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from autopar.errors import RuntimeFailure
 
 _BEAT_S = 0.5
 _SILENT_S = 3.0
+_REPORT = "autopar/dead"
 
 
 class Heartbeat:
@@ -43,16 +45,36 @@ class Heartbeat:
     def _key(rank: int) -> str:
         return f"autopar/heartbeat/{rank}"
 
-    def silent_ranks(self) -> list[int]:
-        """Ranks that give no sign of life for a few seconds; takes that long."""
-        before = self._counts()
-        time.sleep(_SILENT_S)
-        after = self._counts()
-        return [r for r in range(self.world_size) if r != self.rank and before[r] == after[r]]
+    def dead_ranks(self) -> list[int]:
+        """Ranks that died: as the first survivor found, or those that give no sign of life for a few seconds.
+
+        Without the first survivor's word, a rank that ended because of the death would pass for another dead one.
+        """
+        try:
+            dead = self._reported()
+            if not dead:
+                before = self._counts()
+                time.sleep(_SILENT_S)
+                after = self._counts()
+                silent = [r for r in range(self.world_size) if r != self.rank and before[r] == after[r]]
+                dead = self._reported() or silent
+            if dead and not self.store.check([_REPORT]):
+                self.store.set(_REPORT, ",".join(map(str, dead)))
+            return dead
+        except RuntimeError:  # the store does not answer: the process that holds it is gone
+            return [] if _agent_has_store() else [0]
+
+    def _reported(self) -> list[int]:
+        return [int(r) for r in self.store.get(_REPORT).decode().split(",")] if self.store.check([_REPORT]) else []
 
     def _counts(self) -> list[bytes]:
         keys = [self._key(r) for r in range(self.world_size)]
         return [self.store.get(k) if self.store.check([k]) else b"" for k in keys]
+
+
+def _agent_has_store() -> bool:
+    """Whether torchrun's agent holds the job's store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 _heartbeat: dict[int, Heartbeat] = {}
@@ -68,14 +90,14 @@ def start_heartbeat() -> None:
 
 @contextmanager
 def naming_dead_ranks(mesh: object) -> Iterator[None]:
-    """Turn the failure of a collective into an error that names the ranks that died."""
+    """Turn the failure of a collective into an error that names the ranks that died. mesh: None on one device."""
     try:
         yield
     except RuntimeError as error:
         beats = list(_heartbeat.values())
         if mesh is None or not beats or not _is_connection_failure(error):
             raise
-        dead = beats[0].silent_ranks()
+        dead = beats[0].dead_ranks()
         if not dead:
             raise
         names = ", ".join(str(r) for r in dead)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import autopar.errors
 from autopar.errors import AutoparError, PlanMismatch, RuntimeFailure
-from autopar.runtime.failure import start_heartbeat
+from autopar.runtime.failure import naming_dead_ranks, start_heartbeat
 
 
 def join_world(devices: int, device_type: str) -> None:
@@ -64,8 +64,9 @@ def _broadcast(text: str, device_type: str) -> str:
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     payload = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device)
     size = torch.tensor([payload.numel()], device=device)
-    dist.broadcast(size, src=0)
-    if dist.get_rank() != 0:
-        payload = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-    dist.broadcast(payload, src=0)
+    with naming_dead_ranks(device):
+        dist.broadcast(size, src=0)
+        if dist.get_rank() != 0:
+            payload = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+        dist.broadcast(payload, src=0)
     return bytes(payload.cpu().tolist()).decode()

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -75,7 +76,7 @@ def train(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     for number, batch in enumerate(batches(args.steps, args.batch, args.seq)):
         start = time.perf_counter()
         if number == MEASURED_STEP:
-            peak_bytes = measure_peak(lambda batch=batch: step(batch))
+            peak_bytes = measure_peak(partial(step, batch), model, optimizer, *batch.values())
         else:
             step(batch)
             seconds.append(time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,12 +198,35 @@ def test_verify_refuses_another_model(
     assert err.count("\n") == 1
 
 
+MLP = """
+import torch
+from torch import nn
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return {"loss": (self.down(torch.relu(self.up(x))) - x).square().mean()}
+
+    def example_inputs(self, batch, seq):
+        return (), {"x": torch.zeros(batch, 32, device="meta")}
+"""
+
+
 def test_infeasible_is_exit_3_and_says_what_would_fit(
-    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = str(plan_file[0].parent / "config.json")
-    argv = ["plan", "--model", model, "--cluster", "cpu", "--gpus", "2", "--seq", "16", "--global-batch", "8"]
+    (tmp_path / "user_mlp.py").write_text(MLP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the present folder
+    argv = ["plan", "--model", "user_mlp:Mlp", "--cluster", "cpu", "--gpus", "2", "--global-batch", "8"]
     code, out, err = run(capsys, *argv, "--memory-limit-bytes", "1000")
     assert (code, out) == (cli.EXIT_INFEASIBLE, "")
-    assert err.startswith("autopar: error: ")
-    assert err.count("\n") == 1
+    message = err.splitlines()[-1]
+    needed = re.fullmatch(r"autopar: error: no plan fits .*the leanest needs .*\((\d+) bytes\).*", message)
+    assert needed is not None, message
+    code, out, err = run(capsys, *argv, "--memory-limit-bytes", needed[1], "--json")
+    assert code == 0, err
+    assert json.loads(out)["peak_bytes"] <= int(needed[1])

@@ -375,3 +375,18 @@ def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[
             yield groups, coordinates
     finally:
         dist.destroy_process_group()
+
+
+def peak_bytes_by_device(step: Callable[[], object], externals: Sequence[object]) -> dict[torch.device, int]:
+    """The highest total of bytes alive per device while `step` runs, by torch's own tracker.
+
+    externals: modules, optimizers and tensors that exist before it and count as well. Counted are storages that
+    operators return; what an operator uses inside itself is not seen.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(*externals)  # type: ignore[arg-type]
+    with tracker:
+        step()
+    return {device: snapshot["Total"] for device, snapshot in tracker.get_tracker_snapshot("peak").items()}

@@ -6,13 +6,18 @@ The same input gives the same bytes, so wall-clock times are not part of the fil
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from autopar.cluster import ClusterSpec
+from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanError
 from autopar.placements import State, is_placement
 from autopar.plan_types import Decisions, NodeDecision
@@ -133,22 +138,25 @@ class Plan:
             scratch.write_text(self.dumps())
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink()
             raise PlanError(f"cannot write plan {target}: {error.strerror or error}; nothing was changed") from error
 
     @classmethod
     def loads(cls, text: str, where: str = "plan") -> Plan:
         """Read a plan from JSON text; raises PlanError for anything that is not a plan of a known version."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{where}: not a plan file (not JSON: {error}); make it again with `autopar plan`"
             ) from None
         try:
             return _decode(_Reader(data, where))
-        except AutoparError:
+        except PlanError:
             raise
+        except AutoparError as error:  # of the cluster or the optimizer in it
+            raise PlanError(f"{where}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise PlanError(f"{where}: not a usable plan file ({error}); make it again with `autopar plan`") from None
 
@@ -157,7 +165,7 @@ class Plan:
         """Read a plan file."""
         try:
             text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not text, or no path at all
             raise PlanError(f"cannot read plan {path}: {error}") from None
         return cls.loads(text, str(path))
 
@@ -253,8 +261,22 @@ class _Reader:
             raise PlanError(f"{self.where}: field {key!r} must hold integers")
         return tuple(items)
 
-    def optional_float(self, key: str) -> float | None:
-        return None if self.data.get(key) is None else float(self.get(key, (int, float)))
+    def number(self, key: str) -> float:
+        return float(self.get(key, (int, float)))
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.data.get(key) is None else self.number(key)
+
+    def check(self, key: str, good: bool, what: str) -> None:
+        if not good:
+            raise PlanError(f"{self.where}: field {key!r}: {what}, found {str(self.data[key])[:80]}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is out of bounds")
+    return number
 
 
 def _decode(reader: _Reader) -> Plan:
@@ -264,30 +286,32 @@ def _decode(reader: _Reader) -> Plan:
             f"{reader.where}: written by a newer autopar (plan version {version}, this one reads up to "
             f"{SCHEMA_VERSION}); upgrade autopar or plan again"
         )
-    mesh = reader.ints("mesh")
-    if any(size < 1 for size in mesh):
-        raise PlanError(f"{reader.where}: mesh sizes must be positive, found {list(mesh)}")
+    reader.check("autopar_plan", version >= 1, "there is no such version")
+    mesh, roles = reader.ints("mesh"), reader.strings("roles")
+    cluster = ClusterSpec.from_json(json.dumps(reader.get("cluster", dict)))
+    fits = all(size >= 1 for size in mesh) and math.prod(mesh) == cluster.devices
+    reader.check("mesh", fits, f"sizes must multiply to the {cluster.devices} devices of the cluster")
+    known = len(roles) == len(mesh) and set(roles) <= {"dp", "tp", "none"}
+    reader.check("roles", known, f"expected dp, tp or none for each of {len(mesh)} mesh axes")
     solver = reader.sub("solver")
     return Plan(
         graph_hash=reader.get("graph_hash", str),
         torch_version=reader.get("torch_version", str),
-        cluster=ClusterSpec.from_json(json.dumps(reader.get("cluster", dict))),
+        cluster=cluster,
         mesh=mesh,
-        roles=reader.strings("roles"),
+        roles=roles,
         options=_decode_options(reader.sub("options")),
-        inputs=tuple(
-            InputShape(r.get("path", str), r.ints("shape"), r.get("dtype", str)) for r in reader.subs("inputs")
-        ),
+        inputs=tuple(_decode_input(r) for r in reader.subs("inputs")),
         decisions=_decode_decisions(reader, len(mesh)),
         layout_keys=reader.get("layout", dict),
         predicted=reader.get("predicted", dict),
         status=solver.get("status", str),
-        objective_s=float(solver.get("objective_s", (int, float))),
-        bound_s=float(solver.get("bound_s", (int, float))),
-        gap=float(solver.get("gap", (int, float))),
+        objective_s=solver.number("objective_s"),
+        bound_s=solver.number("bound_s"),
+        gap=solver.number("gap"),
         candidates=tuple(
             Candidate(
-                r.ints("mesh"), r.get("status", str), r.optional_float("objective_s"), r.optional_float("bound_s")
+                r.ints("mesh"), r.get("status", str), r.optional_number("objective_s"), r.optional_number("bound_s")
             )
             for r in solver.subs("candidates")
         ),
@@ -295,7 +319,15 @@ def _decode(reader: _Reader) -> Plan:
     )
 
 
+def _decode_input(reader: _Reader) -> InputShape:
+    shape, dtype = reader.ints("shape"), reader.get("dtype", str)
+    reader.check("shape", all(0 <= size < 2**63 for size in shape), "sizes must not be negative or huge")
+    reader.check("dtype", isinstance(getattr(torch, dtype, None), torch.dtype), "torch has no such dtype")
+    return InputShape(reader.get("path", str), shape, dtype)
+
+
 def _decode_options(reader: _Reader) -> PlanOptions:
+    OptimizerSpec(reader.get("optimizer", str))  # AutoparError if there is none of that name
     return PlanOptions(
         global_batch=reader.get("global_batch", int),
         precision=reader.get("precision", str),
@@ -317,19 +349,28 @@ def _decode_decisions(reader: _Reader, axes: int) -> Decisions:
     rules = [_decode_rule(r) for r in reader.subs("rules")]
     nodes = {}
     for name, data in reader.get("nodes", dict).items():
-        node = _Reader(data, f"{reader.where}: node {name}")
+        node = _Reader(data, f"{reader.where}: node {name[:80]!r}")
+        numbers = node.ints("rules")
+        known = len(numbers) == axes and all(0 <= i < len(rules) for i in numbers)
+        node.check("rules", known, f"expected {axes} numbers of the {len(rules)} rules")
+        for key, sides in (("take", [rules[i].inputs for i in numbers]), ("make", [rules[i].outputs for i in numbers])):
+            fits = all(len(side) == len(node.get(key, list)) for side in sides)
+            node.check(key, fits, "expected as many states as the rules have")
         nodes[name] = NodeDecision(
-            rules=tuple(rules[i] for i in node.ints("rules")),
+            rules=tuple(rules[i] for i in numbers),
             operand_states=tuple(state(s) for s in node.get("take", list)),
             result_states=tuple(None if s is None else state(s) for s in node.get("make", list)),
             recompute=node.get("recompute", bool),
         )
+    copies = reader.get("kept_copies", list)
+    paired = all(isinstance(c, list) and len(c) == 2 and isinstance(c[0], str) for c in copies)
+    reader.check("kept_copies", paired, "expected [value, state] pairs")
     return Decisions(
         nodes=nodes,
         params={fqn: state(s) for fqn, s in reader.get("params", dict).items()},
         outputs={name: state(s) for name, s in reader.get("outputs", dict).items()},
         kept=frozenset(reader.strings("kept")),
-        kept_copies=frozenset((str(v), state(s)) for v, s in reader.get("kept_copies", list)),
+        kept_copies=frozenset((value, state(s)) for value, s in copies),
     )
 
 

@@ -72,7 +72,10 @@ def lower(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
             f"{node.name} ({node.target}) has {len(operands)} local operands and {len(rules)} rules; it needs "
             f"{len(operands_of(node))} operands, and one rule for each of {len(ctx.mesh)} mesh axes"
         )
-    return LOWERINGS[names[0] if names else "local"](ctx, node, rules, operands)
+    name = names[0] if names else "local"
+    if name not in LOWERINGS:
+        raise PlanError(f"{node.name} ({node.target}): no lowering is called {name!r}; plan again with this autopar")
+    return LOWERINGS[name](ctx, node, rules, operands)
 
 
 # -- the same op on shards -------------------------------------------------------------------

@@ -24,10 +24,15 @@ _REPORT = "autopar/dead"
 
 
 class Heartbeat:
-    """This rank's sign of life, and a view of everybody else's."""
+    """This rank's sign of life, and a view of everybody else's.
+
+    The first survivor that notices a death reports it through the store, and stays long enough for all others to
+    read it: afterwards it ends, and with it perhaps the store, and would pass for another dead rank.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.reported: list[int] = []
         self._thread = threading.Thread(target=self._beat, name="autopar-heartbeat", daemon=True)
         self._thread.start()
 
@@ -37,6 +42,7 @@ class Heartbeat:
             count += 1
             try:
                 self.store.set(self._key(self.rank), str(count))
+                self._read_report()
             except RuntimeError:
                 return  # the store is gone: so is the job
             time.sleep(_BEAT_S)
@@ -46,26 +52,28 @@ class Heartbeat:
         return f"autopar/heartbeat/{rank}"
 
     def dead_ranks(self) -> list[int]:
-        """Ranks that died: as the first survivor found, or those that give no sign of life for a few seconds.
-
-        Without the first survivor's word, a rank that ended because of the death would pass for another dead one.
-        """
+        """Ranks that died: as reported, or those that give no sign of life for a few seconds."""
         try:
-            dead = self._reported()
-            if not dead:
+            self._read_report()
+            if not self.reported:
                 before = self._counts()
                 time.sleep(_SILENT_S)
                 after = self._counts()
-                silent = [r for r in range(self.world_size) if r != self.rank and before[r] == after[r]]
-                dead = self._reported() or silent
-            if dead and not self.store.check([_REPORT]):
-                self.store.set(_REPORT, ",".join(map(str, dead)))
-            return dead
+                self._read_report()
+                self._report([r for r in range(self.world_size) if r != self.rank and before[r] == after[r]])
+            return self.reported
         except RuntimeError:  # the store does not answer: the process that holds it is gone
-            return [] if _agent_has_store() else [0]
+            return self.reported or ([] if _agent_has_store() else [0])
 
-    def _reported(self) -> list[int]:
-        return [int(r) for r in self.store.get(_REPORT).decode().split(",")] if self.store.check([_REPORT]) else []
+    def _read_report(self) -> None:
+        if not self.reported and self.store.check([_REPORT]):
+            self.reported = [int(r) for r in self.store.get(_REPORT).decode().split(",")]
+
+    def _report(self, dead: list[int]) -> None:
+        if dead and not self.reported:
+            self.reported = dead
+            self.store.set(_REPORT, ",".join(map(str, dead)))
+            time.sleep(3 * _BEAT_S)
 
     def _counts(self) -> list[bytes]:
         keys = [self._key(r) for r in range(self.world_size)]

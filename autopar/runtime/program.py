@@ -123,7 +123,8 @@ class Program(nn.Module):
             finally:
                 model.train(mode)
             if self._first is None:
-                self._place_parameters(compiled)
+                with naming_dead_ranks(compiled.mesh):
+                    self._place_parameters(compiled)
                 self._first = compiled
             self._compiled[key] = compiled
         return self._compiled[key]

@@ -29,7 +29,7 @@ from autopar.dataflow import (
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
-from autopar.redistribute import GRADIENT_BUCKET_BYTES, Conversions, ConversionTables, StepCosts
+from autopar.redistribute import GRADIENT_BUCKET_BYTES, Conversions, ConversionTables, Step, StepCosts
 from autopar.rules import axis_rules
 from autopar.rules.types import AxisRule
 from autopar.trace import Trace
@@ -140,9 +140,14 @@ class _Emitter:
         made, key = self.made[operand.value], (operand.value, state)
         if key in self.backward.versions or made == state:
             return
-        path = self.table(operand).path(made, state)
+        path = self.path(operand, state)
         source = self.backward.version(operand, made)
-        self.buckets.add(source, path, lambda node: self.backward.versions.setdefault(key, node))
+
+        def done(node: fx.Node) -> None:
+            node.meta["version"] = (operand.node.name, operand.index, state)
+            self.backward.versions.setdefault(key, node)
+
+        self.buckets.add(source, path, done)
 
     def _made_states(self) -> dict[str, State]:
         made: dict[str, State] = {}
@@ -164,6 +169,14 @@ class _Emitter:
             partial=tensor.is_floating_point(),
             bucketed=operand.value in self.gradients,
         )
+
+    def path(self, operand: Operand, state: State) -> tuple[Step, ...]:
+        """The conversion of an operand's base value from the state it is made in."""
+        made = self.made[operand.value]
+        try:
+            return self.table(operand).path(made, state)
+        except (KeyError, ValueError):
+            raise PlanError(f"the plan makes {operand.value} in {made} and takes it in {state}: no way there") from None
 
     def _forward_outputs(self) -> tuple[dict[str, fx.Node], dict[str, State]]:
         outputs, states = {}, {}
@@ -249,10 +262,12 @@ class _Pass:
         if made == state:
             raise PlanError(f"{operand.value} is needed in the backward pass but neither kept nor recomputed")
         source = self.version(operand, made)
-        path = self.emitter.table(operand).path(made, state)
+        path = self.emitter.path(operand, state)
         self.builder.origin = operand.value
         alive = operand.node.op == "placeholder"
-        return emit_path(self.builder, source, path, keep_source_alive=alive)
+        converted = emit_path(self.builder, source, path, keep_source_alive=alive)
+        converted.meta["version"] = (operand.node.name, operand.index, state)
+        return converted
 
     def _fetch(self, operand: Operand, state: State) -> fx.Node | None:
         """For the backward pass: a version that the forward pass left, or the original made again."""

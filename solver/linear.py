@@ -20,6 +20,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+DUAL, PRIMAL = 1, 4  # HiGHS's simplex_strategy
+
 LP_OPTIONS: dict[str, object] = {
     "output_flag": False,
     "threads": 1,
@@ -110,6 +112,13 @@ class LinearModel:
         steps = np.bincount(first, held, self.times + 1) - np.bincount(last + 1, held, self.times + 1)
         return np.cumsum(steps)[: self.times]
 
+    def memory_cost(self, paid: Floats) -> Floats:
+        """[columns] what the bytes of each cost, if one byte costs paid[t] from time 0 up to t."""
+        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        if not len(columns):
+            return np.zeros(len(self.cost))
+        return np.bincount(columns, nbytes * (paid[last + 1] - paid[first]), len(self.cost))
+
 
 @dataclass(frozen=True)
 class LpResult:
@@ -130,7 +139,8 @@ class LiveLp:
         self.highs = quiet_highs()
         for name, option in LP_OPTIONS.items():
             self.highs.setOptionValue(name, option)
-        self._columns = self._rows = self._entries = 0
+        self._columns = self._rows = self._entries = self._solved_rows = 0
+        self._solved = False
 
     def set_costs(self, costs: Sequence[float]) -> None:
         """Replace the cost of all columns (only inside the LP; the model keeps its own)."""
@@ -164,7 +174,11 @@ class LiveLp:
         self._columns, self._rows, self._entries = n, m, len(model.entries[0])
 
     def solve(self, time_limit_s: float | None) -> LpResult:
+        """Solve from the last basis. New rows leave it dual feasible, new columns and costs primal feasible."""
+        primal = self._solved and len(self.model.row_low) == self._solved_rows
+        self.highs.setOptionValue("simplex_strategy", PRIMAL if primal else DUAL)
         self.sync()
+        self._solved, self._solved_rows = True, self._rows
         limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01) + self.highs.getRunTime()
         self.highs.setOptionValue("time_limit", limit)
         kinds = highspy.HighsModelStatus

@@ -33,7 +33,9 @@ class Prices:
     cost_scale: float
 
     @staticmethod
-    def of(form: Formulation, duals: Floats, cost_scale: float) -> Prices:
+    def of(form: Formulation, duals: Floats, cost_scale: float, paid: Floats | None = None) -> Prices:
+        if paid is not None:
+            return Prices(duals, paid, cost_scale)
         at = np.zeros(form.model.times)
         for time, row in form.model.memory_rows.items():
             if row < len(duals):

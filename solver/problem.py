@@ -146,10 +146,22 @@ class SolveResult:
 
 
 class InfeasibleProblem(Exception):
-    """No solution fits. `needed_bytes`: the smallest capacity that does (proven to `bound_bytes`), if memory is what binds."""
+    """No solution fits.
 
-    def __init__(self, message: str, needed_bytes: int | None = None, bound_bytes: int | None = None, peak_time: int | None = None):
+    If memory is what binds: `needed_bytes` is the smallest capacity for which one was found (proven to
+    `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        needed_bytes: int | None = None,
+        bound_bytes: int | None = None,
+        peak_time: int | None = None,
+        leanest: Solution | None = None,
+    ) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.bound_bytes = bound_bytes
         self.peak_time = peak_time
+        self.leanest = leanest

@@ -6,17 +6,23 @@ First with memory free: that model is far smaller, and if its optimum fits it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autopar.solver.check import check_problem
 from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.lifetimes import lifetimes
+from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, nearest, within
 from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
-from autopar.solver.stage import COST_UNITS, Clock, Relaxation, SolverError, Stage, bytes_bound
+from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound
 
+SMALL = 1500  # choices in all: below, the model with all of them is solved directly
+FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
+EXPLAIN_S, EXPLAIN_GAP = 20.0, 1e-2  # time and precision for the capacity that an infeasible problem needs
+ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
 
 
@@ -46,12 +52,17 @@ def solve(
     return _Search(problem, Clock(time_limit_s), gap, progress).run()
 
 
-def minimum_capacity(problem: Problem, time_limit_s: float | None = None) -> tuple[int, int, Solution]:
-    """(needed_bytes, bound_bytes, solution): the least peak found, a proven lower bound, who attains it."""
+def minimum_capacity(
+    problem: Problem, time_limit_s: float | None = None, *, gap: float = 0.0
+) -> tuple[int, int, Solution]:
+    """(needed_bytes, bound_bytes, solution): the least peak found, a proven lower bound, who attains it.
+
+    gap: relative, good enough; with a time limit, what was found and proven by then.
+    """
     check_problem(problem)
     search = _Search(problem, Clock(time_limit_s), 0.0, None)
     search.solve_free(needed=False)
-    return search.least_memory(search.clock)
+    return search.least_memory(search.clock, gap)
 
 
 class _Search:
@@ -67,15 +78,16 @@ class _Search:
         self.bound_s = cheapest
         self.best: tuple[Solution, Evaluation] | None = None
         self.free_peak = 1
-        self.free_groups: list[tuple[int, int, int]] = []
+        self.groups: set[tuple[int, int, int]] = set()
+        self.allowed: Allowed = []
         self.stats: dict[str, float] = {}
 
     # -- the whole ---------------------------------------------------------------
 
     def run(self) -> SolveResult:
-        self.solve_free(needed=True)
+        self.solve_free(needed=self.problem.capacity_bytes is None)
         if not self._closed() and self.problem.capacity_bytes is not None:
-            self._solve_limited()
+            self._solve_limited(self.problem.capacity_bytes)
         return self._result()
 
     def solve_free(self, *, needed: bool) -> None:
@@ -84,22 +96,21 @@ class _Search:
         relaxed = self._relax_always_feasible(stage)
         stage.clock = self.clock
         assert relaxed.result is not None
-        self._raise_bound(relaxed.bound / self.cost_scale)
-        self._offer_rounded(stage, relaxed.result.values)
+        self._raise_bound(relaxed.bound)
+        self._offer_rounded(stage, relaxed, self._accept)
         self._report("memory free, relaxed")
         if needed and not self._closed():
-            cutoff = self._cutoff()
-            bound = stage.search(relaxed, self._accept, cutoff, self.gap * 0.5)
-            self._raise_bound(bound / self.cost_scale)
+            self._raise_bound(stage.search(relaxed, self._accept, self._cutoff(), self.gap))
             self._report("memory free")
         self._note("free", stage)
-        self.free_groups = [
-            (v, q, int(p))
-            for v, rows in enumerate(stage.form.values)
-            for q in rows.sources
-            for p in np.nonzero((rows.own_there | rows.later_there)[q])[0]
-            if q != p and np.isfinite(self.problem.values[v].convert_s[q, p])
-        ]
+        self.groups = set(stage.groups())
+        self.allowed = self._everything() if self._is_small() else nearest(stage, relaxed)
+
+    def _is_small(self) -> bool:
+        return sum(len(op.choices) for op in self.problem.ops) <= SMALL
+
+    def _everything(self) -> Allowed:
+        return [np.ones(len(op.choices), dtype=bool) for op in self.problem.ops]
 
     def _relax_always_feasible(self, stage: Stage) -> Relaxation:
         """Relax a stage whose LP can only be infeasible for want of conversions."""
@@ -111,91 +122,133 @@ class _Search:
             raise InfeasibleProblem(NO_ASSIGNMENT)
         return relaxed
 
-    def _solve_limited(self) -> None:
-        limit = self.problem.capacity_bytes
-        assert limit is not None
-        stage = self._limited_stage(limit, self._byte_reference(limit), excess=False)
-        relaxed = stage.relax()
-        if relaxed.status == "infeasible":
-            self._make_feasible(stage)
-            relaxed = stage.relax()
-            if relaxed.status == "infeasible":
-                raise SolverError("an LP with a feasible point was found infeasible: report this problem")
-        self._raise_bound(relaxed.bound / self.cost_scale)
+    # -- memory limited ----------------------------------------------------------
+
+    def _solve_limited(self, limit: int) -> None:
+        narrowing = self._narrowing(limit, excess=False)
+        found = narrowing.run(self.allowed)
+        if found.relaxed.status == "infeasible":
+            self._make_feasible(limit)
+            found = narrowing.run(self.allowed)
+        self._raise_bound(found.bound)
         self._report("memory limited, relaxed")
-        if relaxed.result is not None:
-            self._offer_rounded(stage, relaxed.result.values)
-            if relaxed.status == "optimal" and not self._closed():
-                bound = stage.search(relaxed, self._accept, self._cutoff(), self.gap)
-                self._raise_bound(bound / self.cost_scale)
-        self._note("limited", stage)
+        proven = self._search_in(found)
+        self._raise_bound(proven if found.priced is None and self._is_whole() else min(proven, found.bound))
+        self._report("memory limited")
+        if found.priced is not None:
+            self._widen(narrowing, found, proven)
         if self.best is None:
             self._find_any(limit)
 
-    def _byte_reference(self, limit: int) -> float:
-        """Bytes that count as one unit: the limit, unless it is so small that the numbers of memory rows explode."""
-        return max(float(limit), self.free_peak / 16)
+    def _is_whole(self) -> bool:
+        return all(a.all() for a in self.allowed)
 
-    def _limited_stage(self, limit: int, reference: float, *, excess: bool) -> Stage:
-        stage = Stage(
+    def _widen(self, narrowing: Narrowing, found: Narrowed, proven: float) -> None:
+        """Let in every choice that a better solution can use, and search again.
+
+        proven: bound on the solutions that use the choices let in so far.
+        """
+        assert narrowing.oracle is not None and found.priced is not None
+        slack = FIRST_WIDENING * found.bound
+        while not self._closed() and not self.clock.out():
+            if self.best is not None:
+                slack = self._cutoff() - found.bound
+            wider = within(narrowing.oracle, found.priced, slack)
+            if not all((a | ~b).all() for a, b in zip(self.allowed, wider, strict=True)):
+                self.allowed[:] = [a | b for a, b in zip(self.allowed, wider, strict=True)]
+                proven = self._search_in(narrowing.limited(self.allowed))
+            self._raise_bound(min(proven, math.inf if self._is_whole() else found.bound + slack))
+            self._report("memory limited")
+            if self._is_whole() or (self.best is not None and slack >= self._cutoff() - found.bound):
+                break
+            slack = slack * WIDENING_GROWTH if slack < found.bound else math.inf
+
+    def _search_in(self, found: Narrowed) -> float:
+        """Search among the choices of `found`; a bound, in model units, on the solutions that use no others."""
+        self._note("limited", found.stage)
+        if found.relaxed.result is None:
+            return math.inf if found.relaxed.status == "infeasible" else found.relaxed.bound
+        accept = self._accepting(found.restricted)
+        self._offer_rounded(found.stage, found.relaxed, accept)
+        bound = found.relaxed.bound
+        if found.relaxed.status == "optimal":
+            bound = found.stage.search(found.relaxed, accept, self._cutoff(), self.gap)
+        self._note("limited", found.stage)
+        return bound
+
+    def _accepting(self, restricted: Restricted) -> Accept:
+        def accept(solution: Solution, _: Evaluation) -> None:
+            original = restricted.original(solution)
+            self._accept(original, evaluate(self.problem, original, self.lives))
+
+        return accept
+
+    def _narrowing(self, limit: int, *, excess: bool, clock: Clock | None = None) -> Narrowing:
+        reference = float(limit or self.free_peak)
+        return Narrowing(
             self.problem,
             self.lives,
-            self.clock,
+            clock or self.clock,
             self.cost_scale,
-            limit_bytes=limit,
-            byte_reference=reference,
+            limit,
+            reference,
             excess=excess,
+            groups=self.groups,
+            whole=self._is_small(),
         )
-        stage.add_groups(self.free_groups)
-        return stage
 
-    def _make_feasible(self, stage: Stage) -> None:
-        """Bring in the groups that a fractional solution within the limit needs; raise if there is none."""
-        clock, stage.clock, stage.excess = stage.clock, Clock(None), True
-        relaxed = stage.relax(stop_at_zero=True)
-        if relaxed.status == "infeasible":
-            stage.add_all_groups()
-            relaxed = stage.relax(stop_at_zero=True)
-        stage.clock, stage.excess = clock, False
-        if relaxed.status == "infeasible" or relaxed.bound > 1e-6:
+    def _make_feasible(self, limit: int) -> None:
+        """Bring in the choices that a fractional solution within the limit needs; raise if there is none."""
+        found = self._narrowing(limit, excess=True, clock=Clock(None)).run(self.allowed)
+        if found.bound > 1e-6:
             self._raise_infeasible()
 
     def _find_any(self, limit: int) -> None:
         """No solution so far: minimise the excess over the limit, whatever time it takes; raise if it is not 0."""
-        stage = self._limited_stage(limit, self._byte_reference(limit), excess=True)
-        stage.clock = Clock(None)
-        relaxed = self._relax_always_feasible(stage)
-        if relaxed.bound <= 1e-6:
-            stage.search(relaxed, self._accept, np.inf, 0.0)
+        clock = Clock(None)
+        found = self._narrowing(limit, excess=True, clock=clock).run(self.allowed)
+        if found.bound <= 1e-6:
+            found.stage.search(found.relaxed, self._accepting(found.restricted), np.inf, 0.0)
         if self.best is None:
             self._raise_infeasible()
 
     # -- least memory ------------------------------------------------------------
 
-    def least_memory(self, clock: Clock) -> tuple[int, int, Solution]:
+    def least_memory(self, clock: Clock, gap: float) -> tuple[int, int, Solution]:
         """See `minimum_capacity`."""
-        found: list[tuple[int, Solution]] = []
-        stage = self._limited_stage(0, float(self.free_peak), excess=True)
-        relaxed = self._relax_always_feasible(stage)
-        if relaxed.result is not None and relaxed.status == "optimal":
-            bound = stage.search(relaxed, lambda s, e: found.append((e.peak_bytes, s)), np.inf, 0.0)
-        if not found:
-            stage.clock = Clock(None)
-            relaxed = self._relax_always_feasible(stage)
-            bound = stage.search(relaxed, lambda s, e: found.append((e.peak_bytes, s)), np.inf, 0.05)
-        needed, solution = min(found, key=lambda item: item[0])
-        return needed, min(needed, bytes_bound(stage, bound)), solution
+        narrowing = self._narrowing(0, excess=True, clock=clock)
+        found = narrowing.run(self.allowed)
+        if found.relaxed.status != "optimal":  # out of time: the first answer may take longer
+            narrowing.clock = Clock(None)
+            found = narrowing.limited(self.allowed)
+        points: list[tuple[int, Solution]] = []
+        bound = self._search_least(found, points, gap)
+        if not points:
+            found.stage.clock = Clock(None)
+            bound = self._search_least(found, points, ROUGH_GAP)
+        needed, solution = min(points, key=lambda item: item[0])
+        if not self._is_whole():
+            bound = min(bound, found.bound)
+        return needed, min(needed, bytes_bound(found.stage, bound)), solution
+
+    def _search_least(self, found: Narrowed, points: list[tuple[int, Solution]], gap: float) -> float:
+        def accept(solution: Solution, priced: Evaluation) -> None:
+            points.append((priced.peak_bytes, found.restricted.original(solution)))
+
+        return found.stage.search(found.relaxed, accept, np.inf, gap)
 
     def _raise_infeasible(self) -> None:
         left = self.clock.left_s()
-        needed, bound, solution = self.least_memory(Clock(None if left is None else max(left, 1.0)))
+        clock = Clock(EXPLAIN_S if left is None else min(max(left, 1.0), EXPLAIN_S))
+        needed, bound, solution = self.least_memory(clock, 0.0 if self._is_small() else EXPLAIN_GAP)
         at = evaluate(self.problem, solution, self.lives).peak_time
         raise InfeasibleProblem(
-            f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest needs {needed} bytes "
+            f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "
             f"(at op {self.problem.ops[at].name!r}); raise the capacity to that",
             needed,
             bound,
             at,
+            solution,
         )
 
     # -- incumbent and bound -----------------------------------------------------
@@ -208,22 +261,23 @@ class _Search:
         if self.best is None or found.cost_s < self.best[1].cost_s:
             self.best = (solution, found)
 
-    def _offer_rounded(self, stage: Stage, values: np.ndarray) -> None:
+    def _offer_rounded(self, stage: Stage, relaxed: Relaxation, accept: Accept) -> None:
         """The likeliest choices of a relaxation, with everything kept, as the LP says, or all run again."""
-        choices, recomputed, copies = stage.form.decisions(values)
+        assert relaxed.result is not None
+        choices, recomputed, copies = stage.form.decisions(relaxed.result.values)
         everything = [o for o, op in enumerate(self.problem.ops) if op.recompute_time is not None]
         for again in ([], recomputed, everything):
             try:
-                solution = complete(self.problem, choices, again, copies, self.lives)
-                self._accept(solution, evaluate(self.problem, solution, self.lives))
+                solution = complete(stage.problem, choices, again, copies, stage.lives)
+                accept(solution, evaluate(stage.problem, solution, stage.lives))
             except InvalidSolution:  # rounding asked for an impossible conversion
                 continue
 
     def _cutoff(self) -> float:
         return np.inf if self.best is None else self.best[1].cost_s * self.cost_scale
 
-    def _raise_bound(self, bound_s: float) -> None:
-        self.bound_s = max(self.bound_s, bound_s)
+    def _raise_bound(self, bound: float) -> None:
+        self.bound_s = max(self.bound_s, bound / self.cost_scale)
 
     def _closed(self) -> bool:
         return self.best is not None and self._gap(self.best[1].cost_s) <= self.gap

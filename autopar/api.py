@@ -23,7 +23,7 @@ from autopar.memory_types import MemoryEstimate
 from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
 from autopar.plan_types import Decisions
-from autopar.planning import SearchResult, SearchSettings, search
+from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings, search
 from autopar.plans import Candidate, InputShape, Plan, PlanOptions
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.program import Call, Compiled, Program
@@ -45,7 +45,7 @@ def plan(
     optimizer: str = "adamw",
     memory_limit_bytes: int | None = None,
     objective: str = "throughput",
-    time_limit_s: float | None = None,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     pin: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -54,7 +54,7 @@ def plan(
     example_inputs: (args, kwargs) of the global batch, real, meta or fake tensors; for a transformers
         model `seq` and `global_batch` will do.
     memory_limit_bytes: per device; the device's memory less its reserve if not given.
-    time_limit_s: of the search; the best plan by then is returned with its proven gap.
+    time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
@@ -81,7 +81,7 @@ def compile(
     optimizer: str = "adamw",
     memory_limit_bytes: int | None = None,
     objective: str = "throughput",
-    time_limit_s: float | None = None,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     pin: Mapping[str, Any] | None = None,
     inputs: str = "global",
 ) -> Program:
@@ -128,7 +128,7 @@ def _plan_trace(
     cluster: ClusterSpec,
     options: PlanOptions,
     *,
-    time_limit_s: float | None = None,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     fixed: Mapping[str, State] | None = None,
     fixed_mesh: tuple[int, ...] | None = None,
     progress: Callable[[str], None] | None = None,

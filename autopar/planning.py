@@ -24,11 +24,13 @@ from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.pricing import Price, price
 from autopar.sharding import Pins, ShardingProblem, build_problem
-from autopar.solver import InfeasibleProblem, SolveResult, solve
+from autopar.solver import InfeasibleProblem, solve
 from autopar.trace import Trace
 
 Progress = Callable[[str], None]
 MemoryOf = Callable[[Decisions, tuple[int, ...], CostModel], MemoryEstimate]
+
+DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
 _MAX_LEANER = 24
@@ -47,7 +49,7 @@ class SearchSettings:
     memory_limit_bytes: int
     memory_of: MemoryOf
     pin: Mapping[str, Any] | None = None
-    time_limit_s: float | None = None
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
     fixed_params: Mapping[str, State] | None = None
     fixed_mesh: tuple[int, ...] | None = None
     progress: Progress | None = None
@@ -101,8 +103,9 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     meshes = _meshes(request, settings)
     tried: list[MeshResult] = []
     for index, mesh in enumerate(meshes):
-        left = _time_left(settings.time_limit_s, began, len(meshes) - index)
-        found = _search_mesh(trace, mesh, request, settings, left)
+        now = time.perf_counter()
+        share = max(0.0, began + settings.time_limit_s - now) / (len(meshes) - index)
+        found = _search_mesh(trace, mesh, request, settings, now + share)
         tried.append(found)
         if settings.progress:
             text = f"{found.price.step_time_s * 1e3:.3f} ms" if found.price else found.status
@@ -138,12 +141,8 @@ def _check_batch(request: PinRequest, trace: Trace) -> None:
         raise PinError(f"the global batch of {batch} does not divide by dp={data}; change the batch or the pin")
 
 
-def _time_left(limit_s: float | None, began: float, meshes_left: int) -> float | None:
-    return None if limit_s is None else max(0.0, (limit_s - (time.perf_counter() - began)) / meshes_left)
-
-
 def _search_mesh(
-    trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings, time_limit_s: float | None
+    trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings, deadline: float
 ) -> MeshResult:
     costs = CostModel(settings.cluster, mesh)
     pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
@@ -153,26 +152,46 @@ def _search_mesh(
     for _ in range(_MAX_LEANER):
         problem = replace(stated.problem, capacity_bytes=capacity)
         try:
-            result = solve(problem, time_limit_s=time_limit_s, gap=_GAP)
+            result = solve(problem, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=_GAP)
         except InfeasibleProblem as error:
-            where = stated.problem.ops[error.peak_time].name if error.peak_time is not None else None
-            return MeshResult(mesh, "infeasible", bound, needed_bytes=error.needed_bytes, binding=where)
+            return _leanest(trace, stated, costs, settings, error, bound)
         bound = result.bound_s if bound is None else bound
         decisions = stated.decisions(result.solution)
         memory = settings.memory_of(decisions, mesh, costs)
         if memory.peak_bytes <= settings.memory_limit_bytes:
             priced = price(trace, decisions, costs, settings.optimizer)
-            _check_price(priced, result, stated)
+            _check_price(priced, result.objective_s, stated)
             return MeshResult(mesh, result.status, bound, decisions, priced, memory, stated.unruled)
         capacity = min(capacity, result.peak_bytes) - 1
     return MeshResult(mesh, "infeasible", bound, needed_bytes=memory.peak_bytes, binding=memory.node)
 
 
-def _check_price(priced: Price, result: SolveResult, stated: ShardingProblem) -> None:
+def _leanest(
+    trace: Trace,
+    stated: ShardingProblem,
+    costs: CostModel,
+    settings: SearchSettings,
+    error: InfeasibleProblem,
+    bound_s: float | None,
+) -> MeshResult:
+    """The solver's memory model has no plan that fits: its leanest may fit when simulated, else says what it takes."""
+    if error.leanest is None:
+        return MeshResult(stated.mesh, "infeasible", bound_s)
+    decisions = stated.decisions(error.leanest)
+    memory = settings.memory_of(decisions, stated.mesh, costs)
+    if memory.peak_bytes > settings.memory_limit_bytes:
+        where = f"{memory.phase}: {memory.node}"
+        return MeshResult(stated.mesh, "infeasible", bound_s, needed_bytes=memory.peak_bytes, binding=where)
+    priced = price(trace, decisions, costs, settings.optimizer)
+    bound = bound_s if bound_s is not None else 0.0
+    return MeshResult(stated.mesh, "feasible", bound, decisions, priced, memory, stated.unruled)
+
+
+def _check_price(priced: Price, objective_s: float, stated: ShardingProblem) -> None:
     """The solver's objective must be what the plan costs when it is priced from scratch."""
-    if abs(priced.step_time_s - result.objective_s) > 1e-6 * max(result.objective_s, 1e-12):
+    if abs(priced.step_time_s - objective_s) > 1e-6 * max(objective_s, 1e-12):
         raise AutoparError(
-            f"internal error: on mesh {stated.mesh} the solver says {result.objective_s!r} s, the plan costs "
+            f"internal error: on mesh {stated.mesh} the solver says {objective_s!r} s, the plan costs "
             f"{priced.step_time_s!r} s; please report this"
         )
 

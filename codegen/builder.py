@@ -68,8 +68,11 @@ class GraphBuilder:
         fake_args, fake_kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
         )
-        with self.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        if target is c10d.wait_tensor.default:  # hands back its operand, though torch's fake kernel makes a new tensor
+            node.meta["val"] = fake_args[0]
+        else:
+            with self.fake_mode:
+                node.meta["val"] = target(*fake_args, **fake_kwargs)
         if self.origin is not None:
             node.meta["origin"] = self.origin
         return node

@@ -303,9 +303,9 @@ class _Checker(fx.Interpreter):
             name, index, state = version
             whole = self.expected[name]
             whole = whole[index] if isinstance(whole, (tuple, list)) else whole
-            error = relative_error(self.simulation.gather(result, state), whole, self._floor(name))
-            if error > self.tolerance:
-                self.wrong = (name, f"{name} ({n.target}) in state {state}, off by {error:.1e}")
+            off = relative_error(self.simulation.gather(result, state), whole, self._floor(name))
+            if off > self.tolerance:
+                self.wrong = (name, f"{name} ({n.target}) in state {state}, off by {off:.1e}")
         return result
 
     def _floor(self, name: str) -> float:

@@ -6,6 +6,7 @@ fails on a surviving rank, the ranks whose heartbeat has stopped are the dead on
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -33,19 +34,25 @@ class Heartbeat:
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.reported: list[int] = []
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="autopar-heartbeat", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the thread: one that is inside the store's C++ code while Python shuts down would abort the process."""
+        self._ending.set()
+        self._thread.join(_SILENT_S)
 
     def _beat(self) -> None:
         count = 0
-        while True:
+        while not self._ending.wait(_BEAT_S if count else 0.0):
             count += 1
             try:
                 self.store.set(self._key(self.rank), str(count))
                 self._read_report()
             except RuntimeError:
                 return  # the store is gone: so is the job
-            time.sleep(_BEAT_S)
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -92,6 +99,8 @@ def start_heartbeat() -> None:
     """Start this process's heartbeat for the present process group, once."""
     store = default_store()
     if id(store) not in _heartbeat:
+        for former in _heartbeat.values():
+            former.stop()
         _heartbeat.clear()
         _heartbeat[id(store)] = Heartbeat(store.clone(), dist.get_rank(), dist.get_world_size())
 

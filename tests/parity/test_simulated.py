@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -210,8 +211,15 @@ def test_mixed_sharding(name: str, mesh: tuple[int, ...], monkeypatch: pytest.Mo
     assert_equal_to_eager(of, plan)
 
 
-@every_model
-@everywhere
+def tight_cases() -> Iterator[Any]:
+    """All models on all meshes; finding the least memory takes long but for the smallest."""
+    for name, mesh in itertools.product(MODELS, MESHES):
+        quick = name == "mlp" and len(mesh) == 1
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(name, mesh, marks=marks, id=f"{name}-{'x'.join(map(str, mesh))}")
+
+
+@pytest.mark.parametrize(("name", "mesh"), tight_cases())
 def test_tightest_memory_limit(name: str, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     of = case(name)
     with pytest.raises(Infeasible) as error:

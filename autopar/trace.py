@@ -18,6 +18,7 @@ from autopar.errors import TraceError
 from autopar.tracing.assemble import assemble
 from autopar.tracing.capture import capture, logging_calls
 from autopar.tracing.leaves import input_leaves
+from autopar.tracing.repeated import repeated_layers, with_layers
 from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
 from autopar.tracing.types import (
     BufferInfo,
@@ -30,6 +31,7 @@ from autopar.tracing.types import (
     graph_hash,
     is_backward,
 )
+from autopar.tracing.unroll import make_template, unroll
 
 __all__ = [
     "BufferInfo",
@@ -47,7 +49,11 @@ __all__ = [
 
 
 def trace(
-    model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]], *, device: str | None = None
+    model: nn.Module,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    device: str | None = None,
+    unrolled: bool = True,
 ) -> Trace:
     """Capture `model(*args, **kwargs)` and its backward pass as one ATen graph.
 
@@ -56,10 +62,39 @@ def trace(
     device: where the traced tensors pretend to be, such as "cpu" or "cuda"; None: where the model and
         its inputs are, and "cpu" for those on meta.
 
+    unrolled: trace three of many identical layers and unroll the graph where that is proven to be the same
+        (see `autopar.tracing.unroll`); False traces every layer.
+
     The model is traced in the mode it is in (train or eval) and must return a scalar loss: alone, first in a
     tuple, or under the name "loss". Raises TraceError, with `source` set to the line of the model's code where
     that is known.
     """
+    if unrolled:
+        found = _trace_unrolled(model, example_inputs, device)
+        if found is not None:
+            return found
+    return _trace_flat(model, example_inputs, device)
+
+
+def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None) -> Trace | None:
+    """The trace by way of three layers; None where the model has no such layers or they turn out to differ."""
+    repeated = repeated_layers(model) if isinstance(model, nn.Module) else None
+    if repeated is None:
+        return None
+    path, count = repeated
+    try:
+        three = _trace_flat(with_layers(model, path, [0, count // 2, count - 1]), example_inputs, device)
+        two = _trace_flat(with_layers(model, path, [0, count - 1]), example_inputs, device)
+    except TraceError:
+        return None  # the flat trace says what is wrong, or works where fewer layers don't
+    template = make_template(three, f"{path}.")
+    shorter = template and unroll(template, 2)
+    if template is None or shorter is None or graph_hash(shorter) != graph_hash(two):
+        return None
+    return unroll(template, count)
+
+
+def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None) -> Trace:
     args, kwargs = _checked(model, example_inputs)
     if device is not None and not has_device(torch.device(device).type):
         raise TraceError(f"this build of torch cannot trace for device {device!r}; leave device out, or use 'cpu'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Trace:
     grads: parameter name -> node; a parameter without gradient is absent.
     buffer_updates: buffer name -> node of its new value.
     num_forward: how many of the nodes that are neither placeholders nor output are forward.
+    twins: for nodes of repeated layers, the node of the same position in one representative layer.
     """
 
     graph_module: fx.GraphModule
@@ -115,6 +116,7 @@ class Trace:
     grads: dict[str, str]
     buffer_updates: dict[str, str]
     num_forward: int
+    twins: dict[str, str] = field(default_factory=dict)
 
     @property
     def results(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ A pin is one of
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from autopar.dataflow import Operand, is_backward, module_path, resolve, result_
 from autopar.errors import PinError
 from autopar.placements import State, is_placement, shard_dim
 from autopar.rules import operands
+from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
 from autopar.trace import ParamInfo, Trace
 
@@ -135,13 +137,19 @@ def _matches(pattern: str, path: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in inner)
 
 
+def _near(pattern: str, names: set[str]) -> str:
+    """Up to three of the names that are most like a pattern."""
+    near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.3)
+    return ", ".join(near or sorted(names)[:3])
+
+
 def _param_filter(
     request: PinRequest, trace: Trace, mesh: tuple[int, ...]
 ) -> Callable[[ParamInfo, State], bool] | None:
     for pattern, _ in request.params:
         if not any(_matches(pattern, name) for p in trace.params for name in (p.fqn, *p.tied)):
-            near = ", ".join(p.fqn for p in trace.params[:3])
-            raise PinError(f"pin {pattern!r} names no parameter of the model; names look like {near}")
+            near = _near(pattern, {p.fqn for p in trace.params})
+            raise PinError(f"pin {pattern!r} names no parameter of the model; near: {near}")
     data_axes = [a for a, role in enumerate(request.roles) if role == "dp"]
     if not request.params and (request.zero is None or not data_axes):
         return None
@@ -163,15 +171,19 @@ def _recompute_filter(request: PinRequest, trace: Trace) -> Callable[[fx.Node], 
     paths = {module_path(n) for n in trace.graph_module.graph.nodes if not is_backward(n)}
     for pattern, _ in request.modules:
         if not any(_matches(pattern, path) for path in paths if path):
-            raise PinError(f"pin {pattern!r} names no module of the model that computes something")
+            near = _near(pattern, paths - {""})
+            raise PinError(f"pin {pattern!r} names no module of the model that computes something; near: {near}")
     if not request.modules and request.recompute in (None, "selective"):
         return None
+    blocks = any(block_of(path) for path in paths)
 
     def wanted(node: fx.Node) -> str | None:
         for pattern, what in request.modules:
             if _matches(pattern, module_path(node)):
                 return what
-        return {"none": "keep", "full": "recompute"}.get(request.recompute or "")
+        if request.recompute == "full":  # of the repeated layers, where there are any
+            return "recompute" if block_of(module_path(node)) or not blocks else None
+        return "keep" if request.recompute == "none" else None
 
     return wanted
 

@@ -74,3 +74,19 @@ def recompute_times(
             if is_deterministic(node) and wanted != "keep":
                 times[node.name] = min(needed_at)
     return times
+
+
+def must_rerun(flow: Dataflow, times: dict[str, int], pinned: Callable[[fx.Node], str | None]) -> set[str]:
+    """Of the ops in `times`, those that are pinned to run again and whose results the backward pass wants.
+
+    It wants them for a backward op, or for another op of the same segment that runs again.
+    """
+    found: set[str] = set()
+    for node in reversed(flow.ops):
+        if node.name not in times or pinned(node) != "recompute":
+            continue
+        users = [u.user for i in range(len(result_metas(node))) for u in flow.uses.get(value_name(node, i), ())]
+        again = (u for u in users if u.name in found and times[u.name] == times[node.name])
+        if any(is_backward(u) for u in users) or any(again):
+            found.add(node.name)
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -34,7 +34,7 @@ from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import Conversions, ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
-from autopar.segments import recompute_times
+from autopar.segments import must_rerun, recompute_times
 from autopar.solver import Choice, Op, Problem, Solution, Value
 from autopar.trace import ParamInfo, Trace
 
@@ -321,11 +321,13 @@ class _Builder:
     # -- recomputation -----------------------------------------------------------
 
     def _with_recompute_times(self, forward_ops: int) -> list[Op]:
-        times = recompute_times(self.flow, self.op_index, self.pins.recompute)
+        pinned = self.pins.recompute
+        times = recompute_times(self.flow, self.op_index, pinned)
+        forced = must_rerun(self.flow, times, pinned) if pinned else set()
         ops = []
         for op in self.ops:
             time = times.get(op.name)
-            ops.append(op if time is None else Op(**{**op.__dict__, "recompute_time": time}))
+            ops.append(op if time is None else replace(op, recompute_time=time, must_rerun=op.name in forced))
         return ops
 
 

@@ -43,6 +43,8 @@ def _check_op(problem: Problem, o: int, op: Op) -> None:
         raise ValueError(f"op {op.name!r} has no choice: give it at least one")
     for choice in op.choices:
         _check_choice(problem, op, choice)
+    if op.must_rerun and op.recompute_time is None:
+        raise ValueError(f"op {op.name!r} must run again but has no recompute_time")
     if op.recompute_time is not None and not o < problem.forward_ops <= op.recompute_time < len(problem.ops):
         raise ValueError(f"op {op.name!r} may run again at {op.recompute_time}, not a forward op at a backward time")
     if op.tied_to is not None:

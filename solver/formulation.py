@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import Use, ValueLife
+from autopar.solver.lifetimes import Span, Use, ValueLife
 from autopar.solver.linear import Floats, Ints, LinearModel
 from autopar.solver.problem import Problem
 
@@ -123,6 +123,8 @@ class Formulation:
             self.y[o] = [model.add_column(self.cost_scale * choice.cost_s) for choice in op.choices]
             self.reruns[o] = model.add_column(0.0, integer=True)
             model.add_row(0.0, 0.0, [(self.reruns[o], -1.0), *((column, 1.0) for column in self.y[o])])
+            if op.must_rerun:
+                model.add_row(1.0, 1.0, [(self.reruns[o], 1.0)])
             for column, once, choice in zip(self.y[o], self.x[o], op.choices, strict=True):
                 model.add_row(-np.inf, 0.0, [(column, 1.0), (once, -1.0)])
                 model.hold(column, at, choice.workspace_bytes)
@@ -153,7 +155,9 @@ class Formulation:
         blocked = np.isinf(value.convert_s) | np.eye(n, dtype=bool)
         return ValueRows(life, sources, own, later, blocked.copy(), blocked.copy())
 
-    def _add_use(self, v: int, use: Use, made: Terms, sources: list[int], keep: dict[int, int], again: Terms) -> UseRows:
+    def _add_use(
+        self, v: int, use: Use, made: Terms, sources: list[int], keep: dict[int, int], again: Terms
+    ) -> UseRows:
         model, op = self.model, self.problem.ops[use.op]
         wanted = _terms(self.y[use.op] if use.rerun else self.x[use.op], [c.uses[use.slot] for c in op.choices])
         low = -np.inf if use.rerun else 0.0
@@ -221,7 +225,7 @@ class Formulation:
                     self.model.add_entry(int(taker.available[rows.sources.index(q)]), flow, 1.0)
 
     def _add_copy(
-        self, rows: ValueRows, takers: list[UseRows], q: int, p: int, cost: float, span: tuple[int, int] | None, size: int
+        self, rows: ValueRows, takers: list[UseRows], q: int, p: int, cost: float, span: Span | None, size: int
     ) -> tuple[int, list[int]]:
         """The column of one converted copy, and the flows of its takers (the column itself if there is one taker)."""
         model = self.model
@@ -243,7 +247,8 @@ class Formulation:
         return copy, flows
 
     def _add_flow(self, rows: ValueRows, taker: UseRows, q: int, p: int) -> int:
-        column = self.model.add_column(0.0, [(int(taker.made[rows.sources.index(q)]), 1.0), (int(taker.wanted[p]), 1.0)])
+        made, wanted = int(taker.made[rows.sources.index(q)]), int(taker.wanted[p])
+        column = self.model.add_column(0.0, [(made, 1.0), (wanted, 1.0)])
         if taker.alias_bytes is not None:
             self.model.hold(column, (taker.use.op, taker.use.op), float(taker.alias_bytes[p]))
         return column
@@ -267,5 +272,3 @@ def _terms(columns: list[int], states: list[int]) -> Terms:
     for column, state in zip(columns, states, strict=True):
         terms.setdefault(state, []).append(column)
     return terms
-
-

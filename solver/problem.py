@@ -62,6 +62,7 @@ class Op:
     recompute_time: None if the op may not run twice; else the time (an index of a
         backward op) right before which it runs again if the solver says so. Only for
         forward ops.
+    must_rerun: with a recompute_time: it does run again, whatever that costs.
     tied_to: index of an op that must take the choice of the same index (the gradient
         of a parameter is made in the parameter's own state).
     results_start_next: the results' storage is that of the (converted) operand, so
@@ -75,6 +76,7 @@ class Op:
     recompute_time: int | None = None
     tied_to: int | None = None
     results_start_next: bool = False
+    must_rerun: bool = False
 
 
 @dataclass(frozen=True)

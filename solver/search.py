@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,9 +19,12 @@ from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, near
 from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
 from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound
 
+NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
+TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
 EXPLAIN_S, EXPLAIN_GAP = 20.0, 1e-2  # time and precision for the capacity that an infeasible problem needs
+EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
 
@@ -66,9 +69,7 @@ def minimum_capacity(
 
 
 class _Search:
-    def __init__(
-        self, problem: Problem, clock: Clock, gap: float, progress: Callable[[Progress], None] | None
-    ) -> None:
+    def __init__(self, problem: Problem, clock: Clock, gap: float, progress: Callable[[Progress], None] | None) -> None:
         self.problem, self.clock, self.gap, self.progress = problem, clock, gap, progress
         self.lives = lifetimes(problem)
         cheapest = sum(min(c.cost_s for c in op.choices) for op in problem.ops)
@@ -85,9 +86,12 @@ class _Search:
     # -- the whole ---------------------------------------------------------------
 
     def run(self) -> SolveResult:
-        self.solve_free(needed=self.problem.capacity_bytes is None)
-        if not self._closed() and self.problem.capacity_bytes is not None:
-            self._solve_limited(self.problem.capacity_bytes)
+        limit = self.problem.capacity_bytes
+        if limit is None and any(op.must_rerun for op in self.problem.ops):
+            limit = NO_LIMIT  # where memory is free the model knows nothing of running again
+        self.solve_free(needed=limit is None)
+        if not self._closed() and limit is not None:
+            self._solve_limited(limit)
         return self._result()
 
     def solve_free(self, *, needed: bool) -> None:
@@ -107,7 +111,10 @@ class _Search:
         self.allowed = self._everything() if self._is_small() else nearest(stage, relaxed)
 
     def _is_small(self) -> bool:
-        return sum(len(op.choices) for op in self.problem.ops) <= SMALL
+        return self._size() <= SMALL
+
+    def _size(self) -> int:
+        return sum(len(op.choices) for op in self.problem.ops)
 
     def _everything(self) -> Allowed:
         return [np.ones(len(op.choices), dtype=bool) for op in self.problem.ops]
@@ -127,9 +134,8 @@ class _Search:
     def _solve_limited(self, limit: int) -> None:
         narrowing = self._narrowing(limit, excess=False)
         found = narrowing.run(self.allowed)
-        if found.relaxed.status == "infeasible":
-            self._make_feasible(limit)
-            found = narrowing.run(self.allowed)
+        if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED:
+            self._check_feasible(limit)
         self._raise_bound(found.bound)
         self._report("memory limited, relaxed")
         proven = self._search_in(found)
@@ -197,17 +203,16 @@ class _Search:
             whole=self._is_small(),
         )
 
-    def _make_feasible(self, limit: int) -> None:
-        """Bring in the choices that a fractional solution within the limit needs; raise if there is none."""
-        found = self._narrowing(limit, excess=True, clock=Clock(None)).run(self.allowed)
-        if found.bound > 1e-6:
+    def _check_feasible(self, limit: int) -> None:
+        """Raise if not even fractional solutions stay within the limit."""
+        if self._narrowing(limit, excess=True, clock=Clock(None)).run(self.allowed).bound > EXCEEDED:
             self._raise_infeasible()
 
     def _find_any(self, limit: int) -> None:
         """No solution so far: minimise the excess over the limit, whatever time it takes; raise if it is not 0."""
         clock = Clock(None)
         found = self._narrowing(limit, excess=True, clock=clock).run(self.allowed)
-        if found.bound <= 1e-6:
+        if found.bound <= EXCEEDED:
             found.stage.search(found.relaxed, self._accepting(found.restricted), np.inf, 0.0)
         if self.best is None:
             self._raise_infeasible()
@@ -240,7 +245,7 @@ class _Search:
     def _raise_infeasible(self) -> None:
         left = self.clock.left_s()
         clock = Clock(EXPLAIN_S if left is None else min(max(left, 1.0), EXPLAIN_S))
-        needed, bound, solution = self.least_memory(clock, 0.0 if self._is_small() else EXPLAIN_GAP)
+        needed, bound, solution = self.least_memory(clock, 0.0 if self._size() <= TINY else EXPLAIN_GAP)
         at = evaluate(self.problem, solution, self.lives).peak_time
         raise InfeasibleProblem(
             f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "

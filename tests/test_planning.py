@@ -1,0 +1,286 @@
+"""The search end to end: never slower than the usual layouts, honest about limits, gaps and pins."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autopar
+from autopar import ClusterSpec, Infeasible, Plan
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.errors import PinError
+from autopar.pricing import price
+from autopar.trace import trace
+from tests.models import BATCH, tiny_bert, tiny_llama, tiny_mlp
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "mlp": tiny_mlp,
+    "bert": lambda: tiny_bert(layers=1),
+    "llama": lambda: tiny_llama(layers=1),
+}
+USUAL: tuple[dict[str, Any], ...] = (
+    {"dp": 8, "zero": 0},
+    {"dp": 8, "zero": 3},
+    {"tp": 8, "sp": False},
+    {"tp": 8, "sp": True},
+    {"dp": 2, "tp": 4, "zero": 3},
+    {"dp": 4, "tp": 2, "zero": 3},
+)
+ROUNDING = 1e-9
+SOLVER_GAP = 1e-4  # within which the search calls a plan optimal
+
+
+def cluster(gpus: int) -> ClusterSpec:
+    """Devices so slow, with launches so cheap, that sharding pays for models this small."""
+    spec = ClusterSpec.preset("h100-sxm", gpus=gpus)
+    device = replace(
+        spec.device,
+        peak_flops_per_s={d: rate * 1e-4 for d, rate in spec.device.peak_flops_per_s},
+        memory_bytes_per_s=spec.device.memory_bytes_per_s * 1e-3,
+        launch_overhead_s=1e-9,
+        matmul_ramp_s=0.0,
+    )
+    links = tuple(replace(link, latency_s=1e-9) for link in spec.links)
+    return replace(spec, device=device, links=links, collective_launch_s=1e-9)
+
+
+def make(name: str, gpus: int = 8, **options: Any) -> Plan:
+    model, call = MODELS[name]()
+    return autopar.plan(model, cluster(gpus), example_inputs=call, **{"time_limit_s": 30, **options})
+
+
+@cache
+def free(name: str) -> Plan:
+    return make(name)
+
+
+@cache
+def least_bytes(name: str) -> int:
+    """The smallest limit that works, as Infeasible says."""
+    with pytest.raises(Infeasible) as error:
+        make(name, memory_limit_bytes=1000, time_limit_s=5)
+    assert error.value.needed_bytes is not None
+    return error.value.needed_bytes
+
+
+@cache
+def limits(name: str) -> dict[str, int]:
+    replicated = make(name, pin={"dp": 8, "zero": 0})
+    high, low = max(p.predicted["peak_bytes"] for p in (free(name), replicated)), least_bytes(name)
+    return {"generous": high, "between": (high + low) // 2, "tight": low}
+
+
+slow = pytest.mark.slow
+each_model = pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("bert", marks=slow), pytest.param("llama", marks=slow)]
+)
+
+
+@each_model
+@pytest.mark.parametrize("tightness", ["generous", "between", "tight"])
+def test_never_slower_than_the_usual_layouts(name: str, tightness: str) -> None:
+    limit = limits(name)[tightness]
+    plan = make(name, memory_limit_bytes=limit)
+    assert plan.predicted["peak_bytes"] <= limit
+    compared = 0
+    for pin in USUAL:
+        try:
+            usual = make(name, memory_limit_bytes=limit, pin=pin, time_limit_s=3)
+        except Infeasible:
+            continue
+        compared += 1
+        assert plan.objective_s <= usual.objective_s * (1 + SOLVER_GAP), pin
+        assert plan.bound_s <= usual.objective_s * (1 + ROUNDING), pin
+    assert compared == len(USUAL) or tightness != "generous"
+
+
+@each_model
+def test_sharding_pays(name: str) -> None:
+    """The comparison above means something: the free plan cuts tensors and beats running replicated."""
+    plan = free(name)
+    assert any(p != "R" for state in plan.decisions.params.values() for p in state) or "dp" in plan.roles
+    assert plan.objective_s < make(name, gpus=1).objective_s / 2
+
+
+@each_model
+def test_less_memory_is_never_faster(name: str) -> None:
+    high, low = free(name).predicted["peak_bytes"], least_bytes(name)
+    seconds = []
+    for step in range(6):
+        plan = make(name, memory_limit_bytes=high - (high - low) * step // 5)
+        assert plan.predicted["peak_bytes"] <= high - (high - low) * step // 5
+        seconds.append(plan.objective_s)
+    for roomy, lean in itertools.pairwise(seconds):
+        assert lean >= roomy * (1 - SOLVER_GAP), seconds
+    assert seconds[-1] > seconds[0]
+
+
+@each_model
+def test_objective_is_the_price_from_scratch(name: str) -> None:
+    model, call = MODELS[name]()
+    for limit in limits(name).values():
+        plan = make(name, memory_limit_bytes=limit)
+        priced = price(trace(model, call), plan.decisions, CostModel(plan.cluster, plan.mesh), OptimizerSpec("adamw"))
+        assert plan.objective_s == pytest.approx(priced.step_time_s, rel=1e-9)
+        assert plan.bound_s <= plan.objective_s
+        assert plan.gap == pytest.approx(1 - plan.bound_s / plan.objective_s, abs=1e-12)
+
+
+def test_same_input_same_bytes() -> None:
+    """Two processes with different string hashing write the same file."""
+    script = "from tests.test_planning import make; print(make('mlp', gpus=4).dumps())"
+    texts = []
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."}
+        root = Path(__file__).parent.parent
+        run = subprocess.run(
+            [sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stderr
+        texts.append(run.stdout)
+    assert texts[0] == texts[1] and len(texts[0]) > 1000
+
+
+@pytest.mark.parametrize("time_limit_s", [0.0, 0.01])
+def test_no_time_is_still_a_valid_plan(time_limit_s: float) -> None:
+    """The bound is proven however little time there was: it is never above what more time finds."""
+    model, call = MODELS["mlp"]()
+    plan = make("mlp", time_limit_s=time_limit_s)
+    best = free("mlp")
+    assert best.status == "optimal"
+    assert plan.bound_s <= best.objective_s * (1 + ROUNDING)
+    assert plan.objective_s >= best.bound_s * (1 - ROUNDING)
+    assert (plan.status == "optimal") == (plan.gap <= SOLVER_GAP * 1.01)
+    assert autopar.verify(model, plan, example_inputs=call).ranks == 8
+
+
+# -- limits ---------------------------------------------------------------------------------
+
+
+@each_model
+def test_infeasible_says_what_binds_and_the_limit_it_names_works(name: str) -> None:
+    with pytest.raises(Infeasible) as error:
+        make(name, memory_limit_bytes=1000, time_limit_s=5)
+    message, needed = str(error.value), error.value.needed_bytes
+    assert needed is not None and str(needed) in message and "\n" not in message
+    assert error.value.where is not None and error.value.where in message
+    assert "raise the limit" in message
+    assert make(name, memory_limit_bytes=needed).predicted["peak_bytes"] <= needed
+    with pytest.raises(Infeasible):
+        make(name, memory_limit_bytes=int(needed * 0.8), time_limit_s=5)
+
+
+# -- pins --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pin", "mesh", "roles"),
+    [
+        ({"dp": 8}, (8,), {"dp"}),
+        ({"tp": 8}, (8,), {"tp"}),
+        ({"dp": 2, "tp": 4}, (2, 4), {"dp", "tp"}),
+        ({"tp": 2}, (4, 2), {"dp", "tp"}),
+        ({"mesh": [2, 4]}, (2, 4), None),
+    ],
+)
+def test_layout_pins(pin: dict[str, Any], mesh: tuple[int, ...], roles: set[str] | None) -> None:
+    plan = make("mlp", pin=pin)
+    assert plan.mesh == mesh
+    assert roles is None or set(plan.roles) == roles
+    assert plan.objective_s >= free("mlp").bound_s * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_zero_pin(zero: int) -> None:
+    plan = make("mlp", pin={"dp": 8, "zero": zero})
+    cut = {fqn: state != ("R",) for fqn, state in plan.decisions.params.items()}
+    assert cut and all(is_cut == (zero == 3) for is_cut in cut.values())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "state"), [("up.weight", ("S(0)",)), ("down.*", ("R",)), ("*.weight", ("S(1)",)), ("up", ("S(0)",))]
+)
+def test_parameter_pins(pattern: str, state: tuple[str, ...]) -> None:
+    plan = make("mlp", pin={"mesh": [8], pattern: state})
+    pinned = [p for p in plan.decisions.params if fnmatchcase(p, pattern) or p.startswith(pattern + ".")]
+    assert pinned and all(plan.decisions.params[p] == state for p in pinned)
+
+
+@pytest.mark.parametrize(
+    ("pin", "says"),
+    [
+        ({"upp.weight": ("S(0)",), "mesh": [8]}, "up.weight"),
+        ({"dwn": "recompute"}, "down"),
+        ({"dp": 3}, "8 devices"),
+        ({"dp": 2, "tp": 2}, "8 devices"),
+        ({"mesh": [3, 3]}, "8 devices"),
+        ({"dp": 0}, "positive"),
+        ({"pp": 2}, "only degree 1"),
+        ({"zero": 4}, "0, 1, 2 or 3"),
+        ({"recompute": "some"}, "none, selective or full"),
+        ({"up.weight": "S(x)"}, "placements"),
+        ({"up.weight": ("P",), "mesh": [8]}, "cannot be stored"),
+        ({"up.weight": ("S(0)", "R"), "mesh": [8]}, "2 placements"),
+        ({"up": "offload"}, "not available yet"),
+    ],
+)
+def test_pins_that_cannot_be(pin: dict[str, Any], says: str) -> None:
+    with pytest.raises(PinError) as error:
+        make("mlp", pin=pin)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def recomputed(plan: Plan) -> set[str]:
+    return {name for name, decision in plan.decisions.nodes.items() if decision.recompute}
+
+
+@pytest.mark.parametrize("limit_fraction", [1.0, 0.9])
+def test_recompute_pins(limit_fraction: float) -> None:
+    """Recomputation is forced, or forbidden, or left open, where memory is plenty and where it is scarce."""
+    high, low = free("mlp").predicted["peak_bytes"], least_bytes("mlp")
+    limit = int(low + (high - low) * limit_fraction)
+    plain = make("mlp", memory_limit_bytes=limit)
+    kept = make("mlp", memory_limit_bytes=max(limit, high), pin={"recompute": "none"})
+    forced = make("mlp", memory_limit_bytes=limit, pin={"recompute": "full"})
+    assert not recomputed(kept)
+    assert recomputed(forced)
+    assert forced.objective_s > plain.objective_s
+    assert forced.objective_s == pytest.approx(forced.bound_s, rel=2 * SOLVER_GAP)
+    model, call = MODELS["mlp"]()
+    assert autopar.verify(model, forced, example_inputs=call).ranks == 8
+
+
+@slow
+def test_recompute_pins_of_modules() -> None:
+    """Pinned to recompute, ops of a module run again; pinned to keep they never do."""
+    model, call = tiny_llama(layers=2)
+    traced = trace(model, call)
+    where = {n.name: str(n.meta.get("module_path", "")) for n in traced.graph_module.graph.nodes}
+
+    def planned(pin: dict[str, Any]) -> Plan:
+        options = {"example_inputs": call, "time_limit_s": 20, "pin": {"dp": 4, "zero": 0, **pin}}
+        return autopar.plan(model, cluster(4), **options)  # type: ignore[arg-type]
+
+    again = recomputed(planned({"layers.1.mlp": "recompute"}))
+    assert again and all("layers.1.mlp" in where[n] for n in again)
+    full = recomputed(planned({"recompute": "full"}))
+    assert {where[n].split("layers.")[-1][0] for n in full} == {"0", "1"} and all("layers." in where[n] for n in full)
+    mixed = recomputed(planned({"layers.1": "keep", "recompute": "full"}))
+    assert mixed and all("layers.0" in where[n] for n in mixed)
+
+
+def test_batch_that_does_not_divide() -> None:
+    assert BATCH % 16
+    with pytest.raises(PinError, match="global batch of 8 does not divide by dp=16"):
+        make("mlp", gpus=16, pin={"dp": 16})

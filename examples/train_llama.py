@@ -1,7 +1,7 @@
 """Trains a small Llama on English text: on one device, or by autopar on what torchrun started.
 
     python examples/train_llama.py
-    torchrun --standalone --nproc-per-node 4 examples/train_llama.py --memory-limit-mb 18
+    torchrun --standalone --nproc-per-node 4 examples/train_llama.py --memory-limit-mb 30
 
 The model has the shape of Llama and a vocabulary of bytes; the text is the documentation of
 Python's own language topics. The training loop is the same in both cases: every rank passes
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
+from autopar.cli import parse_pin
 from autopar.runtime.memory import measure_peak
 
 MEASURED_STEP = 2  # gradients and optimizer state exist from the second step on
@@ -94,7 +95,14 @@ def train_parallel(args: argparse.Namespace) -> dict[str, Any]:
     example = next(batches(1, args.batch, args.seq))
     limit_bytes = None if args.memory_limit_mb is None else int(args.memory_limit_mb * 10**6)
     start = time.perf_counter()
-    program = autopar.compile(build_model(), cluster, example_inputs=((), example), memory_limit_bytes=limit_bytes)
+    program = autopar.compile(
+        build_model(),
+        cluster,
+        example_inputs=((), example),
+        memory_limit_bytes=limit_bytes,
+        time_limit_s=args.time_limit_s,
+        pin=dict(args.pin),
+    )
     plan = program.plan
     assert plan is not None  # example_inputs were given
     compile_s = time.perf_counter() - start
@@ -121,6 +129,8 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--memory-limit-mb", type=float, help="per rank, in 10^6 bytes")
+    parser.add_argument("--time-limit-s", type=float, default=20.0, help="of the search for a plan")
+    parser.add_argument("--pin", type=parse_pin, action="append", default=[], help="as in autopar plan --pin")
     parser.add_argument("--out", type=Path, help="write losses and figures to this JSON file")
     args = parser.parse_args()
     result = train_parallel(args) if dist.is_torchelastic_launched() else train_single(args)

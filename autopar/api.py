@@ -24,7 +24,7 @@ from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings, search
-from autopar.plans import Candidate, InputShape, Plan, PlanOptions
+from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, device_mesh, join_world
@@ -158,7 +158,6 @@ def _plan_trace(
 
 def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult) -> Plan:
     best = found.best
-    assert best.decisions is not None and best.price is not None and best.memory is not None
     roles = axis_roles(traced, best.decisions, best.mesh)
     return Plan(
         graph_hash=graph_hash(traced),
@@ -177,9 +176,7 @@ def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: S
         objective_s=best.price.step_time_s,
         bound_s=found.bound_s,
         gap=found.gap,
-        candidates=tuple(
-            Candidate(t.mesh, t.status, t.price.step_time_s if t.price else None, t.bound_s) for t in found.tried
-        ),
+        candidates=found.tried,
         unruled=best.unruled,
     )
 

@@ -59,5 +59,4 @@ def _priced(trace: Trace, settings: SearchSettings, name: str, pin: dict[str, An
             return Baseline(name, pin, None, error.needed_bytes, f"does not fit: needs {error.needed_bytes} bytes")
         return Baseline(name, pin, None, None, str(error))
     best = result.best
-    assert best.price is not None and best.memory is not None
     return Baseline(name, pin, best.price.step_time_s, best.memory.peak_bytes)

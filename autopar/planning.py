@@ -22,8 +22,9 @@ from autopar.memory_types import MemoryEstimate
 from autopar.pins import PinRequest, parse_pins, resolve_pins
 from autopar.placements import State
 from autopar.plan_types import Decisions
+from autopar.plans import Candidate
 from autopar.pricing import Price, price
-from autopar.sharding import Pins, ShardingProblem, build_problem
+from autopar.sharding import Pins, build_problem
 from autopar.solver import InfeasibleProblem, solve
 from autopar.trace import Trace
 
@@ -57,25 +58,21 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class MeshResult:
-    """What the search found on one mesh: nothing (status "infeasible") or decisions with their price and proof."""
+    """The winning mesh with its decisions, their price and their simulated memory."""
 
     mesh: tuple[int, ...]
-    status: str
-    bound_s: float | None = None
-    decisions: Decisions | None = None
-    price: Price | None = None
-    memory: MemoryEstimate | None = None
+    decisions: Decisions
+    price: Price
+    memory: MemoryEstimate
     unruled: tuple[str, ...] = ()
-    needed_bytes: int | None = None
-    binding: str | None = None
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best mesh, every mesh that was tried, and the proven gap over all of them."""
+    """The best plan, every mesh that was tried, and the proven gap over all of them."""
 
     best: MeshResult
-    tried: tuple[MeshResult, ...]
+    tried: tuple[Candidate, ...]
     bound_s: float
     gap: float
     status: str
@@ -101,25 +98,113 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     request = parse_pins(settings.pin, settings.cluster.devices)
     _check_batch(request, trace)
     meshes = _meshes(request, settings)
-    tried: list[MeshResult] = []
+    tried: list[_Tried] = []
     for index, mesh in enumerate(meshes):
         now = time.perf_counter()
         share = max(0.0, began + settings.time_limit_s - now) / (len(meshes) - index)
-        found = _search_mesh(trace, mesh, request, settings, now + share)
-        tried.append(found)
+        one = _Tried(trace, mesh, request, settings)
+        one.solve(now + share)
+        tried.append(one)
         if settings.progress:
-            text = f"{found.price.step_time_s * 1e3:.3f} ms" if found.price else found.status
+            text = "does not fit" if one.decisions is None else f"{one.objective_s * 1e3:.3f} ms"
             settings.progress(f"mesh {'x'.join(map(str, mesh)) or '1'}: {text} ({index + 1} of {len(meshes)})")
-    fitting = [t for t in tried if t.price is not None]
-    if not fitting:
+    best = _fastest_that_fits(tried, began + settings.time_limit_s)
+    if best is None:
         raise _infeasible(tried, settings)
-    best = min(fitting, key=lambda t: t.price.step_time_s)  # type: ignore[union-attr]
-    assert best.price is not None
-    objective = best.price.step_time_s
+    return _proven(best, tried, time.perf_counter() - began)
+
+
+def _fastest_that_fits(tried: list[_Tried], deadline: float) -> _Tried | None:
+    """Simulate the memory of the fastest plan; if it does not fit, ask for its next leaner one, and so on."""
+    while True:
+        candidates = [t for t in tried if t.decisions is not None]
+        if not candidates:
+            return None
+        best = min(candidates, key=lambda t: t.objective_s)
+        if best.fits():
+            return best
+        best.lean(deadline)
+
+
+def _proven(best: _Tried, tried: list[_Tried], solve_s: float) -> SearchResult:
+    assert best.decisions is not None and best.memory is not None
+    priced = price(best.trace, best.decisions, best.costs, best.settings.optimizer)
+    _check_price(priced, best)
+    objective = priced.step_time_s
     bound = min([objective, *(t.bound_s for t in tried if t.bound_s is not None)])
     gap = (objective - bound) / objective if objective else 0.0
     status = "optimal" if gap <= _GAP * 1.01 else "feasible"
-    return SearchResult(best, tuple(tried), bound, gap, status, time.perf_counter() - began)
+    found = MeshResult(best.mesh, best.decisions, priced, best.memory, best.stated.unruled)
+    rows = tuple(Candidate(t.mesh, t.status, t.objective_s if t.decisions else None, t.bound_s) for t in tried)
+    return SearchResult(found, rows, bound, gap, status, solve_s)
+
+
+class _Tried:
+    """The search on one mesh.
+
+    decisions: of the best plan so far, None if nothing fits; then `needed_bytes` would.
+    bound_s: no plan on this mesh is faster, whatever the memory model says.
+    """
+
+    def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
+        self.trace, self.mesh, self.settings = trace, mesh, settings
+        self.costs = CostModel(settings.cluster, mesh)
+        pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
+        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins)
+        self.capacity = settings.memory_limit_bytes
+        self.decisions: Decisions | None = None
+        self.memory: MemoryEstimate | None = None
+        self.objective_s, self.status = float("inf"), "infeasible"
+        self.bound_s: float | None = None
+        self.needed_bytes: int | None = None
+        self.binding: str | None = None
+        self.solver_peak = 0
+        self.left = _MAX_LEANER
+
+    def solve(self, deadline: float) -> None:
+        """The fastest plan within `capacity`, by the solver's memory model."""
+        problem = replace(self.stated.problem, capacity_bytes=self.capacity)
+        self.decisions = self.memory = None
+        try:
+            result = solve(problem, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=_GAP)
+        except InfeasibleProblem as error:
+            self._take_leanest(error)
+            return
+        self.bound_s = result.bound_s if self.bound_s is None else self.bound_s
+        self.objective_s, self.status = result.objective_s, result.status
+        self.solver_peak = result.peak_bytes
+        self.decisions = self.stated.decisions(result.solution)
+
+    def fits(self) -> bool:
+        """Whether the program of the present decisions, simulated, stays within the limit."""
+        if self.memory is None and self.decisions is not None:
+            self.memory = self.settings.memory_of(self.decisions, self.mesh, self.costs)
+        return self.memory is not None and self.memory.peak_bytes <= self.settings.memory_limit_bytes
+
+    def lean(self, deadline: float) -> None:
+        """The next plan that needs less memory, or none."""
+        self.left -= 1
+        if self.left <= 0 or self.status == "leanest":
+            assert self.memory is not None
+            self.decisions, self.status = None, "infeasible"
+            self.needed_bytes, self.binding = self.memory.peak_bytes, f"{self.memory.phase}: {self.memory.node}"
+            return
+        self.capacity = min(self.capacity, self.solver_peak) - 1
+        self.solve(deadline)
+
+    def _take_leanest(self, error: InfeasibleProblem) -> None:
+        """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
+        self.status = "infeasible"
+        if error.leanest is None:
+            return
+        decisions = self.stated.decisions(error.leanest)
+        memory = self.settings.memory_of(decisions, self.mesh, self.costs)
+        if memory.peak_bytes <= self.settings.memory_limit_bytes:
+            self.decisions, self.memory, self.status = decisions, memory, "leanest"
+            self.objective_s = price(self.trace, decisions, self.costs, self.settings.optimizer).step_time_s
+            self.bound_s = 0.0 if self.bound_s is None else self.bound_s
+        else:
+            self.needed_bytes, self.binding = memory.peak_bytes, f"{memory.phase}: {memory.node}"
 
 
 def _meshes(request: PinRequest, settings: SearchSettings) -> list[tuple[int, ...]]:
@@ -141,57 +226,12 @@ def _check_batch(request: PinRequest, trace: Trace) -> None:
         raise PinError(f"the global batch of {batch} does not divide by dp={data}; change the batch or the pin")
 
 
-def _search_mesh(
-    trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings, deadline: float
-) -> MeshResult:
-    costs = CostModel(settings.cluster, mesh)
-    pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
-    stated = build_problem(trace, costs, settings.optimizer, capacity_bytes=settings.memory_limit_bytes, pins=pins)
-    capacity = settings.memory_limit_bytes
-    bound: float | None = None
-    for _ in range(_MAX_LEANER):
-        problem = replace(stated.problem, capacity_bytes=capacity)
-        try:
-            result = solve(problem, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=_GAP)
-        except InfeasibleProblem as error:
-            return _leanest(trace, stated, costs, settings, error, bound)
-        bound = result.bound_s if bound is None else bound
-        decisions = stated.decisions(result.solution)
-        memory = settings.memory_of(decisions, mesh, costs)
-        if memory.peak_bytes <= settings.memory_limit_bytes:
-            priced = price(trace, decisions, costs, settings.optimizer)
-            _check_price(priced, result.objective_s, stated)
-            return MeshResult(mesh, result.status, bound, decisions, priced, memory, stated.unruled)
-        capacity = min(capacity, result.peak_bytes) - 1
-    return MeshResult(mesh, "infeasible", bound, needed_bytes=memory.peak_bytes, binding=memory.node)
-
-
-def _leanest(
-    trace: Trace,
-    stated: ShardingProblem,
-    costs: CostModel,
-    settings: SearchSettings,
-    error: InfeasibleProblem,
-    bound_s: float | None,
-) -> MeshResult:
-    """The solver's memory model has no plan that fits: its leanest may fit when simulated, else says what it takes."""
-    if error.leanest is None:
-        return MeshResult(stated.mesh, "infeasible", bound_s)
-    decisions = stated.decisions(error.leanest)
-    memory = settings.memory_of(decisions, stated.mesh, costs)
-    if memory.peak_bytes > settings.memory_limit_bytes:
-        where = f"{memory.phase}: {memory.node}"
-        return MeshResult(stated.mesh, "infeasible", bound_s, needed_bytes=memory.peak_bytes, binding=where)
-    priced = price(trace, decisions, costs, settings.optimizer)
-    bound = bound_s if bound_s is not None else 0.0
-    return MeshResult(stated.mesh, "feasible", bound, decisions, priced, memory, stated.unruled)
-
-
-def _check_price(priced: Price, objective_s: float, stated: ShardingProblem) -> None:
+def _check_price(priced: Price, tried: _Tried) -> None:
     """The solver's objective must be what the plan costs when it is priced from scratch."""
-    if abs(priced.step_time_s - objective_s) > 1e-6 * max(objective_s, 1e-12):
+    objective = tried.objective_s
+    if abs(priced.step_time_s - objective) > 1e-6 * max(objective, 1e-12):
         raise AutoparError(
-            f"internal error: on mesh {stated.mesh} the solver says {objective_s!r} s, the plan costs "
+            f"internal error: on mesh {tried.mesh} the solver says {objective!r} s, the plan costs "
             f"{priced.step_time_s!r} s; please report this"
         )
 
@@ -202,7 +242,7 @@ def _with_fixed(pins: Pins, fixed: Mapping[str, State] | None) -> Pins:
     return replace(pins, allow_param=lambda param, state: state == fixed[param.fqn])
 
 
-def _infeasible(tried: list[MeshResult], settings: SearchSettings) -> Infeasible:
+def _infeasible(tried: list[_Tried], settings: SearchSettings) -> Infeasible:
     known = [t for t in tried if t.needed_bytes is not None]
     limit = settings.memory_limit_bytes
     if not known:

@@ -139,7 +139,7 @@ def _mark_module_paths(graph: fx.Graph) -> None:
 
 
 def _module_path(text: str) -> str:
-    """"L['self'].model.layers.slice(...)[3].mlp" as "layers.3.mlp"; indices and `_modules[...]` become names."""
+    """ "L['self'].model.layers.slice(...)[3].mlp" as "layers.3.mlp"; indices and `_modules[...]` become names."""
     text = text.removeprefix("L['self']").replace("._modules", "")
     text = _MODULE.sub(lambda m: "." + (m.group(1) or m.group(2)), text)
     return ".".join([part for part in text.split(".") if part][1:])

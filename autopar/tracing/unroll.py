@@ -285,7 +285,10 @@ class _Unroller:
         )
         made = {n.name: n for n in self.graph.nodes}
         output = self.graph.output(tuple(made[name] for name in trace.results))
-        output.meta = {**fx_output(old.graph_module.graph).meta, "val": tuple(made[n].meta["val"] for n in trace.results)}
+        output.meta = {
+            **fx_output(old.graph_module.graph).meta,
+            "val": tuple(made[n].meta["val"] for n in trace.results),
+        }
         return replace(trace, graph_module=fx.GraphModule(old.graph_module, self.graph))
 
     def _spread(self, fqn: str) -> list[tuple[int, int]] | None:

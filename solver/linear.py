@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import highspy
@@ -77,8 +77,11 @@ class LinearModel:
     def hold(self, column: int, span: tuple[int, int] | None, nbytes: float) -> None:
         """One unit of `column` holds `nbytes` over `span`. For a column that no LP has seen yet."""
         if span is not None and nbytes:
-            for stored, item in zip(self.memory, (column, *span, nbytes), strict=True):
-                stored.append(item)  # type: ignore[arg-type]
+            columns, first, last, held = self.memory
+            columns.append(column)
+            first.append(span[0])
+            last.append(span[1])
+            held.append(nbytes)
 
     def settle_memory(self) -> None:
         """Enter columns that came since the last call into the memory rows that are there."""
@@ -117,7 +120,7 @@ class LinearModel:
         columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
         if not len(columns):
             return np.zeros(len(self.cost))
-        return np.bincount(columns, nbytes * (paid[last + 1] - paid[first]), len(self.cost))
+        return np.bincount(columns, nbytes * (paid[last + 1] - paid[first]), len(self.cost)).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,11 @@ class LiveLp:
         self._columns = self._rows = self._entries = self._solved_rows = 0
         self._solved = False
 
-    def set_costs(self, costs: Sequence[float]) -> None:
+    def set_costs(self, costs: Floats) -> None:
         """Replace the cost of all columns (only inside the LP; the model keeps its own)."""
         self.sync()
         n = len(self.model.cost)
-        self.highs.changeColsCost(n, np.arange(n, dtype=np.int32), np.asarray(costs, dtype=np.float64))
+        self.highs.changeColsCost(n, np.arange(n, dtype=np.int32), costs)
 
     def set_upper(self, column: int, upper: float) -> None:
         self.sync()
@@ -183,8 +186,11 @@ class LiveLp:
         self.highs.setOptionValue("time_limit", limit)
         kinds = highspy.HighsModelStatus
         self.highs.run()
-        if self.highs.getModelStatus() == kinds.kUnknown:  # lost its way from the last basis: from scratch, then
-            self.highs.clearSolver()
+        for strategy in (DUAL, PRIMAL):
+            if self.highs.getModelStatus() != kinds.kUnknown:
+                break
+            self.highs.clearSolver()  # it lost its way from the last basis: from scratch, then
+            self.highs.setOptionValue("simplex_strategy", strategy)
             self.highs.run()
         status = self.highs.getModelStatus()
         solution = self.highs.getSolution()
@@ -218,7 +224,9 @@ def quiet_highs() -> highspy.Highs:
     return highs
 
 
-def compress(major: Ints, minor: Ints, values: Floats, majors: int) -> tuple[npt.NDArray[np.int32], ...]:
+def compress(
+    major: Ints, minor: Ints, values: Floats, majors: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Floats]:
     """COO to compressed form (starts, minor indices, values); duplicates are summed, zeros dropped."""
     if len(major):
         width = int(minor.max()) + 1
@@ -228,4 +236,4 @@ def compress(major: Ints, minor: Ints, values: Floats, majors: int) -> tuple[npt
         keys, values = keys[keep], summed[keep]
         major, minor = keys // width, keys % width
     starts = np.searchsorted(major, np.arange(majors)).astype(np.int32)
-    return starts, minor.astype(np.int32), values.astype(np.float64)  # type: ignore[return-value]
+    return starts, minor.astype(np.int32), values.astype(np.float64)

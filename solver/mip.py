@@ -77,7 +77,7 @@ def _add_rows(
     return True
 
 
-class _Solver(pulp.HiGHS):  # type: ignore[misc]
+class _Solver(pulp.HiGHS):
     """pulp.HiGHS with settings that make a run repeatable."""
 
     def __init__(self, gap: float, time_limit_s: float | None) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.solver.lifetimes import ValueLife, lifetimes
-from autopar.solver.linear import Floats, Ints
+from autopar.solver.linear import Ints
 from autopar.solver.problem import Problem, Solution
 from autopar.solver.stage import Clock, Relaxation, Stage
 

@@ -26,6 +26,7 @@ from autopar.solver.problem import Problem, Solution
 
 COST_UNITS = 1e3  # the model's objective is about this large, so that HiGHS's absolute tolerances are relative ones
 BYTE_UNITS = 1e4  # a memory limit in the model's unit
+PENALTY = 1e4  # of a unit of memory beyond the limit, in an LP: a limit it cannot keep shows as excess in its solution
 PRICED_OUT = 1e-7  # gains below this, in cost units, are rounding
 FIRST_SLACK = 1e-3  # of the bound
 SLACK_GROWTH = 8.0
@@ -62,6 +63,7 @@ class Relaxation:
     status: str
     bound: float
     result: LpResult | None
+    excess: float = 0.0  # memory beyond the limit, in model units
 
 
 class Stage:
@@ -96,8 +98,10 @@ class Stage:
         for v, rows in enumerate(self.form.values):
             wanted = sorted({int(p) for u in (*rows.own, *rows.later) for p in np.nonzero(u.wanted >= 0)[0]})
             cost = np.where(rows.own_there, np.inf, self.problem.values[v].convert_s)
-            pairs = {(q, min(wanted, key=lambda p, q=q: cost[q, p])) for q in rows.sources if wanted}
-            pairs |= {(min(rows.sources, key=lambda q, p=p: cost[q, p]), p) for p in wanted}
+            if not wanted:
+                continue
+            pairs = {(q, wanted[int(np.argmin(cost[q, wanted]))]) for q in rows.sources}
+            pairs |= {(rows.sources[int(np.argmin(cost[rows.sources, p]))], p) for p in wanted}
             self.add_groups((v, q, p) for q, p in sorted(pairs))
 
     def add_groups(self, groups: Iterable[tuple[int, int, int]]) -> None:
@@ -116,7 +120,7 @@ class Stage:
 
     def groups(self) -> list[tuple[int, int, int]]:
         """All (value, from, to) that are in the model."""
-        found = []
+        found: list[tuple[int, int, int]] = []
         for v, rows in enumerate(self.form.values):
             there = (rows.own_there | rows.later_there) & np.isfinite(self.problem.values[v].convert_s)
             np.fill_diagonal(there, False)
@@ -130,14 +134,13 @@ class Stage:
         costs = np.zeros(len(self.model.cost)) if self.excess else np.asarray(self.model.cost)
         if self.byte_prices is not None:
             return costs + self.model.memory_cost(self.byte_prices)
-        if self.excess:
-            costs[self.model.excess] = 1.0
+        costs[self.model.excess] = 1.0 if self.excess else PENALTY
         return costs
 
     def relax(self, *, stop_at_zero: bool = False) -> Relaxation:
         """Solve the LP relaxation over all groups and all memory rows. stop_at_zero: an objective of 0 will do."""
         bound = -np.inf
-        self.live.set_upper(self.model.excess, np.inf if self.excess and self.byte_prices is None else 0.0)
+        self.live.set_upper(self.model.excess, np.inf if self.byte_prices is None else 0.0)
         while True:
             self.live.set_costs(self.costs())
             result = self.live.solve(self.clock.left_s())
@@ -148,10 +151,11 @@ class Stage:
             found = price(self.form, self.prices(result), PRICED_OUT)
             bound = max(bound, result.objective - found.total_gain)
             done = not rows and (stop_at_zero and result.objective <= PRICED_OUT)
+            excess = float(result.values[self.model.excess])
             if done or (not rows and not found.own and not found.later):
-                return Relaxation("optimal", bound, result)
+                return Relaxation("optimal", bound, result, excess)
             if self.clock.out():
-                return Relaxation("time", bound, result)
+                return Relaxation("time", bound, result, excess)
             found.add_to(self.form)
             for at in rows:
                 self.model.add_memory_row(at)
@@ -242,7 +246,7 @@ class Stage:
         alive = (first <= at) & (at <= last) & (values[columns.astype(np.int64)] > 0.5)
         cover = sorted(set(columns[alive].astype(int).tolist()) - {self.model.excess})
         if nbytes[alive].sum() <= self.model.limit:
-            raise SolverError(f"memory at time {at} is over the limit, but not by the model's columns: report this problem")
+            raise SolverError(f"memory at time {at} is over the limit, but not in the model: report this problem")
         self.model.add_row(-np.inf, len(cover) - 1.0, [(c, 1.0) for c in cover])
 
     def _agree(self, mip: MipResult, found: Evaluation, gap: float) -> None:

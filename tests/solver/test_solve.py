@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopar.solver import InfeasibleProblem, Progress, evaluate, minimum_capacity, solve
+from autopar.solver import InfeasibleProblem, Progress, brute_force, evaluate, minimum_capacity, solve
 from tests.solver.generator import random_problem, with_capacity
 from tests.solver.transformer import TransformerProblem
 
@@ -33,7 +34,7 @@ def test_lowering_the_cap_never_lowers_the_cost(seed: int, parts: list[float]) -
     most = solve(problem, gap=0.0).peak_bytes
     caps = sorted(least + int(part * (most - least)) for part in parts)
     costs = [solve(with_capacity(problem, cap), gap=0.0).objective_s for cap in caps]
-    assert all(lower >= higher - 1e-9 for lower, higher in zip(costs, costs[1:], strict=False))
+    assert all(lower >= higher - 1e-9 for lower, higher in itertools.pairwise(costs))
 
 
 def test_infeasible_says_what_would_fit() -> None:
@@ -52,7 +53,7 @@ def small_transformer():
     return TransformerProblem.build(layers=1, mesh=(8,))
 
 
-@pytest.mark.parametrize("fraction", [None, 0.85])
+@pytest.mark.parametrize("fraction", [None, 0.9])
 def test_no_time_at_all_still_gives_a_valid_solution(small_transformer, fraction: float | None) -> None:
     free = solve(small_transformer)
     capacity = None if fraction is None else int(free.peak_bytes * fraction)
@@ -71,7 +72,7 @@ def test_a_transformer_within_memory(small_transformer) -> None:
     free = solve(small_transformer)
     assert free.status == "optimal"
     previous = free.objective_s
-    for fraction in (0.95, 0.85):
+    for fraction in (0.95, 0.9):
         problem = with_capacity(small_transformer, int(free.peak_bytes * fraction))
         result = solve(problem)
         assert result.status == "optimal"
@@ -79,6 +80,24 @@ def test_a_transformer_within_memory(small_transformer) -> None:
         assert result.objective_s >= previous * (1 - 1e-4)
         assert evaluate(problem, result.solution).peak_bytes <= problem.capacity_bytes
         previous = result.objective_s
+
+
+@pytest.mark.parametrize("fraction", [0.95, 0.9])
+def test_choices_that_come_in_by_price(small_transformer, fraction: float, monkeypatch) -> None:
+    problem = with_capacity(small_transformer, int(solve(small_transformer).peak_bytes * fraction))
+    direct = solve(problem)
+    monkeypatch.setattr("autopar.solver.search.SMALL", 0)
+    priced = solve(problem)
+    assert priced.status == "optimal"
+    assert priced.objective_s == pytest.approx(direct.objective_s, rel=2e-4)
+
+
+def test_choices_that_come_in_by_price_equal_brute_force(monkeypatch) -> None:
+    monkeypatch.setattr("autopar.solver.search.SMALL", 0)
+    for seed in feasible_seeds(25):
+        problem = random_problem(seed)
+        capped = with_capacity(problem, minimum_capacity(problem)[0] + 3)
+        assert solve(capped, gap=0.0).objective_s == pytest.approx(brute_force(capped).objective_s, rel=1e-9)
 
 
 def test_same_input_same_output(small_transformer) -> None:
@@ -92,7 +111,7 @@ def test_progress_is_told_in_order(small_transformer) -> None:
     told: list[Progress] = []
     result = solve(small_transformer, progress=told.append)
     assert told
-    assert all(a.bound_s <= b.bound_s and a.elapsed_s <= b.elapsed_s for a, b in zip(told, told[1:], strict=False))
+    assert all(a.bound_s <= b.bound_s and a.elapsed_s <= b.elapsed_s for a, b in itertools.pairwise(told))
     assert told[-1].incumbent_s == result.objective_s
 
 

@@ -134,9 +134,7 @@ class TransformerProblem:
         result = self._value(f"grad{tied_to}", param.shape, live_out=True)
         choices = tuple(Choice(0.0, (c.makes[0],), c.makes) for c in self.ops[tied_to].choices)
         name = f"grad{tied_to}"
-        self.ops.append(
-            Op(name, (made.value,), (result.value,), choices, tied_to=tied_to, results_start_next=True)
-        )
+        self.ops.append(Op(name, (made.value,), (result.value,), choices, tied_to=tied_to, results_start_next=True))
 
     # -- the model ---------------------------------------------------------------
 

@@ -57,12 +57,13 @@ def complete(
     kept_copies: Iterable[tuple[int, int]],
     lives: tuple[ValueLife, ...] | None = None,
 ) -> Solution:
-    """The solution with these decisions that keeps no more than it must.
+    """The solution with these decisions that keeps no more than it must (and runs again what has to).
 
     Copies that the forward pass does not make, or that the backward pass does not want,
     are not kept. What must be kept then follows: `kept` costs memory and nothing else.
     """
-    again, wished = frozenset(recomputed), frozenset(kept_copies)
+    forced = {o for o, op in enumerate(problem.ops) if op.must_rerun}
+    again, wished = frozenset(recomputed) | forced, frozenset(kept_copies)
     kept: set[int] = set()
     copies: set[tuple[int, int]] = set()
     for v, life in enumerate(lives or lifetimes(problem)):
@@ -122,6 +123,9 @@ class _Pricing:
         for o in solution.recomputed:
             if not 0 <= o < len(ops) or ops[o].recompute_time is None:
                 raise InvalidSolution(f"op {o} is recomputed but may not run twice")
+        for o, op in enumerate(ops):
+            if op.must_rerun and o not in solution.recomputed:
+                raise InvalidSolution(f"op {op.name!r} must run again")
         for v in solution.kept | {v for v, _ in solution.kept_copies}:
             if not 0 <= v < len(self.problem.values) or not self.lives[v].forward:
                 raise InvalidSolution(f"value {v} is kept but is not a value of the forward pass")

@@ -123,6 +123,8 @@ class Formulation:
             self.y[o] = [model.add_column(self.cost_scale * choice.cost_s) for choice in op.choices]
             self.reruns[o] = model.add_column(0.0, integer=True)
             model.add_row(0.0, 0.0, [(self.reruns[o], -1.0), *((column, 1.0) for column in self.y[o])])
+            if op.must_rerun:
+                model.add_row(1.0, 1.0, [(self.reruns[o], 1.0)])
             for column, once, choice in zip(self.y[o], self.x[o], op.choices, strict=True):
                 model.add_row(-np.inf, 0.0, [(column, 1.0), (once, -1.0)])
                 model.hold(column, at, choice.workspace_bytes)

@@ -19,6 +19,7 @@ from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, near
 from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
 from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound
 
+NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
@@ -85,9 +86,12 @@ class _Search:
     # -- the whole ---------------------------------------------------------------
 
     def run(self) -> SolveResult:
-        self.solve_free(needed=self.problem.capacity_bytes is None)
-        if not self._closed() and self.problem.capacity_bytes is not None:
-            self._solve_limited(self.problem.capacity_bytes)
+        limit = self.problem.capacity_bytes
+        if limit is None and any(op.must_rerun for op in self.problem.ops):
+            limit = NO_LIMIT  # where memory is free the model knows nothing of running again
+        self.solve_free(needed=limit is None)
+        if not self._closed() and limit is not None:
+            self._solve_limited(limit)
         return self._result()
 
     def solve_free(self, *, needed: bool) -> None:

@@ -51,6 +51,10 @@ def _check_op(problem: Problem, o: int, op: Op) -> None:
         tied_to = problem.ops[op.tied_to] if 0 <= op.tied_to < o else None
         if tied_to is None or len(tied_to.choices) != len(op.choices):
             raise ValueError(f"op {op.name!r} is tied to {op.tied_to}, not an earlier op with as many choices")
+    if op.twin_of is not None:
+        twin = problem.ops[op.twin_of] if 0 <= op.twin_of < o else None
+        if twin is None or twin.twin_of is not None or not _like(op, twin):
+            raise ValueError(f"op {op.name!r} is no twin of op {op.twin_of}: not an earlier first op with the same choices")
     if op.results_start_next:
         if len(op.operands) != 1 or len(op.results) != 1 or op.recompute_time is not None:
             raise ValueError(f"op {op.name!r}: results_start_next wants one operand, one result, and no recompute_time")
@@ -58,6 +62,12 @@ def _check_op(problem: Problem, o: int, op: Op) -> None:
         found: dict[int, int] = {}
         if any(found.setdefault(c.uses[0], size[c.makes[0]]) != size[c.makes[0]] for c in op.choices):
             raise ValueError(f"op {op.name!r}: results_start_next wants the size of the result to follow from its use")
+
+
+def _like(op: Op, twin: Op) -> bool:
+    """Whether two ops offer the same choices, at whatever cost."""
+    alike = [(c.uses, c.makes) for c in op.choices] == [(c.uses, c.makes) for c in twin.choices]
+    return alike and (op.recompute_time is None) == (twin.recompute_time is None)
 
 
 def _check_choice(problem: Problem, op: Op, choice: Choice) -> None:

@@ -120,6 +120,12 @@ class _Pricing:
                 raise InvalidSolution(f"op {op.name!r} has no choice {choice}")
             if op.tied_to is not None and solution.choices[op.tied_to] != choice:
                 raise InvalidSolution(f"op {op.name!r} must take the choice of op {ops[op.tied_to].name!r}")
+        for o, op in enumerate(ops):
+            twin = op.twin_of
+            if twin is not None and solution.choices[twin] != solution.choices[o]:
+                raise InvalidSolution(f"op {op.name!r} must take the choice of its twin {ops[twin].name!r}")
+            if twin is not None and (twin in solution.recomputed) != (o in solution.recomputed):
+                raise InvalidSolution(f"op {op.name!r} must run again if and only if its twin {ops[twin].name!r} does")
         for o in solution.recomputed:
             if not 0 <= o < len(ops) or ops[o].recompute_time is None:
                 raise InvalidSolution(f"op {o} is recomputed but may not run twice")

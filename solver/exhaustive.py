@@ -43,11 +43,13 @@ def brute_force(problem: Problem) -> SolveResult:
 
 def every_solution(problem: Problem, lives: tuple[ValueLife, ...]) -> Iterator[Solution]:
     """All solutions that keep no more than they must (keeping more costs memory and buys nothing)."""
-    may_rerun = [o for o, op in enumerate(problem.ops) if op.recompute_time is not None]
-    free = [o for o, op in enumerate(problem.ops) if op.tied_to is None]
+    may_rerun = [o for o, op in enumerate(problem.ops) if op.recompute_time is not None and op.twin_of is None]
+    twins = {o: op.twin_of for o, op in enumerate(problem.ops) if op.recompute_time is not None and op.twin_of is not None}
+    free = [o for o, op in enumerate(problem.ops) if op.tied_to is None and op.twin_of is None]
     for picks in itertools.product(*(range(len(problem.ops[o].choices)) for o in free)):
         choices = _with_tied(problem, dict(zip(free, picks, strict=True)))
-        for again in _subsets(may_rerun):
+        for leaders in _subsets(may_rerun):
+            again = (*leaders, *(o for o, leader in twins.items() if leader in leaders))
             all_copies = [(v, s) for v, life in enumerate(lives) if life.later_uses for s in _states(problem, v)]
             useful = sorted(complete(problem, choices, again, all_copies, lives).kept_copies)
             for copies in _subsets(useful):
@@ -61,7 +63,8 @@ def _states(problem: Problem, v: int) -> range:
 def _with_tied(problem: Problem, picked: dict[int, int]) -> tuple[int, ...]:
     choices: list[int] = []
     for o, op in enumerate(problem.ops):
-        choices.append(picked[o] if op.tied_to is None else choices[op.tied_to])
+        leader = op.twin_of if op.twin_of is not None else op.tied_to
+        choices.append(picked[o] if leader is None else choices[leader])
     return tuple(choices)
 
 

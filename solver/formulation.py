@@ -6,6 +6,8 @@ All columns are >= 0; (B) marks the binary ones, the others are then integral by
 in some optimal solution, as argued below.
 
     x[o,c] (B)      op o takes choice c. Ops tied together share it        `_add_choices`
+                    (twins share all columns, and so do values that
+                    twins make and use: identical layers cost one)         `_value_rows`
     y[o,c], R[o](B) op o takes choice c and runs again; R = sum_c y        `_add_reruns`
     f[e,q,q]        use e takes v as it was made                           `_add_value`
     f[e,q,p]        use e takes a copy converted from q to p               `add_own`, `add_later`
@@ -64,17 +66,29 @@ class UseRows:
     available: Ints | None
     alias_bytes: Floats | None  # per wanted state, what the result takes at the use's own time if it was converted
 
+    def ops(self, lives: list[ValueLife]) -> list[int]:
+        """The op of this use for each of the values that share the rows."""
+        first = lives[0]
+        later = self.use in first.later_uses
+        at = (first.later_uses if later else first.own_uses).index(self.use)
+        return [(life.later_uses if later else life.own_uses)[at].op for life in lives]
+
 
 @dataclass
 class ValueRows:
-    """What the model has of one value. `own_there`, `later_there`: [states, states], groups already in."""
+    """What the model has of one value, and of all values that do the same in identical layers (`Op.twin_of`).
 
-    life: ValueLife
+    owner: the first of them. lives: of all of them. `own_there`, `later_there`: [states, states], groups already in.
+    """
+
+    owner: int
+    lives: list[ValueLife]
     sources: list[int]
     own: list[UseRows]
     later: list[UseRows]
     own_there: npt.NDArray[np.bool_]
     later_there: npt.NDArray[np.bool_]
+    keep: dict[int, int]  # q -> KO
     kept_copies: dict[tuple[int, int], int] = field(default_factory=dict)  # (q, p) -> KC
 
 
@@ -95,18 +109,20 @@ class Formulation:
         self._add_choices()
         if memory:
             self._add_reruns()
-        self.values = [self._add_value(v, life) for v, life in enumerate(lives)]
+        self._rows_of_kind: dict[tuple[object, ...], ValueRows] = {}
+        self.values = [self._value_rows(v, life) for v, life in enumerate(lives)]
 
     # -- ops ---------------------------------------------------------------------
 
     def _add_choices(self) -> None:
         model = self.model
         for o, op in enumerate(self.problem.ops):
-            if op.tied_to is None:
+            leader = op.twin_of if op.twin_of is not None else op.tied_to
+            if leader is None:
                 self.x.append([model.add_column(0.0, integer=True) for _ in op.choices])
                 model.add_row(1.0, 1.0, [(column, 1.0) for column in self.x[o]])
             else:
-                self.x.append(self.x[op.tied_to])
+                self.x.append(self.x[leader])
             for column, choice in zip(self.x[o], op.choices, strict=True):
                 model.cost[column] += self.cost_scale * choice.cost_s
                 model.hold(column, (0, model.times - 1), choice.persistent_bytes)
@@ -120,18 +136,53 @@ class Formulation:
             if op.recompute_time is None:
                 continue
             at = (op.recompute_time, op.recompute_time)
-            self.y[o] = [model.add_column(self.cost_scale * choice.cost_s) for choice in op.choices]
-            self.reruns[o] = model.add_column(0.0, integer=True)
-            model.add_row(0.0, 0.0, [(self.reruns[o], -1.0), *((column, 1.0) for column in self.y[o])])
-            if op.must_rerun:
-                model.add_row(1.0, 1.0, [(self.reruns[o], 1.0)])
-            for column, once, choice in zip(self.y[o], self.x[o], op.choices, strict=True):
-                model.add_row(-np.inf, 0.0, [(column, 1.0), (once, -1.0)])
+            if op.twin_of is None:
+                self._add_rerun(o)
+            else:
+                self.y[o], self.reruns[o] = self.y[op.twin_of], self.reruns[op.twin_of]
+            for column, choice in zip(self.y[o], op.choices, strict=True):
+                model.cost[column] += self.cost_scale * choice.cost_s
                 model.hold(column, at, choice.workspace_bytes)
                 for v, state in zip(op.results, choice.makes, strict=True):
                     model.hold(column, self.lives[v].rerun, self.problem.values[v].state_bytes[state])
 
+    def _add_rerun(self, o: int) -> None:
+        model, op = self.model, self.problem.ops[o]
+        self.y[o] = [model.add_column(0.0) for _ in op.choices]
+        self.reruns[o] = model.add_column(0.0, integer=True)
+        model.add_row(0.0, 0.0, [(self.reruns[o], -1.0), *((column, 1.0) for column in self.y[o])])
+        if op.must_rerun:
+            model.add_row(1.0, 1.0, [(self.reruns[o], 1.0)])
+        for column, once in zip(self.y[o], self.x[o], strict=True):
+            model.add_row(-np.inf, 0.0, [(column, 1.0), (once, -1.0)])
+
     # -- values ------------------------------------------------------------------
+
+    def _value_rows(self, v: int, life: ValueLife) -> ValueRows:
+        """The rows of a value: its own, or those of the value that does the same in an identical layer."""
+        kind = self._kind(v, life)
+        if kind not in self._rows_of_kind:
+            self._rows_of_kind[kind] = self._add_value(v, life)
+            return self._rows_of_kind[kind]
+        rows = self._rows_of_kind[kind]
+        rows.lives.append(life)
+        for q, column in rows.keep.items():
+            self.model.hold(column, life.kept, self.problem.values[v].state_bytes[q])
+        return rows
+
+    def _kind(self, v: int, life: ValueLife) -> tuple[object, ...]:
+        """Equal for values that twins make and whose uses, one by one, are by twins."""
+        value = self.problem.values[v]
+        uses = [
+            tuple((self._first_twin(u.op), u.slot, u.rerun, u.early, u.alias) for u in some)
+            for some in (life.own_uses, life.later_uses)
+        ]
+        flags = (life.forward, life.needs_keeping, value.always_available, value.live_out)
+        return (self._first_twin(life.made_by), life.result, *uses, value.state_bytes, id(value.convert_s), flags)
+
+    def _first_twin(self, o: int) -> int:
+        twin = self.problem.ops[o].twin_of
+        return o if twin is None else twin
 
     def _add_value(self, v: int, life: ValueLife) -> ValueRows:
         value = self.problem.values[v]
@@ -153,7 +204,7 @@ class Formulation:
         ]
         n = len(value.state_bytes)
         blocked = np.isinf(value.convert_s) | np.eye(n, dtype=bool)
-        return ValueRows(life, sources, own, later, blocked.copy(), blocked.copy())
+        return ValueRows(v, [life], sources, own, later, blocked.copy(), blocked.copy(), keep)
 
     def _add_use(
         self, v: int, use: Use, made: Terms, sources: list[int], keep: dict[int, int], again: Terms
@@ -196,8 +247,9 @@ class Formulation:
         takers = [u for u in rows.own if u.wanted[p] >= 0]
         if not takers or q not in rows.sources:
             return
-        cost = self.cost_scale * float(value.convert_s[q, p])
-        copy, flows = self._add_copy(rows, takers, q, p, cost, rows.life.own_copy, value.state_bytes[p])
+        cost = self.cost_scale * float(value.convert_s[q, p]) * len(rows.lives)
+        spans = [life.own_copy for life in rows.lives]
+        copy, flows = self._add_copy(rows, takers, q, p, cost, spans, value.state_bytes[p])
         later = [u for u in rows.later if u.wanted[p] >= 0]
         if not later:
             return
@@ -206,7 +258,8 @@ class Formulation:
             if flows != [copy]:
                 self.model.add_row(-np.inf, 0.0, [(copy, 1.0), *((f, -1.0) for f in flows)])
             source = rows.kept_copies[q, p] = self.model.add_column(0.0, integer=True)
-            self.model.hold(source, rows.life.kept_copy, value.state_bytes[p])
+            for life in rows.lives:
+                self.model.hold(source, life.kept_copy, value.state_bytes[p])
             self.model.add_row(-np.inf, 0.0, [(source, 1.0), (copy, -1.0)])
         for taker in later:
             flow = self._add_flow(rows, taker, q, p)
@@ -218,14 +271,15 @@ class Formulation:
         rows.later_there[q, p] = True
         takers = [u for u in rows.later if u.wanted[p] >= 0]
         if takers and q in rows.sources:
-            cost = self.cost_scale * float(value.convert_s[q, p])
-            _, flows = self._add_copy(rows, takers, q, p, cost, rows.life.later_copy, value.state_bytes[p])
+            cost = self.cost_scale * float(value.convert_s[q, p]) * len(rows.lives)
+            spans = [life.later_copy for life in rows.lives]
+            _, flows = self._add_copy(rows, takers, q, p, cost, spans, value.state_bytes[p])
             for flow, taker in zip(flows, takers, strict=True):
                 if taker.available is not None:
                     self.model.add_entry(int(taker.available[rows.sources.index(q)]), flow, 1.0)
 
     def _add_copy(
-        self, rows: ValueRows, takers: list[UseRows], q: int, p: int, cost: float, span: Span | None, size: int
+        self, rows: ValueRows, takers: list[UseRows], q: int, p: int, cost: float, spans: list[Span | None], size: int
     ) -> tuple[int, list[int]]:
         """The column of one converted copy, and the flows of its takers (the column itself if there is one taker)."""
         model = self.model
@@ -234,14 +288,16 @@ class Formulation:
         if len(takers) == 1:
             copy = flows[0]
             model.cost[copy] = cost
-            model.hold(copy, span, size if counted[0] else 0)
+            for span in spans:
+                model.hold(copy, span, size if counted[0] else 0)
             return copy, flows
         copy = model.add_column(cost)
         holder = copy
         if any(counted) and not all(counted):
             holder = model.add_column(0.0)
             model.add_row(-np.inf, 0.0, [(holder, 1.0), (copy, -1.0)])
-        model.hold(holder, span, size if any(counted) else 0)
+        for span in spans:
+            model.hold(holder, span, size if any(counted) else 0)
         for flow, counts in zip(flows, counted, strict=True):
             model.add_row(-np.inf, 0.0, [(flow, 1.0), (holder if counts else copy, -1.0)])
         return copy, flows
@@ -250,7 +306,8 @@ class Formulation:
         made, wanted = int(taker.made[rows.sources.index(q)]), int(taker.wanted[p])
         column = self.model.add_column(0.0, [(made, 1.0), (wanted, 1.0)])
         if taker.alias_bytes is not None:
-            self.model.hold(column, (taker.use.op, taker.use.op), float(taker.alias_bytes[p]))
+            for op in taker.ops(rows.lives):
+                self.model.hold(column, (op, op), float(taker.alias_bytes[p]))
         return column
 
     # -- back --------------------------------------------------------------------

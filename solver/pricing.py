@@ -12,7 +12,7 @@ whose gain is < -slack.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,8 @@ def price(form: Formulation, prices: Prices, threshold: float) -> Found:
     later: list[tuple[int, int, int]] = []
     total = 0.0
     for v, rows in enumerate(form.values):
+        if rows.owner != v:
+            continue
         for gains, there, found in _gains(form, v, rows, prices):
             missing = np.where(there[rows.sources], -np.inf, gains)
             total += float(np.maximum(missing, 0.0).sum(axis=1).max(initial=0.0))
@@ -80,22 +82,27 @@ def _gains(
     form: Formulation, v: int, rows: ValueRows, prices: Prices
 ) -> Iterator[tuple[Matrix, npt.NDArray[np.bool_], str]]:
     """[sources, states] gains of the groups of one value, per kind."""
-    value, life = form.problem.values[v], rows.life
+    value = form.problem.values[v]
     seconds = value.convert_s[rows.sources]
-    cost = np.where(np.isfinite(seconds), prices.cost_scale * np.nan_to_num(seconds, posinf=0.0), np.inf)
+    cost = np.where(np.isfinite(seconds), prices.cost_scale * len(rows.lives) * np.nan_to_num(seconds, posinf=0.0), np.inf)
     size = np.asarray(value.state_bytes, dtype=np.float64)
     later = [_flow_gain(rows, use, prices, kept=True) for use in rows.later]
     if rows.own:
         gains = sum((_flow_gain(rows, use, prices) for use in rows.own), np.zeros_like(cost))
-        gains = gains - cost - _held(rows.own, size, prices.per_byte(life.own_copy))
+        gains = gains - cost - _held(rows.own, size, _per_byte(prices, [life.own_copy for life in rows.lives]))
         if later:
             served = sum(later, np.zeros_like(cost))
-            kept = size * prices.per_byte(life.kept_copy) if form.memory else 0.0
+            kept = size * _per_byte(prices, [life.kept_copy for life in rows.lives]) if form.memory else 0.0
             gains = gains + np.maximum(served - kept, 0.0)
         yield gains, rows.own_there, "own"
     if later:
         gains = sum((_flow_gain(rows, use, prices) for use in rows.later), np.zeros_like(cost))
-        yield gains - cost - _held(rows.later, size, prices.per_byte(life.later_copy)), rows.later_there, "later"
+        held = _held(rows.later, size, _per_byte(prices, [life.later_copy for life in rows.lives]))
+        yield gains - cost - held, rows.later_there, "later"
+
+
+def _per_byte(prices: Prices, spans: Iterable[tuple[int, int] | None]) -> float:
+    return sum(prices.per_byte(span) for span in spans)
 
 
 def _held(uses: list[UseRows], size: Floats, per_byte: float) -> Floats:
@@ -110,5 +117,5 @@ def _flow_gain(rows: ValueRows, use: UseRows, prices: Prices, *, kept: bool = Fa
         source = source + prices.duals[use.available]
     target = np.where(use.wanted >= 0, prices.duals[use.wanted], -np.inf)
     if use.alias_bytes is not None:
-        target = target - use.alias_bytes * prices.per_byte((use.use.op, use.use.op))
+        target = target - use.alias_bytes * _per_byte(prices, [(op, op) for op in use.ops(rows.lives)])
     return np.maximum(source[:, None] + target[None, :], 0.0)

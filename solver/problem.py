@@ -65,6 +65,8 @@ class Op:
     must_rerun: with a recompute_time: it does run again, whatever that costs.
     tied_to: index of an op that must take the choice of the same index (the gradient
         of a parameter is made in the parameter's own state).
+    twin_of: index of an earlier op that does the same in another, identical layer: it must take the
+        choice of the same index, and run again if and only if that one does.
     results_start_next: the results' storage is that of the (converted) operand, so
         they are counted from the next time on.
     """
@@ -77,6 +79,7 @@ class Op:
     tied_to: int | None = None
     results_start_next: bool = False
     must_rerun: bool = False
+    twin_of: int | None = None
 
 
 @dataclass(frozen=True)

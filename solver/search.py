@@ -190,7 +190,8 @@ class _Search:
         return accept
 
     def _narrowing(self, limit: int, *, excess: bool, clock: Clock | None = None) -> Narrowing:
-        reference = float(limit or self.free_peak)
+        # a limit far below what any solution takes would make the numbers of memory rows explode
+        reference = max(float(limit), self.free_peak / 16) if limit else float(self.free_peak)
         return Narrowing(
             self.problem,
             self.lives,

@@ -129,6 +129,7 @@ class _Builder:
         self.param_states: dict[str, tuple[State, ...]] = {}
         self.output_states: dict[str, tuple[State, ...]] = {}
         self.unruled: list[str] = []
+        self._offers: dict[str, tuple[list[tuple[State, ...]], tuple[OpOption, ...], tuple[Choice, ...]]] = {}
         self.tables = ConversionTables(self.mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self._gradient_operands: dict[str, Operand] = {}
@@ -272,13 +273,26 @@ class _Builder:
 
     def _add_real_op(self, node: fx.Node) -> None:
         operands = self.flow.operands_of[node]
+        results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
+        values = [self._add_value(value_name(node, i), t) for i, t in results]
+        operand_values = [self.value_index[o.value] for o in operands]
+        known = self._offers.get(self.trace.twins.get(node.name, node.name))
+        tables = [self.states[v] for v in (*operand_values, *values)]
+        if known is None or known[0] != tables:
+            known = (tables, *self._offer(node, operands, operand_values, values))
+            self._offers[self.trace.twins.get(node.name, node.name)] = known
+        self.options[node.name] = known[1]
+        self._add_op(Op(node.name, tuple(operand_values), tuple(values), known[2]))
+
+    def _offer(
+        self, node: fx.Node, operands: tuple[Operand, ...], operand_values: list[int], values: list[int]
+    ) -> tuple[tuple[OpOption, ...], tuple[Choice, ...]]:
+        """The options of an op, and the same as choices with their cost; the cheapest of those alike."""
         options = self._options(node, operands)
         if self.pins.allow_option is not None:
             allowed = tuple(o for o in options if self.pins.allow_option(node, o))
             options = allowed or options
         results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
-        values = [self._add_value(value_name(node, i), t) for i, t in results]
-        operand_values = [self.value_index[o.value] for o in operands]
         choices: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Choice, OpOption]] = {}
         for option in options:
             uses = tuple(self.states[v].index(s) for v, s in zip(operand_values, option.base_states, strict=True))
@@ -287,10 +301,7 @@ class _Builder:
             seconds = self._seconds(node, operands, option)
             if (uses, makes) not in choices or seconds < choices[uses, makes][0].cost_s:
                 choices[uses, makes] = (Choice(seconds, uses, makes), option)
-        self.options[node.name] = tuple(option for _, option in choices.values())
-        self._add_op(
-            Op(node.name, tuple(operand_values), tuple(values), tuple(choice for choice, _ in choices.values()))
-        )
+        return tuple(option for _, option in choices.values()), tuple(choice for choice, _ in choices.values())
 
     def _options(self, node: fx.Node, operands: tuple[Operand, ...]) -> tuple[OpOption, ...]:
         rule_sets = [axis_rules(node, size) for size in self.mesh]
@@ -328,7 +339,23 @@ class _Builder:
         for op in self.ops:
             time = times.get(op.name)
             ops.append(op if time is None else replace(op, recompute_time=time, must_rerun=op.name in forced))
-        return ops
+        return self._with_twins(ops)
+
+    def _with_twins(self, ops: list[Op]) -> list[Op]:
+        """Tie the ops of identical layers to those of the first of them in order (see `Op.twin_of`)."""
+        class_of = {name: self.trace.twins.get(name, name) for name in self.op_index}
+        for param in self.trace.params:
+            kind = self.trace.twins.get(param.node)
+            if kind is not None:
+                class_of[f"param:{param.fqn}"], class_of[f"grad:{param.fqn}"] = f"param:{kind}", f"grad:{kind}"
+        first: dict[tuple[object, ...], int] = {}
+        twinned = []
+        for index, op in enumerate(ops):
+            offers = tuple((c.uses, c.makes) for c in op.choices)
+            kind_key = (class_of[op.name], offers, op.recompute_time is None, op.must_rerun)
+            leader = first.setdefault(kind_key, index)
+            twinned.append(op if leader == index else replace(op, twin_of=leader))
+        return twinned
 
 
 def _state(placements: tuple[str | None, ...]) -> State | None:

@@ -88,10 +88,11 @@ def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None) -
     except TraceError:
         return None  # the flat trace says what is wrong, or works where fewer layers don't
     template = make_template(three, f"{path}.")
-    shorter = template and unroll(template, 2)
-    if template is None or shorter is None or graph_hash(shorter) != graph_hash(two):
+    if template is None:
         return None
-    return unroll(template, count)
+    shorter = unroll(template, 2)
+    same = shorter is not None and graph_hash(shorter) == graph_hash(two)
+    return unroll(template, count) if same else None
 
 
 def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None) -> Trace:

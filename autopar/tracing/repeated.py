@@ -32,8 +32,9 @@ def with_layers(model: nn.Module, path: str, indices: list[int]) -> nn.Module:
         parent._modules[part] = _shallow(parent.get_submodule(part))
         parent = parent.get_submodule(part)
     layers = parent.get_submodule(name)
-    parent._modules[name] = nn.ModuleList([layers.get_submodule(str(i)) for i in indices])
-    parent._modules[name].training = layers.training
+    fewer = nn.ModuleList([layers.get_submodule(str(i)) for i in indices])
+    fewer.training = layers.training
+    parent._modules[name] = fewer
     return shallow
 
 
@@ -89,7 +90,7 @@ def _same_value(a: Any, b: Any, index: int) -> bool:
         return True  # compared as a submodule, or a reference to the same place in another layer
     if callable(a):
         return getattr(a, "__qualname__", None) == getattr(b, "__qualname__", None)
-    return type(a).__eq__ is not object.__eq__ and bool(a == b)
+    return bool(a == b)  # objects without an equality of their own differ
 
 
 def _shares_parameters(layers: nn.ModuleList) -> bool:

@@ -44,7 +44,8 @@ class Template:
         nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         for layer in range(3):
             start = f"{self.prefix}{layer}."
-            infos = [i for i in (*self.trace.params, *self.trace.buffers) if i.fqn.startswith(start)]
+            everything: tuple[Any, ...] = (*self.trace.params, *self.trace.buffers)
+            infos = [i for i in everything if i.fqn.startswith(start)]
             for position, info in enumerate(infos):
                 found[nodes[info.node]] = ("placeholder", position, layer)
         return found
@@ -350,7 +351,7 @@ class _Unroller:
             if layer is not None:
                 raise _NotUniform
             return self.rest[node].name
-        if place[2] == 1 and layer is None or (of_three is not None and place[2] != of_three):
+        if (place[2] == 1 and layer is None) or (of_three is not None and place[2] != of_three):
             raise _NotUniform
         return self.at[place[0], place[1], self._layer(place[2]) if layer is None else layer].name
 

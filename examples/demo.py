@@ -21,6 +21,7 @@ PROCESSES = 4
 LOSS_TOLERANCE = 1e-3  # float32: the order of sums differs, and training lets rounding grow
 MEMORY_TOLERANCE = 0.05
 MEMORY_LIMIT_MB = 30.0  # a fifth of what one process needs
+PIN = ("--pin", "dp=4")
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -81,7 +82,7 @@ def main() -> int:
     single = run("single", str(TRAIN))
     print(f"\n== {PROCESSES} processes, compiled by autopar for {MEMORY_LIMIT_MB:g} MB a rank")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
-    parallel = run("parallel", *launch, str(TRAIN), "--memory-limit-mb", str(MEMORY_LIMIT_MB))
+    parallel = run("parallel", *launch, str(TRAIN), "--memory-limit-mb", f"{MEMORY_LIMIT_MB:g}", *PIN)
 
     show_losses(single["losses"], parallel["losses"])
     picture = OUT / "demo.png"

@@ -49,6 +49,7 @@ class LinearModel:
         self.memory: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
         self.memory_rows: dict[int, int] = {}  # time -> row
         self._memory_done = 0
+        self._held: tuple[Ints, Ints, Ints, Floats] | None = None
         self.excess = self.add_column(0.0)
 
     # -- growing -----------------------------------------------------------------
@@ -83,6 +84,13 @@ class LinearModel:
             last.append(span[1])
             held.append(nbytes)
 
+    def _holds(self) -> tuple[Ints, Ints, Ints, Floats]:
+        """Column, first and last time, and bytes of everything that is held, as arrays."""
+        if self._held is None or len(self._held[0]) != len(self.memory[0]):
+            columns, first, last = (np.asarray(a, dtype=np.int64) for a in self.memory[:3])
+            self._held = (columns, first, last, np.asarray(self.memory[3], dtype=np.float64))
+        return self._held
+
     def settle_memory(self) -> None:
         """Enter columns that came since the last call into the memory rows that are there."""
         if self._memory_done == len(self.memory[0]):
@@ -99,7 +107,7 @@ class LinearModel:
         """Demand that memory at `time`, less `excess`, stays within the limit."""
         self.settle_memory()
         row = self.add_row(-np.inf, self.limit * self.byte_scale, [(self.excess, -1.0)])
-        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        columns, first, last, nbytes = self._holds()
         alive = np.nonzero((first <= time) & (time <= last))[0]
         self.entries[0].extend([row] * len(alive))
         self.entries[1].extend(columns[alive].tolist())
@@ -108,16 +116,16 @@ class LinearModel:
 
     def memory_line(self, values: Floats) -> Floats:
         """[times] bytes held by a (fractional) solution, constant bytes not included."""
-        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        columns, first, last, nbytes = self._holds()
         if not len(columns):
             return np.zeros(self.times)
-        held = values[columns.astype(np.int64)] * nbytes
+        held = values[columns] * nbytes
         steps = np.bincount(first, held, self.times + 1) - np.bincount(last + 1, held, self.times + 1)
         return np.cumsum(steps)[: self.times]
 
     def memory_cost(self, paid: Floats) -> Floats:
         """[columns] what the bytes of each cost, if one byte costs paid[t] from time 0 up to t."""
-        columns, first, last, nbytes = (np.asarray(a) for a in self.memory)
+        columns, first, last, nbytes = self._holds()
         if not len(columns):
             return np.zeros(len(self.cost))
         return np.bincount(columns, nbytes * (paid[last + 1] - paid[first]), len(self.cost)).astype(np.float64)

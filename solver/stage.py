@@ -30,6 +30,7 @@ PENALTY = 1e4  # of a unit of memory beyond the limit, in an LP: a limit it cann
 PRICED_OUT = 1e-7  # gains below this, in cost units, are rounding
 FIRST_SLACK = 1e-3  # of the bound
 SLACK_GROWTH = 8.0
+MOST_ROWS = 24  # memory rows that come in at once
 LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
 
 Accept = Callable[[Solution, Evaluation], None]
@@ -164,14 +165,15 @@ class Stage:
         return Prices.of(self.form, result.duals, 0.0 if self.excess else self.cost_scale, self.byte_prices)
 
     def _violated(self, line: Floats, excess: float) -> list[int]:
-        """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the local maxima."""
+        """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the highest local maxima."""
         if self.limit_bytes is None or self.byte_prices is not None or not len(line):
             return []
         limit = self.model.limit + excess / self.model.byte_scale
         over = line > limit + 1e-6 / self.model.byte_scale
         peaks = over & (line >= np.append(line[1:], -np.inf)) & (line > np.append(-np.inf, line[:-1]))
         fresh = [int(t) for t in np.nonzero(peaks)[0] if int(t) not in self.model.memory_rows]
-        return fresh or [int(t) for t in np.nonzero(over)[0] if int(t) not in self.model.memory_rows]
+        fresh = fresh or [int(t) for t in np.nonzero(over)[0] if int(t) not in self.model.memory_rows]
+        return sorted(fresh, key=lambda t: (-line[t], t))[:MOST_ROWS]
 
     # -- integers ----------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,3 +47,10 @@ def test_make_targets_in_the_pages_exist() -> None:
     named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))}
     assert {"setup", "demo", "test", "test-all", "check", "bench"} <= targets
     assert named <= targets
+
+
+@pytest.mark.slow
+def test_the_demo_ends_well() -> None:
+    done = subprocess.run([sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"demo: ok: loss .* memory predicted within [0-9.]+%", done.stdout.strip().splitlines()[-1])

@@ -26,7 +26,7 @@ SOURCES = [
 LIBRARIES = sysconfig.get_path("purelib")
 PROBE = """
 import pathlib, sys
-import autopar, autopar.codegen, autopar.rules, autopar.solver.problem
+import autopar, autopar.codegen, autopar.cost, autopar.solver.problem
 assert "torch" not in sys.modules
 here = pathlib.Path(autopar.__file__).parent
 assert pathlib.Path(autopar.solver.problem.__file__).parent == here / "solver", autopar.solver.problem.__file__

@@ -59,9 +59,10 @@ def simulate_memory(program: EmittedProgram, constant_bytes: int) -> MemoryTimel
     persistent = _storages(n for n in program.forward.nodes if n.op == "placeholder")
     forward_kept = _output_storages(program.forward, program.saved)
     forward = _walk("forward", program.forward, persistent, carried={}, held_to_end=forward_kept)
-    saved = {s: size for s, size in forward_kept.items() if s not in persistent}
+    loss = _storages(program.forward.find_nodes(op="output")[0].all_input_nodes[:1])  # the caller holds it
+    saved = {s: size for s, size in {**forward_kept, **loss}.items() if s not in persistent}
     grads = _output_storages(program.backward, program.grads)
-    backward = _walk("backward", program.backward, persistent, carried=saved, held_to_end=grads)
+    backward = _walk("backward", program.backward, persistent, carried=saved, held_to_end={**grads, **loss})
     return MemoryTimeline(constant_bytes, (*forward, *backward))
 
 

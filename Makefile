@@ -36,8 +36,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+BENCHES := $(wildcard benchmarks/bench_*.py)
 bench: setup
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@test -n "$(BENCHES)" || { echo "benchmarks/ holds no bench_*.py"; exit 1; }
+	for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # Pages that are made from the code; tests/test_docs.py compares them.
 docs: setup

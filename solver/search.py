@@ -206,17 +206,25 @@ class _Search:
 
     def _check_feasible(self, limit: int) -> None:
         """Raise if not even fractional solutions stay within the limit."""
-        if self._narrowing(limit, excess=True, clock=Clock(None)).run(self.allowed).bound > EXCEEDED:
+        if self._narrowing(limit, excess=True, clock=self._grace()).run(self.allowed).bound > EXCEEDED:
             self._raise_infeasible()
 
     def _find_any(self, limit: int) -> None:
-        """No solution so far: minimise the excess over the limit, whatever time it takes; raise if it is not 0."""
-        clock = Clock(None)
-        found = self._narrowing(limit, excess=True, clock=clock).run(self.allowed)
-        if found.bound <= EXCEEDED:
-            found.stage.search(found.relaxed, self._accepting(found.restricted), np.inf, 0.0)
+        """No solution so far: minimise the excess over the limit, with some grace; raise if none is found."""
+        found = self._narrowing(limit, excess=True, clock=self._grace()).run(self.allowed)
+        if found.bound <= EXCEEDED and found.relaxed.result is not None:
+            accept = self._accepting(found.restricted)
+            self._offer_rounded(found.stage, found.relaxed, accept)
+            if self.best is None:
+                found.stage.search(found.relaxed, accept, np.inf, 0.0)
         if self.best is None:
             self._raise_infeasible()
+
+    def _grace(self) -> Clock:
+        """Time to find out whether anything fits at all: what is left, but not next to nothing. Small problems
+        are always settled."""
+        left = self.clock.left_s()
+        return Clock(None if left is None or self._is_small() else max(left, EXPLAIN_S))
 
     # -- least memory ------------------------------------------------------------
 
@@ -228,6 +236,12 @@ class _Search:
             narrowing.clock = Clock(None)
             found = narrowing.limited(self.allowed)
         points: list[tuple[int, Solution]] = []
+
+        def rounded(solution: Solution, priced: Evaluation) -> None:
+            points.append((priced.peak_bytes, found.restricted.original(solution)))
+
+        if found.relaxed.result is not None:
+            self._offer_rounded(found.stage, found.relaxed, rounded)
         bound = self._search_least(found, points, gap)
         if not points:
             found.stage.clock = Clock(None)

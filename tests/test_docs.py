@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "generate_cli.py"))
 
 
@@ -51,6 +54,19 @@ def test_make_targets_in_the_pages_exist() -> None:
 
 @pytest.mark.slow
 def test_the_demo_ends_well() -> None:
-    done = subprocess.run([sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True)
+    line = [sys.executable, "examples/demo.py"]
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.fullmatch(r"demo: ok: loss .* memory predicted within [0-9.]+%", done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    autopar (.+)$", readme, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["plan", "explain", "verify"]
+    for command in commands:
+        line = [sys.executable, "-m", "autopar.cli", *shlex.split(command)]
+        done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, f"autopar {command}\n{done.stderr}"
+        assert done.stdout.strip()

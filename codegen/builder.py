@@ -52,6 +52,8 @@ class GraphBuilder:
         else:
             with self.graph.inserting_after(anchor):
                 node = self.graph.placeholder(name)
+        # The generated function calls its parameters by their targets: these must be as unique as the nodes' names.
+        node.target = node.name
         node.meta["val"] = value
         self._last_placeholder = node
         return node

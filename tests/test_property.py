@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -13,6 +14,7 @@ from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError
 from autopar.redistribute import GRADIENT_BUCKET_BYTES
+from autopar.runtime.execute import RankProgram
 from autopar.sample import sample_values
 from autopar.sharding import build_problem
 from autopar.trace import trace
@@ -61,3 +63,21 @@ def test_random_plans_compute_the_same(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(MODELS_IN_TEST, MODELS_IN_ALL))
 def test_many_random_plans_compute_the_same(seed: int) -> None:
     assert check_model(seed) == CASES_PER_MODEL
+
+
+def test_no_two_variables_of_a_program_share_a_name() -> None:
+    """Inputs bear the names of ops ("mul_2"), and so do new nodes: in the generated code they must stay apart."""
+    model, call = random_model(50)
+    traced = trace(model, call)
+    costs = CostModel(ClusterSpec.preset("h100-sxm", gpus=4), (4,))
+    stated = build_problem(traced, costs, OptimizerSpec("adamw"))
+    assigned = 0
+    for seed in range(5):
+        decisions = random_decisions(traced, stated, random.Random(seed))
+        emitted = emit(traced, decisions, (4,), costs)
+        program = RankProgram(emitted, ["0"], [0])
+        for module in (program.forward_module, program.backward_module):
+            names = re.findall(r"^    (\w+) = (?!None)", module.code, flags=re.MULTILINE)
+            assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
+            assigned += len(names)
+    assert assigned > 500

@@ -59,7 +59,7 @@ def _batch(trace: Trace) -> int:
 
 
 def _zero(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> int:
-    """0: most parameter bytes are whole on the data axes; 2: cut and gathered once; 3: also gathered in the backward."""
+    """0: most parameter bytes are whole on the data axes; 2: cut, gathered once; 3: also gathered in the backward."""
     axes = [a for a, role in enumerate(roles) if role == "dp"]
     sizes = {p.fqn: math.prod(p.shape) for p in trace.params}
     cut = [p for p in trace.params if any(shard_dim(decisions.params[p.fqn][a]) is not None for a in axes)]

@@ -25,7 +25,7 @@ from autopar.plan_types import Decisions
 from autopar.plans import Candidate
 from autopar.pricing import Price, price
 from autopar.sharding import Pins, build_problem
-from autopar.solver import InfeasibleProblem, solve
+from autopar.solver import InfeasibleProblem, Solution, evaluate, solve
 from autopar.trace import Trace
 
 Progress = Callable[[str], None]
@@ -35,6 +35,7 @@ DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
 _MAX_LEANER = 24
+_MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class _Tried:
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
         self.memory: MemoryEstimate | None = None
+        self.estimate: MemoryEstimate | None = None
         self.objective_s, self.status = float("inf"), "infeasible"
         self.bound_s: float | None = None
         self.needed_bytes: int | None = None
@@ -174,12 +176,24 @@ class _Tried:
         self.objective_s, self.status = result.objective_s, result.status
         self.solver_peak = result.peak_bytes
         self.decisions = self.stated.decisions(result.solution)
+        self.estimate = self._estimate(result.solution)
 
     def fits(self) -> bool:
         """Whether the program of the present decisions, simulated, stays within the limit."""
         if self.memory is None and self.decisions is not None:
-            self.memory = self.settings.memory_of(self.decisions, self.mesh, self.costs)
+            self.memory = self.estimate or self.settings.memory_of(self.decisions, self.mesh, self.costs)
         return self.memory is not None and self.memory.peak_bytes <= self.settings.memory_limit_bytes
+
+    def _estimate(self, solution: Solution) -> MemoryEstimate | None:
+        """The solver's own figure, for programs too long to emit during the search; None for the others."""
+        problem = self.stated.problem
+        if len(problem.ops) <= _MOST_SIMULATED_OPS:
+            return None
+        found = evaluate(problem, solution)
+        at = found.peak_time
+        lines = {name: int(line[at]) for name, line in found.memory_by_category.items()}
+        phase = "forward" if at < problem.forward_ops else "backward"
+        return MemoryEstimate(found.peak_bytes, lines, phase, problem.ops[at].name)
 
     def lean(self, deadline: float) -> None:
         """The next plan that needs less memory, or none."""
@@ -198,7 +212,7 @@ class _Tried:
         if error.leanest is None:
             return
         decisions = self.stated.decisions(error.leanest)
-        memory = self.settings.memory_of(decisions, self.mesh, self.costs)
+        memory = self._estimate(error.leanest) or self.settings.memory_of(decisions, self.mesh, self.costs)
         if memory.peak_bytes <= self.settings.memory_limit_bytes:
             self.decisions, self.memory, self.status = decisions, memory, "leanest"
             self.objective_s = price(self.trace, decisions, self.costs, self.settings.optimizer).step_time_s

@@ -54,7 +54,7 @@ def _check_op(problem: Problem, o: int, op: Op) -> None:
     if op.twin_of is not None:
         twin = problem.ops[op.twin_of] if 0 <= op.twin_of < o else None
         if twin is None or twin.twin_of is not None or not _like(op, twin):
-            raise ValueError(f"op {op.name!r} is no twin of op {op.twin_of}: not an earlier first op with the same choices")
+            raise ValueError(f"op {op.name!r} is no twin of op {op.twin_of}: that must be earlier and offer the same")
     if op.results_start_next:
         if len(op.operands) != 1 or len(op.results) != 1 or op.recompute_time is not None:
             raise ValueError(f"op {op.name!r}: results_start_next wants one operand, one result, and no recompute_time")

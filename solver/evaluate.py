@@ -107,9 +107,7 @@ class _Pricing:
         peak_time = int(np.argmax(memory)) if self.times else 0
         peak = int(memory[peak_time]) if self.times else self.problem.constant_bytes
         cost_s = compute_s + recompute_s + self.own_s + self.later_s
-        return Evaluation(
-            cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, self.lines, peak, peak_time
-        )
+        return Evaluation(cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, self.lines, peak, peak_time)
 
     def _check_decisions(self) -> None:
         ops, solution = self.problem.ops, self.solution

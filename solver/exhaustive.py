@@ -44,7 +44,8 @@ def brute_force(problem: Problem) -> SolveResult:
 def every_solution(problem: Problem, lives: tuple[ValueLife, ...]) -> Iterator[Solution]:
     """All solutions that keep no more than they must (keeping more costs memory and buys nothing)."""
     may_rerun = [o for o, op in enumerate(problem.ops) if op.recompute_time is not None and op.twin_of is None]
-    twins = {o: op.twin_of for o, op in enumerate(problem.ops) if op.recompute_time is not None and op.twin_of is not None}
+    both = [(o, op) for o, op in enumerate(problem.ops) if op.recompute_time is not None]
+    twins = {o: op.twin_of for o, op in both if op.twin_of is not None}
     free = [o for o, op in enumerate(problem.ops) if op.tied_to is None and op.twin_of is None]
     for picks in itertools.product(*(range(len(problem.ops[o].choices)) for o in free)):
         choices = _with_tied(problem, dict(zip(free, picks, strict=True)))

@@ -84,7 +84,8 @@ def _gains(
     """[sources, states] gains of the groups of one value, per kind."""
     value = form.problem.values[v]
     seconds = value.convert_s[rows.sources]
-    cost = np.where(np.isfinite(seconds), prices.cost_scale * len(rows.lives) * np.nan_to_num(seconds, posinf=0.0), np.inf)
+    scale = prices.cost_scale * len(rows.lives)
+    cost = np.where(np.isfinite(seconds), scale * np.nan_to_num(seconds, posinf=0.0), np.inf)
     size = np.asarray(value.state_bytes, dtype=np.float64)
     later = [_flow_gain(rows, use, prices, kept=True) for use in rows.later]
     if rows.own:

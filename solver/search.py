@@ -242,7 +242,9 @@ class _Search:
 
         if found.relaxed.result is not None:
             self._offer_rounded(found.stage, found.relaxed, rounded)
-        bound = self._search_least(found, points, gap)
+        bound = found.relaxed.bound
+        if self._is_small() or not points:  # else the rounded relaxation is good enough for a message
+            bound = self._search_least(found, points, gap)
         if not points:
             found.stage.clock = Clock(None)
             bound = self._search_least(found, points, ROUGH_GAP)

@@ -165,7 +165,7 @@ class Stage:
         return Prices.of(self.form, result.duals, 0.0 if self.excess else self.cost_scale, self.byte_prices)
 
     def _violated(self, line: Floats, excess: float) -> list[int]:
-        """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the highest local maxima."""
+        """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the highest peaks."""
         if self.limit_bytes is None or self.byte_prices is not None or not len(line):
             return []
         limit = self.model.limit + excess / self.model.byte_scale

@@ -105,9 +105,10 @@ def _in_layer(node: fx.Node, prefix: str, layer: int) -> bool:
 
 
 def _match(template: Template, phase: str, order: tuple[int, ...]) -> _Runs | None:
-    """The same runs, position by position: the middle and the last in order must be equal; the first, which
+    """The same runs, position by position.
 
-    may also make what all layers share, is matched to them.
+    The middle and the last in order must be equal; the first, which may also make what all layers share, is
+    matched to them.
     """
     first, middle, last = order
     runs = template.runs[phase]
@@ -153,7 +154,7 @@ def _wanted(
     order: tuple[int, ...],
     found: dict[fx.Node, fx.Node],
 ) -> object:
-    """What the first layer's node must refer to where the middle one refers to x and the last one to y; None: anything."""
+    """What the first layer's node must refer to where the middle one has x and the last one y; None: anything."""
     first, middle, _ = order
     if x is y:
         return x

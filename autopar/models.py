@@ -29,7 +29,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model of the zoo: a transformers class, the arguments of its config, and where these come from."""
+    """A model of the zoo: a transformers class, the arguments of its config, and where these come from.
+
+    The dtype is that of the published weights.
+    """
 
     model_class: str
     config_class: str
@@ -38,7 +41,7 @@ class ZooModel:
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, positions: int, theta: float,
-           source: str) -> ZooModel:  # fmt: skip
+           source: str, dtype: str = "float32") -> ZooModel:  # fmt: skip
     config = {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -50,6 +53,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
         "rope_theta": theta,
         "tie_word_embeddings": False,
         "use_cache": False,
+        "dtype": dtype,
     }
     return ZooModel("LlamaForCausalLM", "LlamaConfig", config, source)
 
@@ -58,9 +62,9 @@ _LLAMA3 = "Grattafiori et al. 2024, The Llama 3 Herd of Models, table 3"
 ZOO: dict[str, ZooModel] = {
     "tiny-llama": _llama(128, 384, 4, 8, 4, 256, 1024, 1e4, "made up: trains on a CPU in a minute"),
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000, 4096, 1e4, "Touvron et al. 2023, Llama 2; its config.json"),
-    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256, 8192, 5e5, _LLAMA3),
-    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256, 8192, 5e5, _LLAMA3),
-    "llama3-405b": _llama(16384, 53248, 126, 128, 8, 128256, 131072, 5e5, _LLAMA3),
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256, 8192, 5e5, _LLAMA3, "bfloat16"),
+    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256, 8192, 5e5, _LLAMA3, "bfloat16"),
+    "llama3-405b": _llama(16384, 53248, 126, 128, 8, 128256, 131072, 5e5, _LLAMA3, "bfloat16"),
     "mixtral-8x7b": ZooModel(
         "MixtralForCausalLM",
         "MixtralConfig",
@@ -76,6 +80,7 @@ ZOO: dict[str, ZooModel] = {
             "max_position_embeddings": 32768,
             "rope_theta": 1e6,
             "use_cache": False,
+            "dtype": "bfloat16",
         },
         "Jiang et al. 2024, Mixtral of Experts, table 1",
     ),

@@ -1,5 +1,7 @@
 """The integer program, stated in PuLP and solved by HiGHS; status and bound are read from HiGHS itself.
 
+A program of very many entries goes to HiGHS as arrays: stating it in PuLP would take longer than solving it.
+
 PuLP calls a run that stopped at its time limit "Optimal", so its word is not used.
 """
 
@@ -12,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
-from autopar.solver.linear import Floats, LinearModel
+from autopar.solver.linear import Floats, LinearModel, compress, quiet_highs
+
+MOST_ENTRIES = 200_000  # that PuLP is asked to state, about a second
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ def solve_mip(
     time_limit_s: float | None,
 ) -> MipResult:
     """Solve `model` with all columns that are not `alive` fixed to 0. `costs`: [columns] the objective."""
+    if len(model.entries[0]) > MOST_ENTRIES:
+        return _solve_arrays(model, alive, costs, gap, time_limit_s)
     lp = pulp.LpProblem("autopar", pulp.LpMinimize)
     columns = np.nonzero(alive)[0]
     variables = {int(j): _variable(lp, int(j), model.integer[j]) for j in columns}
@@ -44,6 +50,34 @@ def solve_mip(
     solver.solve(lp)
     stated = np.array([int(v.name[1:]) for v in lp.variables()], dtype=np.int64)  # those with any cost or row
     return _read(lp.solverModel, stated, len(model.cost))
+
+
+def _solve_arrays(
+    model: LinearModel, alive: npt.NDArray[np.bool_], costs: Floats, gap: float, time_limit_s: float | None
+) -> MipResult:
+    model.settle_memory()
+    columns = np.nonzero(alive)[0]
+    place = np.full(len(alive), -1, dtype=np.int64)
+    place[columns] = np.arange(len(columns))
+    rows, places = np.asarray(model.entries[0], dtype=np.int64), place[np.asarray(model.entries[1], dtype=np.int64)]
+    kept = places >= 0
+    values = np.asarray(model.entries[2], dtype=np.float64)[kept]
+    starts, index, value = compress(places[kept], rows[kept], values, len(columns))
+    integer = np.asarray(model.integer, dtype=bool)[columns]
+    highs = quiet_highs()
+    limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01)
+    options = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 0.0, "threads": 1, "random_seed": 7}
+    for name, option in {**options, "time_limit": limit, "small_matrix_value": 1e-12}.items():
+        highs.setOptionValue(name, option)
+    nothing = np.zeros(0, dtype=np.int32)
+    low, high = np.asarray(model.row_low, dtype=np.float64), np.asarray(model.row_high, dtype=np.float64)
+    highs.addRows(len(low), low, high, 0, np.zeros(len(low), dtype=np.int32), nothing, np.zeros(0))
+    upper = np.where(integer, 1.0, np.inf)
+    highs.addCols(len(columns), costs[columns], np.zeros(len(columns)), upper, len(index), starts, index, value)
+    kinds = np.array([highspy.HighsVarType.kInteger if i else highspy.HighsVarType.kContinuous for i in integer])
+    highs.changeColsIntegrality(len(columns), np.arange(len(columns), dtype=np.int32), kinds)
+    highs.run()
+    return _read(highs, columns, len(model.cost))
 
 
 def _variable(lp: pulp.LpProblem, column: int, integer: bool) -> pulp.LpVariable:

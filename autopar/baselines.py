@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.errors import Infeasible, PinError
-from autopar.planning import SearchSettings, candidate_meshes, search
+from autopar.planning import SearchSettings, search, usual_layouts
 from autopar.trace import Trace
 
 
@@ -26,25 +26,13 @@ class Baseline:
         return {**self.__dict__, "pin": dict(self.pin)}
 
 
-def usual_layouts(devices: int, settings: SearchSettings) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(name, pins of its variants) of the layouts that people would configure by hand."""
-    pairs = [m for m in candidate_meshes(devices, settings.cluster) if len(m) == 2]
-    return [
-        ("DDP", [{"dp": devices, "zero": 0}]),
-        ("FSDP", [{"dp": devices, "zero": 3}]),
-        ("Megatron tensor parallel", [{"tp": devices, "sp": False}]),
-        ("tensor and sequence parallel", [{"tp": devices, "sp": True}]),
-        ("FSDP x tensor parallel", [{"dp": a, "tp": b, "zero": 3} for a, b in pairs]),
-    ]
-
-
 def baselines(trace: Trace, settings: SearchSettings) -> tuple[Baseline, ...]:
     """Plan the usual layouts for `trace` under the same limits; of several variants the fastest stands."""
     devices = settings.cluster.devices
     if devices == 1:
         return ()
     found = []
-    for name, variants in usual_layouts(devices, settings):
+    for name, variants in usual_layouts(settings.cluster):
         tried = [_priced(trace, settings, name, pin) for pin in variants]
         if tried:
             found.append(min(tried, key=lambda b: float("inf") if b.step_time_s is None else b.step_time_s))

@@ -35,6 +35,7 @@ DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
 _MAX_LEANER = 24
+_FREE_SHARE = 0.6  # of the time limit; the rest is for the usual layouts, should nothing be proven by then
 _MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
 
 
@@ -93,26 +94,69 @@ def candidate_meshes(devices: int, cluster: ClusterSpec) -> list[tuple[int, ...]
     return [(devices,), *pairs]
 
 
+def usual_layouts(cluster: ClusterSpec) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, pins of its variants) of the layouts that people would configure by hand."""
+    devices = cluster.devices
+    pairs = [m for m in candidate_meshes(devices, cluster) if len(m) == 2]
+    return [
+        ("DDP", [{"dp": devices, "zero": 0}]),
+        ("FSDP", [{"dp": devices, "zero": 3}]),
+        ("Megatron tensor parallel", [{"tp": devices, "sp": False}]),
+        ("tensor and sequence parallel", [{"tp": devices, "sp": True}]),
+        ("FSDP x tensor parallel", [{"dp": a, "tp": b, "zero": 3} for a, b in pairs]),
+    ]
+
+
 def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     """Find the fastest plan that fits; raises Infeasible or PinError."""
     began = time.perf_counter()
     request = parse_pins(settings.pin, settings.cluster.devices)
     _check_batch(request, trace)
     meshes = _meshes(request, settings)
+    free = not settings.pin and settings.fixed_params is None and settings.cluster.devices > 1
+    limit_s = settings.time_limit_s * (_FREE_SHARE if free else 1.0)
     tried: list[_Tried] = []
     for index, mesh in enumerate(meshes):
         now = time.perf_counter()
-        share = max(0.0, began + settings.time_limit_s - now) / (len(meshes) - index)
+        share = max(0.0, began + limit_s - now) / (len(meshes) - index)
         one = _Tried(trace, mesh, request, settings)
         one.solve(now + share)
         tried.append(one)
         if settings.progress:
             text = "does not fit" if one.decisions is None else f"{one.objective_s * 1e3:.3f} ms"
             settings.progress(f"mesh {'x'.join(map(str, mesh)) or '1'}: {text} ({index + 1} of {len(meshes)})")
-    best = _fastest_that_fits(tried, began + settings.time_limit_s)
+    usual = [] if not free or _settled(tried) else _usual(trace, settings, began + settings.time_limit_s)
+    best = _fastest_that_fits([*tried, *usual], began + settings.time_limit_s)
     if best is None:
         raise _infeasible(tried, settings)
     return _proven(best, tried, time.perf_counter() - began)
+
+
+def _settled(tried: list[_Tried]) -> bool:
+    """Whether there is nothing to gain from trying more: the best plan is proven, or nothing fits."""
+    best = min(t.objective_s for t in tried)
+    if all(t.status in ("infeasible", "leanest") for t in tried):
+        return True
+    return all(t.bound_s is None or best - t.bound_s <= _GAP * best for t in tried)
+
+
+def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tried]:
+    """The usual layouts, solved under their pins: smaller problems, so that a search that ran out of time is never
+    worse than what people would configure by hand."""
+    pins = [pin for _, variants in usual_layouts(settings.cluster) for pin in variants]
+    found = []
+    for index, pin in enumerate(pins):
+        request = parse_pins(pin, settings.cluster.devices)
+        try:
+            _check_batch(request, trace)
+        except PinError:
+            continue
+        now = time.perf_counter()
+        assert request.mesh is not None
+        one = _Tried(trace, request.mesh, request, settings)
+        one.solve(now + max(0.0, deadline - now) / (len(pins) - index))
+        found.append(one)
+    return found
 
 
 def _fastest_that_fits(tried: list[_Tried], deadline: float) -> _Tried | None:

@@ -21,7 +21,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -104,11 +104,14 @@ class Conversions:
 
     cost_s: [n, n] seconds, inf where impossible (nothing becomes partial again).
     state_bytes: bytes a rank holds in each state.
+    workspace_bytes: [n, n] memory that a conversion takes beside its source and its target (layout copies, steps
+        in between).
     """
 
     states: tuple[State, ...]
     state_bytes: tuple[int, ...]
     cost_s: np.ndarray = field(repr=False)
+    workspace_bytes: np.ndarray = field(repr=False)
     _previous: tuple[tuple[Step | None, ...], ...] = field(repr=False)
 
     def path(self, source: State, target: State) -> tuple[Step, ...]:
@@ -138,7 +141,35 @@ def conversions(
         distance, row = _dijkstra(source, arcs)
         cost[source] = distance
         previous.append(tuple(row))
-    return Conversions(states, nbytes, cost, tuple(previous))
+    made = Conversions(states, nbytes, cost, np.zeros((0, 0), dtype=np.int64), tuple(previous))
+    return replace(made, workspace_bytes=_workspace(made))
+
+
+def _workspace(made: Conversions) -> np.ndarray:
+    found = np.zeros(made.cost_s.shape, dtype=np.int64)
+    size = dict(zip(made.states, made.state_bytes, strict=True))
+    for i, source in enumerate(made.states):
+        for j, target in enumerate(made.states):
+            if i == j or not np.isfinite(made.cost_s[i, j]):
+                continue
+            worst = 0
+            for step in made.path(source, target):
+                between = size[step.before] if step.before != source else 0
+                worst = max(worst, between + _step_peak(step, size) - size[target])
+            found[i, j] = worst
+    return found
+
+
+def _step_peak(step: Step, size: dict[State, int]) -> int:
+    """Bytes that a step allocates, as the code generator writes it: layout copies, received blocks, result."""
+    before, after = size[step.before], size[step.after]
+    if step.kind == "reduce_scatter":
+        return after + (before if step.target_dim != 0 else 0)
+    if step.kind == "all_gather":
+        return after + (after if step.source_dim != 0 else 0)
+    if step.kind == "all_to_all":
+        return after + max(before if step.target_dim != 0 else 0, after if step.source_dim != 0 else 0)
+    return after
 
 
 def _steps_from(

@@ -199,7 +199,7 @@ class _Builder:
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
         table = self._table(tensor, bucketed=name in self.gradients)
         index = len(self.values)
-        self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out))
+        self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out, table.workspace_bytes))
         self.states.append(table.states)
         self.value_index[name] = index
         return index

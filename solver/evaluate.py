@@ -150,7 +150,7 @@ class _Pricing:
         for state, counted in own.items():
             self.own_s += self._conversion_s(v, made, state)
             if counted:
-                self._alive("copies", life.own_copy, size[state])
+                self._alive("copies", life.own_copy, value.copy_bytes(made, state))
         copies = {state for value_index, state in solution.kept_copies if value_index == v}
         for state in copies:
             if state not in own:
@@ -172,7 +172,7 @@ class _Pricing:
             if state not in copies:
                 self.later_s += self._conversion_s(v, made, state)
                 if counted:
-                    self._alive("copies", life.later_copy, self.problem.values[v].state_bytes[state])
+                    self._alive("copies", life.later_copy, self.problem.values[v].copy_bytes(made, state))
 
     def _targets(self, v: int, made: int, uses: list[tuple[int, int, bool]]) -> dict[int, bool]:
         """Wanted states other than the made one, and whether their copies count apart from results."""
@@ -187,6 +187,7 @@ class _Pricing:
                 makes = self.problem.ops[op].choices[self.solution.choices[op]].makes[0]
                 if not self.problem.values[result].always_available:
                     self._alive("originals", (op, op), self.problem.values[result].state_bytes[makes])
+                self._alive("copies", (op, op), self.problem.values[v].workspace_bytes(made, state))
         return targets
 
     def _conversion_s(self, v: int, source: int, target: int) -> float:

@@ -249,7 +249,7 @@ class Formulation:
             return
         cost = self.cost_scale * float(value.convert_s[q, p]) * len(rows.lives)
         spans = [life.own_copy for life in rows.lives]
-        copy, flows = self._add_copy(rows, takers, q, p, cost, spans, value.state_bytes[p])
+        copy, flows = self._add_copy(rows, takers, q, p, cost, spans, value.copy_bytes(q, p))
         later = [u for u in rows.later if u.wanted[p] >= 0]
         if not later:
             return
@@ -273,7 +273,7 @@ class Formulation:
         if takers and q in rows.sources:
             cost = self.cost_scale * float(value.convert_s[q, p]) * len(rows.lives)
             spans = [life.later_copy for life in rows.lives]
-            _, flows = self._add_copy(rows, takers, q, p, cost, spans, value.state_bytes[p])
+            _, flows = self._add_copy(rows, takers, q, p, cost, spans, value.copy_bytes(q, p))
             for flow, taker in zip(flows, takers, strict=True):
                 if taker.available is not None:
                     self.model.add_entry(int(taker.available[rows.sources.index(q)]), flow, 1.0)
@@ -305,9 +305,10 @@ class Formulation:
     def _add_flow(self, rows: ValueRows, taker: UseRows, q: int, p: int) -> int:
         made, wanted = int(taker.made[rows.sources.index(q)]), int(taker.wanted[p])
         column = self.model.add_column(0.0, [(made, 1.0), (wanted, 1.0)])
+        workspace = self.problem.values[rows.owner].workspace_bytes(q, p)
         if taker.alias_bytes is not None:
             for op in taker.ops(rows.lives):
-                self.model.hold(column, (op, op), float(taker.alias_bytes[p]))
+                self.model.hold(column, (op, op), float(taker.alias_bytes[p]) + workspace)
         return column
 
     # -- back --------------------------------------------------------------------

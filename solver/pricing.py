@@ -87,10 +87,13 @@ def _gains(
     scale = prices.cost_scale * len(rows.lives)
     cost = np.where(np.isfinite(seconds), scale * np.nan_to_num(seconds, posinf=0.0), np.inf)
     size = np.asarray(value.state_bytes, dtype=np.float64)
+    copied = np.broadcast_to(size, cost.shape)
+    if value.convert_workspace_bytes is not None:
+        copied = copied + value.convert_workspace_bytes[rows.sources]
     later = [_flow_gain(rows, use, prices, kept=True) for use in rows.later]
     if rows.own:
         gains = sum((_flow_gain(rows, use, prices) for use in rows.own), np.zeros_like(cost))
-        gains = gains - cost - _held(rows.own, size, _per_byte(prices, [life.own_copy for life in rows.lives]))
+        gains = gains - cost - _held(rows.own, copied, _per_byte(prices, [life.own_copy for life in rows.lives]))
         if later:
             served = sum(later, np.zeros_like(cost))
             kept = size * _per_byte(prices, [life.kept_copy for life in rows.lives]) if form.memory else 0.0
@@ -98,7 +101,7 @@ def _gains(
         yield gains, rows.own_there, "own"
     if later:
         gains = sum((_flow_gain(rows, use, prices) for use in rows.later), np.zeros_like(cost))
-        held = _held(rows.later, size, _per_byte(prices, [life.later_copy for life in rows.lives]))
+        held = _held(rows.later, copied, _per_byte(prices, [life.later_copy for life in rows.lives]))
         yield gains - cost - held, rows.later_there, "later"
 
 
@@ -106,8 +109,8 @@ def _per_byte(prices: Prices, spans: Iterable[tuple[int, int] | None]) -> float:
     return sum(prices.per_byte(span) for span in spans)
 
 
-def _held(uses: list[UseRows], size: Floats, per_byte: float) -> Floats:
-    """[states] price of the copy's memory; 0 if some use may not count it (then the gain is an upper bound)."""
+def _held(uses: list[UseRows], size: Matrix, per_byte: float) -> Matrix:
+    """[sources, states] price of the copy's memory; 0 if some use may not count it (then the gain is an upper bound)."""
     return size * per_byte if all(u.alias_bytes is None for u in uses) else np.zeros_like(size)
 
 

@@ -88,7 +88,8 @@ class Value:
 
     state_bytes: bytes a rank holds, per state.
     convert_s: [n, n] seconds from state i to state j; 0 on the diagonal, inf where impossible.
-    convert_workspace: not modelled; conversions hold source and target at once.
+    convert_workspace_bytes: [n, n] what a conversion takes beside its source and its target while it happens
+        (layout copies, steps in between); None for nothing. It is counted as long as the converted copy lives.
     always_available: see the module docstring. Its memory is counted in its op's
         `persistent_bytes`, not here.
     live_out: it must still be there after the last op (gradients).
@@ -99,6 +100,15 @@ class Value:
     convert_s: np.ndarray = field(repr=False, compare=False)
     always_available: bool = False
     live_out: bool = False
+    convert_workspace_bytes: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def workspace_bytes(self, source: int, target: int) -> int:
+        """Bytes beside source and target while the one is converted into the other."""
+        return 0 if self.convert_workspace_bytes is None else int(self.convert_workspace_bytes[source, target])
+
+    def copy_bytes(self, source: int, target: int) -> int:
+        """Bytes that count while a converted copy lives."""
+        return self.state_bytes[target] + self.workspace_bytes(source, target)
 
 
 @dataclass(frozen=True)

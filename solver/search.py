@@ -23,7 +23,7 @@ NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
-EXPLAIN_S, EXPLAIN_GAP = 8.0, 1e-2  # time and precision for the capacity that an infeasible problem needs
+EXPLAIN_S, EXPLAIN_GAP = 4.0, 1e-2  # time and precision for the capacity that an infeasible problem needs
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
@@ -221,10 +221,10 @@ class _Search:
             self._raise_infeasible()
 
     def _grace(self) -> Clock:
-        """Time to find out whether anything fits at all: what is left, but not next to nothing. Small problems
+        """Time to find out whether anything fits at all: what is left, but not next to nothing. Tiny problems
         are always settled."""
         left = self.clock.left_s()
-        return Clock(None if left is None or self._is_small() else max(left, EXPLAIN_S))
+        return Clock(None if left is None or self._size() <= TINY else max(left, EXPLAIN_S))
 
     # -- least memory ------------------------------------------------------------
 

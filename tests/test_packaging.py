@@ -118,7 +118,10 @@ def test_editable_install_and_console_script(tree: Path, tmp_path: Path) -> None
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path, pythonpath="")
     python = home / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
-    run(*pip, "-e", tree, cwd=tmp_path, pythonpath=LIBRARIES)
-    where = run(python, "-c", PROBE, cwd=tmp_path, pythonpath=LIBRARIES)
+    # The libraries come last on the path: the editable install of this environment must not be found first.
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "libraries.pth").write_text(LIBRARIES + "\n")
+    run(*pip, "-e", tree, cwd=tmp_path, pythonpath="")
+    where = run(python, "-c", PROBE, cwd=tmp_path, pythonpath="")
     assert where.strip() == str(tree / "autopar")
-    assert "usage: autopar" in run(home / "bin" / "autopar", "--help", cwd=tmp_path, pythonpath=LIBRARIES)
+    assert "usage: autopar" in run(home / "bin" / "autopar", "--help", cwd=tmp_path, pythonpath="")

@@ -55,7 +55,8 @@ class _RandomProblem:
         if n > 1 and self.rng.random() < 0.2:
             convert[0, 1] = np.inf
         sizes = tuple(self.rng.randint(1, 40) for _ in range(n))
-        self.values.append(Value(name, sizes, convert, always, live_out))
+        workspace = np.array([[self.rng.choice((0, 0, 1, 3)) for _ in sizes] for _ in sizes])
+        self.values.append(Value(name, sizes, convert, always, live_out, workspace))
         return len(self.values) - 1
 
     def _add_op(

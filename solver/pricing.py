@@ -110,7 +110,7 @@ def _per_byte(prices: Prices, spans: Iterable[tuple[int, int] | None]) -> float:
 
 
 def _held(uses: list[UseRows], size: Matrix, per_byte: float) -> Matrix:
-    """[sources, states] price of the copy's memory; 0 if some use may not count it (the gain is an upper bound then)."""
+    """[sources, states] price of the copy's memory; 0 if some use may not count it (an upper bound then)."""
     return size * per_byte if all(u.alias_bytes is None for u in uses) else np.zeros_like(size)
 
 

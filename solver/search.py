@@ -23,7 +23,12 @@ NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
-EXPLAIN_S, EXPLAIN_GAP = 4.0, 1e-2  # time and precision for the capacity that an infeasible problem needs
+MODEST = 600  # choices in all: beyond, finding out what fits gets more time
+EXPLAIN_S, EXPLAIN_LONGER_S, EXPLAIN_GAP = (
+    4.0,
+    12.0,
+    1e-2,
+)  # time and precision for the capacity that an infeasible problem needs
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
@@ -220,11 +225,14 @@ class _Search:
         if self.best is None:
             self._raise_infeasible()
 
+    def _explain_s(self) -> float:
+        return EXPLAIN_S if self._size() <= MODEST else EXPLAIN_LONGER_S
+
     def _grace(self) -> Clock:
         """Time to find out whether anything fits at all: what is left, but not next to nothing. Tiny problems
         are always settled."""
         left = self.clock.left_s()
-        return Clock(None if left is None or self._size() <= TINY else max(left, EXPLAIN_S))
+        return Clock(None if left is None or self._size() <= TINY else max(left, self._explain_s()))
 
     # -- least memory ------------------------------------------------------------
 
@@ -261,8 +269,12 @@ class _Search:
 
     def _raise_infeasible(self) -> None:
         left = self.clock.left_s()
-        clock = Clock(EXPLAIN_S if left is None else min(max(left, 1.0), EXPLAIN_S))
-        needed, bound, solution = self.least_memory(clock, 0.0 if self._size() <= TINY else EXPLAIN_GAP)
+        longest = self._explain_s()
+        clock = Clock(longest if left is None else min(max(left, longest / 2), longest))
+        # afresh, so that the answer does not depend on the limit that was asked for
+        anew = _Search(self.problem, clock, self.gap, None)
+        anew.solve_free(needed=False)
+        needed, bound, solution = anew.least_memory(clock, 0.0 if self._size() <= TINY else EXPLAIN_GAP)
         at = evaluate(self.problem, solution, self.lives).peak_time
         raise InfeasibleProblem(
             f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "

@@ -219,7 +219,7 @@ def tight_cases() -> Iterator[Any]:
         yield pytest.param(name, mesh, marks=marks, id=f"{name}-{'x'.join(map(str, mesh))}")
 
 
-@pytest.mark.parametrize(("name", "mesh"), tight_cases())
+@pytest.mark.parametrize(("name", "mesh"), list(tight_cases()))
 def test_tightest_memory_limit(name: str, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     of = case(name)
     with pytest.raises(Infeasible) as error:

@@ -135,9 +135,7 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
 def _settled(tried: list[_Tried]) -> bool:
     """Whether there is nothing to gain from trying more: the best plan is proven, or nothing fits."""
     best = min(t.objective_s for t in tried)
-    if all(t.status in ("infeasible", "leanest") for t in tried):
-        return True
-    return all(t.bound_s is None or best - t.bound_s <= _GAP * best for t in tried)
+    return best == float("inf") or all(t.bound_s is None or best - t.bound_s <= _GAP * best for t in tried)
 
 
 def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tried]:

@@ -146,10 +146,4 @@ class _Pricer:
             yield Transfer(operand.value, phase, source, target, steps)
 
     def _table(self, operand: Operand) -> Conversions:
-        tensor = operand.base_tensor
-        return self.tables.of(
-            tensor.shape,
-            tensor.element_size(),
-            partial=tensor.is_floating_point(),
-            bucketed=operand.value in self.gradients,
-        )
+        return self.tables.of(operand.base_tensor, bucketed=operand.value in self.gradients)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from autopar.placements import PARTIAL, REPLICATE, Placement, State, local_shape, shard, shard_dim
 
@@ -240,8 +241,9 @@ class ConversionTables:
         """What prices a step of a conversion."""
         return self._costs[bucketed]
 
-    def of(self, shape: Sequence[int], itemsize: int, *, partial: bool, bucketed: bool = False) -> Conversions:
-        """The table for tensors of this shape; `partial` ones may also be sums in pieces (floating point)."""
+    def of(self, tensor: torch.Tensor, *, bucketed: bool = False) -> Conversions:
+        """The table for tensors like this one; those of floating point may also be sums in pieces."""
+        shape, itemsize, partial = tensor.shape, tensor.element_size(), tensor.is_floating_point()
         key = (tuple(shape), itemsize, partial, bucketed)
         if key not in self._tables:
             states = enumerate_states(shape, self.mesh, partial=partial)

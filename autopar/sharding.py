@@ -205,9 +205,7 @@ class _Builder:
         return index
 
     def _table(self, tensor: torch.Tensor, *, bucketed: bool = False) -> Conversions:
-        return self.tables.of(
-            tensor.shape, tensor.element_size(), partial=tensor.is_floating_point(), bucketed=bucketed
-        )
+        return self.tables.of(tensor, bucketed=bucketed)
 
     def _add_op(self, op: Op) -> int:
         self.op_index[op.name] = len(self.ops)

@@ -162,13 +162,7 @@ class _Emitter:
 
     def table(self, operand: Operand) -> Conversions:
         """The conversions of an operand's base value."""
-        tensor = operand.base_tensor
-        return self.tables.of(
-            tensor.shape,
-            tensor.element_size(),
-            partial=tensor.is_floating_point(),
-            bucketed=operand.value in self.gradients,
-        )
+        return self.tables.of(operand.base_tensor, bucketed=operand.value in self.gradients)
 
     def path(self, operand: Operand, state: State) -> tuple[Step, ...]:
         """The conversion of an operand's base value from the state it is made in."""

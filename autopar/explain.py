@@ -18,7 +18,8 @@ ASSUMPTIONS = (
     "times come from the cluster description alone (rooflines and alpha-beta collectives), not from a measurement here",
     "communication and compute are added up: overlap in the running program is a bonus that is not counted",
     "memory is the sum of the tensors alive, without the fragmentation of an allocator",
-    "outputs of the model other than the loss are dropped before the backward pass",
+    "outputs of the model other than the loss are dropped before the backward pass; of a model that returns no loss, "
+    "all outputs and their gradients are held, and what the caller's loss takes besides is not counted",
 )
 
 

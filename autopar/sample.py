@@ -42,9 +42,11 @@ def sample_values(traced: Trace, model: nn.Module, call: Call, seed: int) -> dic
         values[constant.node] = _value(constant.value, nodes[constant.node], generator)
     for info in traced.inputs:
         values[info.node] = _value(leaves[info.path], nodes[info.node], generator)
-    tangent = result_metas(nodes[traced.tangent])[0]
-    assert tangent is not None
-    values[traced.tangent] = torch.ones(tangent.shape, dtype=tangent.dtype)
+    for name in traced.tangents:
+        tangent = result_metas(nodes[name])[0]
+        assert tangent is not None
+        ones = traced.loss is not None
+        values[name] = torch.ones(tangent.shape, dtype=tangent.dtype) if ones else _value(None, nodes[name], generator)
     return values
 
 

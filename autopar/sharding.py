@@ -188,8 +188,8 @@ class _Builder:
     def _outputs_by_value(self) -> list[tuple[str, Operand, bool]]:
         """(name, operand, whether it must be whole on every rank) per output."""
         nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        outputs = [(self.trace.loss, True)]
-        outputs += [(o.node, False) for o in self.trace.outputs if o.node and o.node != self.trace.loss]
+        outputs = [(name, True) for name in self.trace.whole_outputs]
+        outputs += [(o.node, False) for o in self.trace.outputs if o.node and (o.node, True) not in outputs]
         outputs += [(name, True) for name in self.trace.buffer_updates.values()]
         unique = dict(sorted(outputs, key=lambda item: item[1]))  # True wins over False
         return [(name, resolve(nodes[name]), whole) for name, whole in unique.items()]
@@ -265,7 +265,14 @@ class _Builder:
             wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if "P" not in s]
             uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
             self.output_states[name] = tuple(self.states[value][u] for u in uses)
-            self._add_op(Op(f"output:{name}", (value,), (), tuple(Choice(0.0, (u,), ()) for u in uses)))
+            if name not in self.trace.whole_outputs:
+                self._add_op(Op(f"output:{name}", (value,), (), tuple(Choice(0.0, (u,), ()) for u in uses)))
+                continue
+            # The caller holds it to the end of the step.
+            held = self._add_value(f"output:{name}", operand.tensor, live_out=True)
+            made = self.states[held].index(replicated(len(self.mesh)))
+            choices = tuple(Choice(0.0, (u,), (made,)) for u in uses)
+            self._add_op(Op(f"output:{name}", (value,), (held,), choices, results_start_next=True))
 
     # -- real ops ----------------------------------------------------------------
 

@@ -65,9 +65,10 @@ def trace(
     unrolled: trace three of many identical layers and unroll the graph where that is proven to be the same
         (see `autopar.tracing.unroll`); False traces every layer.
 
-    The model is traced in the mode it is in (train or eval) and must return a scalar loss: alone, first in a
-    tuple, or under the name "loss". Raises TraceError, with `source` set to the line of the model's code where
-    that is known.
+    The model is traced in the mode it is in (train or eval). A scalar loss, alone, first in a tuple, or under the
+    name "loss", is what is differentiated; of a model without one, every output that depends on a parameter is
+    differentiable, and the caller makes a loss of them.
+    Raises TraceError, with `source` set to the line of the model's code where that is known.
     """
     if unrolled:
         found = _trace_unrolled(model, example_inputs, device)

@@ -44,7 +44,9 @@ class EmittedProgram:
     forward_inputs / backward_inputs: what each placeholder after the coordinates takes:
         a joint-graph placeholder or a saved version (name, state).
     saved: versions that the forward graph returns for the backward graph, after its outputs.
-    output_states: per forward output (loss, other outputs, buffer updates), its state.
+    output_states: per forward output (whole outputs, other outputs, buffer updates), its state.
+    whole_outputs: how many of the first outputs are whole on every rank; the caller holds them.
+    tangents: placeholders of the backward graph's gradients from outside.
     grads: fqns in the order of the backward graph's outputs.
     """
 
@@ -56,6 +58,8 @@ class EmittedProgram:
     saved: tuple[Version, ...]
     output_names: tuple[str, ...]
     output_states: dict[str, State]
+    whole_outputs: int
+    tangents: tuple[str, ...]
     grads: tuple[str, ...]
 
 
@@ -92,15 +96,16 @@ class _Emitter:
         self.gradients = gradient_values(self.flow, trace.grads.values())
 
     def emit(self) -> EmittedProgram:
+        tangents = self.trace.tangents
         for node in self.flow.placeholders:
-            if node.name != self.trace.tangent:
+            if node.name not in tangents:
                 self.forward.add_placeholder(node)
         for node in self.flow.ops:
             if not is_backward(node):
                 self.forward.emit_op(node)
         outputs, states = self._forward_outputs()
         grads, grad_nodes = self._emit_backward()
-        given = {*self.forward.inputs, (self.trace.tangent, replicated(len(self.mesh)))}
+        given = {*self.forward.inputs, *((name, replicated(len(self.mesh))) for name in tangents)}
         saved = tuple(v for v in self.backward.inputs if v not in given)
         self.forward.builder.output([*outputs.values(), *(self.forward.versions[v] for v in saved)])
         self.backward.builder.output(grad_nodes)
@@ -108,11 +113,13 @@ class _Emitter:
             mesh=self.mesh,
             forward=self.forward.builder.graph,
             backward=self.backward.builder.graph,
-            forward_inputs=tuple(n.name for n in self.flow.placeholders if n.name != self.trace.tangent),
+            forward_inputs=tuple(n.name for n in self.flow.placeholders if n.name not in tangents),
             backward_inputs=tuple(self.backward.inputs),
             saved=saved,
             output_names=tuple(outputs),
             output_states=states,
+            whole_outputs=len(self.trace.whole_outputs),
+            tangents=tangents,
             grads=grads,
         )
 
@@ -174,8 +181,8 @@ class _Emitter:
 
     def _forward_outputs(self) -> tuple[dict[str, fx.Node], dict[str, State]]:
         outputs, states = {}, {}
-        names = [self.trace.loss, *(o.node for o in self.trace.outputs if o.node), *self.trace.buffer_updates.values()]
-        for name in dict.fromkeys(names):
+        leaves = [o.node for o in self.trace.outputs if o.node]
+        for name in dict.fromkeys([*self.trace.whole_outputs, *leaves, *self.trace.buffer_updates.values()]):
             operand = resolve(self.nodes[name])
             base_state = self.decisions.outputs[name]
             outputs[name], states[name] = self.forward.take(operand, base_state)
@@ -282,8 +289,8 @@ class _Pass:
 
     def _saved(self, operand: Operand, version: Version) -> fx.Node:
         assert self.forward is not None
-        if operand.node.name == self.emitter.trace.tangent:
-            node = self.builder.placeholder("tangent", operand.base_tensor)
+        if operand.node.name in self.emitter.trace.tangents:
+            node = self.builder.placeholder(operand.node.name, operand.base_tensor)
         elif version in self.forward.versions:
             node = self.builder.placeholder(operand.node.name, self.forward.versions[version].meta["val"])
         else:

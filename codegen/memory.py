@@ -3,8 +3,9 @@
 The graphs carry fake results, so storages and their sizes are known. A storage lives from
 the node that allocates it to the last use of any variable that refers to it, as in the
 generated Python, which drops each variable after its last use; the operands of a
-collective live until it is waited for. What is alive all the time (parameters, optimizer
-state, buffers, inputs) is added as a constant.
+collective live until it is waited for. What the caller holds from outside, the whole
+outputs and their gradients, lives to the end of the backward pass. What is alive all the
+time (parameters, optimizer state, buffers, inputs) is added as a constant.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class MemoryPoint:
 
     phase: str
     node: str
-    activations: int  # made by the forward pass
+    activations: int  # made by the forward pass, or gradients of its outputs from outside
     gradients: int  # handed to the optimizer at the end
     temporaries: int  # the rest of the backward pass, conversions and collective buffers
 
@@ -58,11 +59,15 @@ def simulate_memory(program: EmittedProgram, constant_bytes: int) -> MemoryTimel
     """The memory time line of a forward and a backward pass of the emitted program."""
     persistent = _storages(n for n in program.forward.nodes if n.op == "placeholder")
     forward_kept = _output_storages(program.forward, program.saved)
-    forward = _walk("forward", program.forward, persistent, carried={}, held_to_end=forward_kept)
-    loss = _storages(program.forward.find_nodes(op="output")[0].all_input_nodes[:1])  # the caller holds it
-    saved = {s: size for s, size in {**forward_kept, **loss}.items() if s not in persistent}
+    forward = _walk("forward", program.forward, persistent, {}, forward_kept)
+    outputs = list(next(iter(program.forward.find_nodes(op="output"))).args[0])
+    whole = _storages(outputs[: program.whole_outputs])
+    inputs = program.backward.find_nodes(op="placeholder")[len(program.mesh) :]
+    tangents = _storages(n for n, v in zip(inputs, program.backward_inputs, strict=True) if v[0] in program.tangents)
+    carried = {s: size for s, size in {**forward_kept, **whole, **tangents}.items() if s not in persistent}
     grads = _output_storages(program.backward, program.grads)
-    backward = _walk("backward", program.backward, persistent, carried=saved, held_to_end={**grads, **loss})
+    held = {**grads, **whole, **tangents}
+    backward = _walk("backward", program.backward, persistent, carried, held)
     return MemoryTimeline(constant_bytes, (*forward, *backward))
 
 

@@ -50,7 +50,7 @@ def persistent_memory(
         parameters += nbytes
         state += optimizer.state_bytes(nbytes) if param.fqn in trace.grads else 0
     buffers = sum(size(b.node) for b in trace.buffers) + sum(size(c.node) for c in trace.constants)
-    inputs = sum(size(i.node) for i in trace.inputs) + size(trace.tangent)
+    inputs = sum(size(i.node) for i in trace.inputs)
     return PersistentMemory(parameters, state, buffers, inputs)
 
 

@@ -28,7 +28,9 @@ def run_graph(traced: Trace, model: nn.Module, inputs: Any) -> dict[str, torch.T
     feed |= {c.node: c.value for c in traced.constants}
     feed |= {i.node: leaves[i.path] for i in traced.inputs}
     nodes = {n.name: n for n in traced.graph_module.graph.nodes}
-    feed[traced.tangent] = torch.ones((), dtype=nodes[traced.loss].meta["val"].dtype)
+    feed |= {
+        name: torch.ones(nodes[name].meta["val"].shape, dtype=nodes[name].meta["val"].dtype) for name in traced.tangents
+    }
     placeholders = [n.name for n in traced.graph_module.graph.find_nodes(op="placeholder")]
     assert set(placeholders) == set(feed)
     results = fx.Interpreter(traced.graph_module).run(*[feed[name] for name in placeholders])
@@ -51,9 +53,8 @@ def assert_equals_eager(model: nn.Module, inputs: Any, tolerance: float = 1e-12)
             torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
         else:
             assert ours == theirs
-    loss_path = next(o.path for o in traced.outputs if o.node == traced.loss)
-    loss = dict(zip([o.path for o in traced.outputs], pytree.tree_leaves(result), strict=True))[loss_path]
-    loss.backward()
+    described = zip(traced.outputs, pytree.tree_leaves(result), strict=True)
+    sum(leaf.sum() for output, leaf in described if output.tangent is not None).backward()
     for name, param in eager.named_parameters():
         assert (param.grad is not None) == (name in traced.grads)
         if param.grad is not None:
@@ -76,7 +77,7 @@ def check_invariants(traced: Trace) -> None:
     ops = nodes[count:-1]
     assert [is_backward(n) for n in ops] == [False] * traced.num_forward + [True] * (len(ops) - traced.num_forward)
     described = [*traced.params, *traced.buffers, *traced.constants, *traced.inputs]
-    assert [d.node for d in described] + [traced.tangent] == [n.name for n in nodes[:count]]
+    assert [d.node for d in described] + [*traced.tangents] == [n.name for n in nodes[:count]]
     assert tuple(n.name for n in nodes[-1].args[0]) == traced.results
     assert all(not n.args or n.users or n.op == "output" for n in ops)
 

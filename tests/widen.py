@@ -27,7 +27,7 @@ class WidenCasts(TorchDispatchMode):
 
 
 def widened(trace: Trace) -> Trace:
-    """The trace with float64 in place of float32 in every op; placeholders but the tangent keep their dtype."""
+    """The trace with float64 in place of float32 in every op; placeholders but tangents keep their dtype."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     fake_mode = next(iter(trace.graph_module.graph.nodes)).meta["val"].fake_mode
@@ -35,7 +35,7 @@ def widened(trace: Trace) -> Trace:
         for old in trace.graph_module.graph.nodes:
             node = new[old] = graph.node_copy(old, new.__getitem__)
             node.meta = dict(old.meta)
-            if node.name == trace.tangent and node.meta["val"].dtype == torch.float32:
+            if node.name in trace.tangents and node.meta["val"].dtype == torch.float32:
                 node.meta["val"] = node.meta["val"].to(torch.float64)
             elif node.op == "call_function":
                 node.args, node.kwargs = _wide(node.args), _wide(node.kwargs)
@@ -62,7 +62,7 @@ def _with_graph(trace: Trace, graph: fx.Graph) -> Trace:
         trace,
         graph_module=fx.GraphModule(nn.Module(), graph, class_name="JointGraph"),
         outputs=tuple(o if o.node is None else replace(o, node=now[o.node]) for o in trace.outputs),
-        loss=now[trace.loss],
+        loss=trace.loss and now[trace.loss],
         grads={fqn: now[node] for fqn, node in trace.grads.items()},
         buffer_updates={fqn: now[node] for fqn, node in trace.buffer_updates.items()},
         num_forward=sum(n.meta["phase"] == "forward" for n in ops),

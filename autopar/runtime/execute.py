@@ -46,7 +46,7 @@ class RankProgram:
     def forward(self, values: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run the forward pass.
 
-        values: local tensor per joint-graph placeholder. Returns the outputs (loss first; in the
+        values: local tensor per joint-graph placeholder. Returns the outputs (the whole ones first; in the
         order of `emitted.output_names`) and the saved tensors.
         """
         inputs = [*self.coordinates, *(values[name] for name in self.emitted.forward_inputs)]
@@ -54,18 +54,16 @@ class RankProgram:
         count = len(self.emitted.output_names)
         return results[:count], results[count:]
 
-    def backward(
-        self, saved: list[torch.Tensor], values: dict[str, torch.Tensor], tangent_name: str, tangent: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Run the backward pass; returns local gradients in the order of `emitted.grads`. Empties `saved`."""
+    def backward(self, saved: list[torch.Tensor], values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Run the backward pass; returns local gradients in the order of `emitted.grads`. Empties `saved`.
+
+        values: as in `forward`, and the tangents.
+        """
         versions: dict[Version, torch.Tensor] = dict(zip(self.emitted.saved, saved, strict=True))
         saved.clear()
         inputs: list[Any] = list(self.coordinates)
         for version in self.emitted.backward_inputs:
-            if version in versions:
-                inputs.append(versions.pop(version))
-            else:
-                inputs.append(tangent if version[0] == tangent_name else values[version[0]])
+            inputs.append(versions.pop(version) if version in versions else values[version[0]])
         return list(self.backward_module(inputs))
 
 

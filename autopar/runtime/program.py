@@ -36,6 +36,8 @@ class Compiled:
     def __init__(self, trace: Trace, plan: Plan, rank_program: RankProgram, mesh: DeviceMesh | None) -> None:
         self.trace, self.plan, self.rank_program, self.mesh = trace, plan, rank_program, mesh
         self.backward_needs = {name for name, _ in rank_program.emitted.backward_inputs}
+        self.tangents_of = gradient_sources(trace)
+        self.tangent_metas = {n.name: n.meta["val"] for n in trace.graph_module.graph.nodes if n.name in trace.tangents}
 
 
 Planner = Callable[[nn.Module, Call, "dict[str, State] | None"], Compiled]
@@ -60,7 +62,12 @@ class Program(nn.Module):
     # -- calling -------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for the global batch; the loss is differentiable and whole on every rank."""
+        """What the model returns for the global batch.
+
+        The loss is differentiable and whole on every rank; what else the model returns is not differentiable and
+        comes as DTensors. A model without a loss returns all its tensors whole on every rank, differentiable as on
+        one device: every rank computes the same loss of them.
+        """
         compiled = self.prepare((args, kwargs))
         trace = compiled.trace
         inputs = bind_inputs(trace, self._model[0], args, kwargs)
@@ -76,6 +83,11 @@ class Program(nn.Module):
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached."""
+        if self.prepare((args, kwargs)).trace.loss is None:
+            raise RuntimeFailure(
+                "train_step needs a model that returns its loss; compute the loss of program(...) yourself and call "
+                "loss.backward()"
+            )
         result = self(*args, **kwargs)
         loss = _loss_of(result)
         del result
@@ -148,7 +160,7 @@ class Program(nn.Module):
         return values
 
     def _wrap(self, compiled: Compiled, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == compiled.trace.loss or compiled.mesh is None:
+        if name in compiled.trace.whole_outputs or compiled.mesh is None:
             return tensor
         state = compiled.rank_program.emitted.output_states[name]
         return DTensor.from_local(tensor, compiled.mesh, torch_placements(state), run_check=False)
@@ -165,9 +177,13 @@ class _Step(torch.autograd.Function):
         values.update(buffers)
         values.update(inputs)
         outputs, saved = compiled.rank_program.forward(values)
-        ctx.compiled, ctx.saved, ctx.values = compiled, saved, values
+        # Detached: an output that holds its own graph would never be freed. Changes in place are still seen.
+        ctx.compiled, ctx.saved, ctx.values = compiled, [t.detach() for t in saved], values
         ctx.versions = {name: value._version for name, value in values.items()}
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.saved_versions = [tensor._version for tensor in saved]
+        ctx.names = compiled.rank_program.emitted.output_names
+        differentiable = {o.node for o in compiled.trace.outputs if o.tangent is not None}
+        ctx.mark_non_differentiable(*(t for n, t in zip(ctx.names, outputs, strict=True) if n not in differentiable))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -179,14 +195,40 @@ class _Step(torch.autograd.Function):
         changed = [n for n, v in ctx.versions.items() if n in compiled.backward_needs and ctx.values[n]._version != v]
         if changed:
             raise RuntimeError(f"{changed[0]} was changed in place between forward and backward")
+        if [tensor._version for tensor in ctx.saved] != ctx.saved_versions:
+            raise RuntimeError("a result of the program was changed in place before backward, which needs it; clone it")
         saved, ctx.saved = ctx.saved, None
         values, ctx.values = ctx.values, None
-        tangent = grad_outputs[0]
-        assert tangent is not None  # the loss is the only differentiable output
+        given = dict(zip(ctx.names, grad_outputs, strict=True))
+        tangents = {o.tangent: given.pop(o.node, None) for o in compiled.trace.outputs if o.tangent and o.node}
+        values.update({name: _tangent(tensor, compiled.tangent_metas[name]) for name, tensor in tangents.items()})
         with naming_dead_ranks(compiled.mesh):
-            grads = compiled.rank_program.backward(saved, values, compiled.trace.tangent, tangent)
+            grads = compiled.rank_program.backward(saved, values)
         by_fqn = dict(zip(compiled.rank_program.emitted.grads, grads, strict=True))
+        used = {name for name, tensor in tangents.items() if tensor is not None}
+        for fqn in [name for name in by_fqn if not used & compiled.tangents_of[name]]:
+            del by_fqn[fqn]  # what no loss was made of gives no gradient, as on one device
         return (None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
+
+
+def gradient_sources(trace: Trace) -> dict[str, frozenset[str]]:
+    """Per gradient (parameter name), the tangents it depends on."""
+    reached: dict[str, frozenset[str]] = {}
+    tangents = frozenset(trace.tangents)
+    for node in trace.graph_module.graph.nodes:
+        own = tangents & {node.name}
+        reached[node.name] = own.union(*(reached[source.name] for source in node.all_input_nodes))
+    return {fqn: reached[node] for fqn, node in trace.grads.items()}
+
+
+def _tangent(given: torch.Tensor | None, traced: torch.Tensor) -> torch.Tensor:
+    """The gradient of an output, laid out as it was when traced; zeros for an output that no loss was made of."""
+    shape, stride = tuple(map(int, traced.shape)), tuple(map(int, traced.stride()))
+    if given is not None and given.stride() == stride:
+        return given
+    device = traced.device if given is None else given.device
+    made = torch.empty_strided(shape, stride, dtype=traced.dtype, device=device)
+    return made.zero_() if given is None else made.copy_(given)
 
 
 def _as_gradient(compiled: Compiled, fqn: str, grads: dict[str, torch.Tensor]) -> torch.Tensor | None:

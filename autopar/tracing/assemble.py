@@ -31,7 +31,7 @@ class _Raw:
     params: dict[str, fx.Node]
     buffers: dict[str, fx.Node]
     inputs: dict[int, fx.Node]
-    tangent: fx.Node
+    tangents: dict[int, fx.Node]  # by the plain output they belong to
     outputs: dict[int, fx.Node]
     grads: dict[str, fx.Node]
     updates: dict[str, fx.Node]
@@ -71,7 +71,8 @@ def _fqn(target: str) -> str:
 
 def _roles(graph_module: fx.GraphModule, input_paths: list[str]) -> _Raw:
     """Sort placeholders and outputs by their descriptors; raises TraceError for what has no place in a Trace."""
-    raw = _Raw({}, {}, {}, None, {}, {}, {})  # type: ignore[arg-type]
+    raw = _Raw({}, {}, {}, {}, {}, {}, {})
+    attached: list[Any] = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         desc = node.meta["desc"]
         if isinstance(desc, compat.ParamAOTInput):
@@ -80,8 +81,10 @@ def _roles(graph_module: fx.GraphModule, input_paths: list[str]) -> _Raw:
             raw.buffers[_fqn(desc.target)] = node
         elif isinstance(desc, compat.PlainAOTInput):
             raw.inputs[desc.idx] = node
-        elif isinstance(desc, compat.TangentAOTInput):
-            raw.tangent = node
+        elif isinstance(desc, compat.TangentAOTInput) and isinstance(desc.output, compat.PlainAOTOutput):
+            raw.tangents[desc.output.idx] = node
+        elif isinstance(desc, compat.TangentAOTInput) and isinstance(desc.output, compat.InputMutationAOTOutput):
+            attached.append(desc.output.mutated_input)
         else:
             raise TraceError(f"the captured graph has an input of an unknown kind ({desc}); please report this model")
     output = graph_module.graph.output_node()
@@ -95,6 +98,11 @@ def _roles(graph_module: fx.GraphModule, input_paths: list[str]) -> _Raw:
             raw.updates[_updated_buffer(desc.mutated_input, node, input_paths)] = node
         elif node is not None:
             raise TraceError(f"the captured graph has an output of an unknown kind ({desc}); please report this model")
+    if attached:  # the graph of one step would reach into the next one
+        fqn = _fqn(attached[0].target)
+        source = source_of(raw.updates[fqn])
+        what = f"buffer {fqn!r} gets a value that requires grad{at(source)}"
+        raise TraceError(f"{what}; write .detach() behind the new value", source)
     return raw
 
 
@@ -111,7 +119,7 @@ def _updated_buffer(mutated: Any, node: Any, input_paths: list[str]) -> str:
 
 
 def _mark_phases(graph: fx.Graph, roles: _Raw) -> None:
-    """Forward: what the outputs and buffer updates depend on. Backward: the rest, and the tangent."""
+    """Forward: what the outputs and buffer updates depend on. Backward: the rest, and the tangents."""
     forward: set[fx.Node] = set()
     stack = [n for n in (*roles.outputs.values(), *roles.updates.values()) if isinstance(n, fx.Node)]
     while stack:
@@ -119,8 +127,9 @@ def _mark_phases(graph: fx.Graph, roles: _Raw) -> None:
         if node not in forward:
             forward.add(node)
             stack.extend(node.all_input_nodes)
+    tangents = set(roles.tangents.values())
     for node in graph.nodes:
-        is_input = node.op in ("placeholder", "get_attr") and node is not roles.tangent
+        is_input = node.op in ("placeholder", "get_attr") and node not in tangents
         of_forward = node.target is operator.getitem and node.args[0] in forward  # stays with its op
         node.meta["phase"] = "forward" if node in forward or is_input or of_forward else "backward"
 
@@ -167,7 +176,7 @@ class _Assembler:
         params, buffers = self._params(), self._buffers()
         constants = [*self._attributes(), *self._made_constants()]
         inputs = self._inputs()
-        tangent = self._placeholder(self.roles.tangent, "tangent").name
+        tangents = {i: self._placeholder(old, "tangent").name for i, old in self.roles.tangents.items()}
         self._copy_ops()
         values = [*self.roles.outputs.values(), *self.roles.updates.values(), *self.roles.grads.values()]
         output = self.graph.output(tuple(self.new[v] for v in values))
@@ -188,12 +197,12 @@ class _Assembler:
             constants=tuple(constants),
             inputs=inputs,
             fixed_inputs=tuple(FixedInput(p, v) for p, v in self.leaves.items() if not isinstance(v, torch.Tensor)),
-            tangent=tangent,
             outputs=tuple(
-                OutputInfo(path, None if i is None else outputs[i], value) for path, i, value in self.raw.leaves
+                OutputInfo(path, None, value) if i is None else OutputInfo(path, outputs[i], None, tangents.get(i))
+                for path, i, value in self.raw.leaves
             ),
             out_spec=self.raw.out_spec,
-            loss=outputs[self.raw.loss_index],
+            loss=None if self.raw.loss_index is None else outputs[self.raw.loss_index],
             grads=grads,
             buffer_updates=updates,
             num_forward=sum(n.meta["phase"] == "forward" for n in ops),
@@ -201,6 +210,7 @@ class _Assembler:
 
     def _placeholder(self, old: fx.Node, name: str) -> fx.Node:
         node = self.graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
+        node.target = node.name  # the name of the function's argument: as unique as the node's
         node.meta = {k: v for k, v in old.meta.items() if k in _KEPT_META}
         self.new[old] = node
         return node
@@ -261,7 +271,7 @@ class _Assembler:
     def _made_constants(self) -> list[ConstantInfo]:
         found: list[ConstantInfo] = []
         nodes: dict[int, fx.Node] = {}
-        mode = self.roles.tangent.meta["val"].fake_mode
+        mode = next(iter(self.roles.params.values())).meta["val"].fake_mode
         for old in self.old.graph.find_nodes(op="get_attr"):
             value = getattr(self.old, str(old.target))
             if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or compat.is_fake_tensor(value):

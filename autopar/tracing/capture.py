@@ -2,7 +2,8 @@
 
 Dynamo gives one graph of the forward pass. Around it stands `_LossAndDetached`, which is
 run by AOTAutograd: it interprets that graph, picks the loss, and detaches everything
-else, so that the joint graph has one tangent.
+else, so that the joint graph has one tangent. A model that returns no loss keeps all its
+outputs attached, each with a tangent of its own: the caller makes a loss of them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class RawJoint:
     """AOTAutograd's graph, with descriptors, and what the model returned.
 
     leaves: (path, index among the graph's plain outputs or None, constant) per leaf of the result.
-    loss_index: which plain output is the loss.
+    loss_index: which plain output is the loss; None if none is.
     """
 
     graph_module: fx.GraphModule
     leaves: list[tuple[str, int | None, Any]]
     out_spec: pytree.TreeSpec
-    loss_index: int
+    loss_index: int | None
 
 
 class _Root(nn.Module):
@@ -91,7 +92,7 @@ class _Arguments:
 class _Result:
     leaves: list[tuple[str, int | None, Any]] = field(default_factory=list)
     out_spec: pytree.TreeSpec | None = None
-    loss_index: int = -1
+    loss_index: int | None = None
 
 
 class _LossAndDetached(nn.Module):
@@ -110,41 +111,45 @@ class _LossAndDetached(nn.Module):
         named, spec = output_leaves(value)
         tensors: list[torch.Tensor] = []
         leaves: list[tuple[str, int | None, Any]] = []
-        loss_index = -1
+        loss_index: int | None = None
         for path, leaf in named:
             if not isinstance(leaf, torch.Tensor):
                 leaves.append((path, None, _constant(path, leaf)))
                 continue
             leaves.append((path, len(tensors), None))
             # Copies, so that no output is a view of another or of an input; cleaning drops them again.
-            if leaf is loss and loss_index < 0:
+            if leaf is loss and loss_index is None:
                 loss_index = len(tensors)
                 tensors.append(leaf.clone())
             else:
-                tensors.append(leaf.detach().clone())
+                tensors.append((leaf if loss is None else leaf.detach()).clone())
         self.result = _Result(leaves, spec, loss_index)
         return tuple(tensors)
 
 
-def find_loss(value: Any, source: str | None = None) -> torch.Tensor:
+def find_loss(value: Any, source: str | None = None) -> torch.Tensor | None:
     """The loss in what a model returns: "loss", else the value itself, else the first of a tuple.
 
-    Raises TraceError where none is a scalar floating-point tensor that requires grad.
+    It must be a scalar floating-point tensor that requires grad. None if there is none but other tensors
+    require grad: the caller makes the loss. Raises TraceError where nothing does.
     """
     named = value.get("loss") if isinstance(value, Mapping) else getattr(value, "loss", None)
     first = value[0] if isinstance(value, (tuple, list)) and value else None
-    candidates = [c for c in (named, value, first) if isinstance(c, torch.Tensor)]
-    for candidate in candidates:
-        if candidate.ndim == 0 and candidate.is_floating_point() and candidate.requires_grad:
+    for candidate in (named, value, first):
+        is_scalar = isinstance(candidate, torch.Tensor) and candidate.ndim == 0 and candidate.is_floating_point()
+        if is_scalar and _trains(candidate):
             return candidate
-    if not candidates:
-        problem = f"the model returns no loss (it returns {_describe(value)})"
-    elif candidates[0].ndim or not candidates[0].is_floating_point():
-        problem = f"what the model returns as loss is {_describe(candidates[0])}, not a floating-point scalar"
-    else:
-        problem = "the loss that the model returns depends on no parameter that requires grad"
-    advice = "pass labels= in example_inputs, or let the model return a scalar loss (alone, first, or as 'loss')"
-    raise TraceError(f"{problem}; {advice}", source)
+    if any(_trains(leaf) for leaf in pytree.tree_leaves(value)):
+        return None
+    advice = "let it return a loss, or tensors to make one of, that are computed from its parameters"
+    raise TraceError(
+        f"nothing that the model returns ({_describe(value)}) depends on a parameter that requires grad; {advice}",
+        source,
+    )
+
+
+def _trains(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _describe(value: Any) -> str:

@@ -78,25 +78,29 @@ class FixedInput:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """One leaf of what the model returns: the result of `node`, or (`node` is None) the constant `value`."""
+    """One leaf of what the model returns: the result of `node`, or (`node` is None) the constant `value`.
+
+    tangent: the placeholder of its gradient; None for what is not differentiable.
+    """
 
     path: str
     node: str | None
     value: Any = None
+    tangent: str | None = None
 
 
 @dataclass(frozen=True)
 class Trace:
     """A model's joint forward and backward graph on fake tensors.
 
-    graph_module: placeholders first (parameters, buffers, constants, inputs, tangent), then the
+    graph_module: placeholders first (parameters, buffers, constants, inputs, tangents), then the
         forward nodes, then the backward nodes; the output is one flat tuple, see `results`.
         Each node has meta["val"] (fake tensor), meta["phase"] ("forward" or "backward"),
         meta["module_path"] (such as "model.layers.3.mlp", "" if unknown) and, where known,
         meta["stack_trace"]. A forward node is one that the outputs or buffer updates depend on.
-    tangent: the placeholder of the gradient of the loss.
     outputs / out_spec: the leaves of the model's result, and how to rebuild it from them.
-    loss: the node of the loss; also among `outputs`.
+    loss: the node of the loss, also among `outputs`, and then the only differentiable one. None for a model that
+        returns tensors of which the caller makes a loss: then all that depend on parameters are differentiable.
     grads: parameter name -> node; a parameter without gradient is absent.
     buffer_updates: buffer name -> node of its new value.
     num_forward: how many of the nodes that are neither placeholders nor output are forward.
@@ -109,14 +113,28 @@ class Trace:
     constants: tuple[ConstantInfo, ...]
     inputs: tuple[InputInfo, ...]
     fixed_inputs: tuple[FixedInput, ...]
-    tangent: str
     outputs: tuple[OutputInfo, ...]
     out_spec: pytree.TreeSpec
-    loss: str
+    loss: str | None
     grads: dict[str, str]
     buffer_updates: dict[str, str]
     num_forward: int
     twins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tangents(self) -> tuple[str, ...]:
+        """The placeholders of the gradients of the differentiable outputs, in the order of `outputs`."""
+        return tuple(o.tangent for o in self.outputs if o.tangent is not None)
+
+    @property
+    def whole_outputs(self) -> tuple[str, ...]:
+        """The nodes of the outputs that every rank hands out whole: the loss, or all where there is none.
+
+        The caller holds them, and their gradients, while the backward pass runs.
+        """
+        if self.loss is not None:
+            return (self.loss,)
+        return tuple(dict.fromkeys(o.node for o in self.outputs if o.node is not None))
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -159,6 +177,8 @@ def graph_hash(trace: Trace) -> str:
     roles += [("buffer", b.fqn, names[b.node], b.persistent, b.tied) for b in trace.buffers]
     roles += [("input", i.path, names[i.node]) for i in trace.inputs]
     roles += [("output", o.path, None if o.node is None else names[o.node]) for o in trace.outputs]
+    if trace.loss is None:
+        roles += [("tangent", o.path, names[o.tangent]) for o in trace.outputs if o.tangent is not None]
     roles += [("grad", fqn, names[node]) for fqn, node in trace.grads.items()]
     roles += [("update", fqn, names[node]) for fqn, node in trace.buffer_updates.items()]
     digest.update(repr(roles).encode())

@@ -277,9 +277,11 @@ class _Unroller:
             old,
             params=params,
             buffers=tuple(self._expanded(old.buffers)),
-            outputs=tuple(o if o.node is None else replace(o, node=new_name(o.node)) for o in old.outputs),
-            loss=new_name(old.loss),
-            tangent=new_name(old.tangent),
+            outputs=tuple(
+                replace(o, node=o.node and new_name(o.node), tangent=o.tangent and new_name(o.tangent))
+                for o in old.outputs
+            ),
+            loss=old.loss and new_name(old.loss),
             grads=self._by_fqn(old.grads),
             buffer_updates=self._by_fqn(old.buffer_updates),
             num_forward=forward,

@@ -153,8 +153,7 @@ def train(of: Case, plan: Plan) -> tuple[list[torch.Tensor], dict[str, torch.Ten
             local = {**others, **ranks.local()}
             with torch.no_grad():
                 outputs, saved = simulation.program.forward(local)
-                tangent = local[of.traced.tangent]
-                grads = simulation.program.backward(saved, local, of.traced.tangent, tangent)
+                grads = simulation.program.backward(saved, local)
             losses.append(simulation.gather(outputs[0], ("R",) * len(plan.mesh)))
             named = dict(zip(emitted.grads, grads, strict=True))
             first = first or {f: simulation.gather(g, simulation.param_states[f]) for f, g in named.items()}

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+import autopar
 from autopar.trace import Trace, graph_hash, input_leaves, is_backward, trace
 from tests.models import BATCH, HIDDEN, VOCAB, ModelAndInputs, tiny_bert, tiny_llama, tiny_mlp
 
@@ -261,6 +263,46 @@ def test_graph_hash_tells_models_apart() -> None:
 def test_positional_and_keyword_arguments_agree() -> None:
     model, (args, kwargs) = tiny_mlp()
     assert graph_hash(trace(model, ((), {"x": args[0], **kwargs}))) == graph_hash(trace(model, (args, kwargs)))
+
+
+class Held:
+    """An object that pytree does not know, with an object inside that refers back to it."""
+
+    def __init__(self, value: torch.Tensor, note: str) -> None:
+        self.value, self.note, self.plain = value, note, None
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        hidden = self.layer(x)
+        return {"loss": hidden.sum(), "extra": [Held(hidden * 2, "twice")]}
+
+
+def test_objects_that_hold_tensors_come_back_as_they_are() -> None:
+    model, x = Holding(), torch.randn(8, 4)
+    traced = trace(model, ((x,), {}))
+    assert [o.path for o in traced.outputs] == ["loss", "extra[0].value", "extra[0].note", "extra[0].plain"]
+    rebuilt = traced.rebuild_output([torch.zeros(()), torch.ones(2)])["extra"][0]
+    assert type(rebuilt) is Held and rebuilt.note == "twice" and torch.equal(rebuilt.value, torch.ones(2))
+    assert pytree.tree_leaves([rebuilt]) == [rebuilt]  # to everyone else it is a leaf, as before
+
+
+def test_a_language_model_with_its_cache() -> None:
+    """transformers returns keys and values unless it is told not to; layers beyond the third are not traced."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2
+    )
+    model, ids = transformers.LlamaForCausalLM(config), torch.randint(0, VOCAB, (BATCH, 8))
+    call: Any = ((), {"input_ids": ids, "labels": ids})
+    program = autopar.compile(model, autopar.ClusterSpec.preset("cpu", gpus=1), example_inputs=call)
+    found, expected = program(**call[1]), model(**call[1])
+    found, expected = (dict(r)[next(k for k in r if k not in ("loss", "logits"))] for r in (found, expected))
+    assert type(found) is transformers.DynamicCache and len(found.layers) == 5 and found.get_seq_length() == 8
+    torch.testing.assert_close(found.layers[4].keys, expected.layers[4].keys)
 
 
 def test_one_tensor_passed_twice_stays_two_inputs() -> None:

@@ -216,6 +216,8 @@ def test_eager_experts_name_the_option() -> None:
 
 
 class Unregistered:
+    __slots__ = ("loss",)  # without a __dict__ nothing says what it holds
+
     def __init__(self, loss: torch.Tensor) -> None:
         self.loss = loss
 

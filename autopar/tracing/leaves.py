@@ -8,6 +8,7 @@ from typing import Any
 
 from autopar._torch_compat import pytree
 from autopar.errors import TraceError
+from autopar.tracing.objects import attribute_names, opened
 
 
 def input_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +28,11 @@ def input_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
 
 
 def output_leaves(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """The leaves of a model's result with paths ("loss", "[0].logits"; "output" for a lone leaf), and its structure."""
+    """The leaves of a model's result with paths ("loss", "[0].logits"; "output" for a lone leaf), and its structure.
+
+    Objects that hold tensors are opened: their attributes are leaves too ("cache.layers[0].keys").
+    """
+    value = opened(value)
     leaves, spec = pytree.tree_flatten(value)
     named = list(_walk("", value))
     assert len(leaves) == len(named)
@@ -53,6 +58,8 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(value, Mapping) and len(value) == len(children):
         keys = [_keyed(path, str(key)) for key in value]
+    elif (names := attribute_names(value)) is not None:
+        keys = [_keyed(path, name) for name in names]
     elif hasattr(value, "_fields"):
         keys = [_keyed(path, name) for name in value._fields]
     else:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.baselines import baselines
 from autopar.cluster import ClusterSpec
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanMismatch
 from autopar.explain import Report
+from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
 from autopar.layout import axis_roles, layout_keys
 from autopar.memory_types import MemoryEstimate
@@ -28,6 +28,7 @@ from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, device_mesh, join_world
+from autopar.sample import sample_call
 from autopar.trace import Trace, graph_hash, trace
 from autopar.verification import VerifyReport, verify
 
@@ -133,19 +134,8 @@ def _plan_trace(
     fixed_mesh: tuple[int, ...] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    spec = OptimizerSpec(options.optimizer)
-
-    def memory_of(decisions: Decisions, mesh: tuple[int, ...], costs: CostModel) -> MemoryEstimate:
-        always = persistent_memory(traced, decisions, mesh, spec)
-        timeline = emit_within(traced, decisions, mesh, costs, always.total, options.memory_limit_bytes)[1]
-        return memory_estimate(always, timeline)
-
-    settings = SearchSettings(
-        cluster,
-        spec,
-        options.memory_limit_bytes,
-        memory_of,
-        pin=options.pin,
+    settings = replace(
+        _settings(traced, cluster, options),
         time_limit_s=time_limit_s,
         fixed_params=fixed,
         fixed_mesh=fixed_mesh,
@@ -153,7 +143,34 @@ def _plan_trace(
     )
     found = search(traced, settings)
     made = _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)
-    return replace(made, compare_with=lambda: baselines(traced, settings))
+    return replace(made, bench=_workbench(traced, cluster))
+
+
+def _settings(traced: Trace, cluster: ClusterSpec, options: PlanOptions) -> SearchSettings:
+    spec = OptimizerSpec(options.optimizer)
+
+    def memory_of(decisions: Decisions, mesh: tuple[int, ...], costs: CostModel) -> MemoryEstimate:
+        always = persistent_memory(traced, decisions, mesh, spec)
+        timeline = emit_within(traced, decisions, mesh, costs, always.total, options.memory_limit_bytes)[1]
+        return memory_estimate(always, timeline)
+
+    return SearchSettings(cluster, spec, options.memory_limit_bytes, memory_of, pin=options.pin)
+
+
+def _workbench(traced: Trace, cluster: ClusterSpec) -> Workbench:
+    """For questions about a plan of this trace: what its report solves again."""
+
+    def replan(options: PlanOptions, settings: SearchSettings) -> Plan:
+        return _as_plan(traced, cluster, options, search(traced, settings))
+
+    return Workbench(traced, lambda options: _settings(traced, cluster, options), replan)
+
+
+def reopen(plan: Plan, model: nn.Module, example_inputs: Call | None = None) -> Workbench:
+    """What it takes to solve a loaded plan again; raises PlanMismatch if it was made for another model."""
+    traced = trace(model, example_inputs or sample_call(plan))
+    _matching(plan, traced)
+    return _workbench(traced, plan.cluster)
 
 
 def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult) -> Plan:
@@ -182,6 +199,7 @@ def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: S
 
 
 def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec) -> Compiled:
+    plan = replace(plan, bench=_workbench(traced, plan.cluster))
     costs = CostModel(plan.cluster, plan.mesh)
     spec = OptimizerSpec(plan.options.optimizer)
     always = persistent_memory(traced, plan.decisions, plan.mesh, spec).total

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopar.cluster import ClusterSpec
+    from autopar.explain import Report
     from autopar.plans import Plan
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -49,7 +50,10 @@ EXPLAIN_EXAMPLES = """\
 examples:
   autopar explain plan.json
   autopar explain plan.json --html plan.html
-  autopar explain plan.json --json"""
+  autopar explain plan.json --again
+  autopar explain plan.json --why-not tp=8
+  autopar explain plan.json --next-best mesh --json
+  autopar explain plan.json --diff other.json"""
 
 VERIFY_EXAMPLES = """\
 examples:
@@ -60,6 +64,8 @@ PIN_HELP = (
     "fix a layout key (tp=4), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
     "(PATTERN=recompute); may be repeated"
 )
+
+WHY_NOT_HELP = "solve again with this pin (as for autopar plan) and say what it costs; repeated, pins hold together"
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,9 +126,16 @@ def _add_plan(commands: Any) -> None:
 
 def _add_explain(commands: Any) -> None:
     parser = _command(commands, "explain", "say what a plan does and why", EXPLAIN_EXAMPLES, run_explain)
-    parser.add_argument("plan", type=Path, help="a file made by autopar plan -o")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add = parser.add_argument
+    add("plan", type=Path, help="a file made by autopar plan -o")
+    add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--again", action="store_true", help="trace the model again and solve the alternatives of the report")
+    add("--why-not", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=WHY_NOT_HELP)
+    add("--next-best", metavar="NAME", help="solve again with this decision forbidden (mesh, storage, op, or a name)")
+    add("--diff", type=Path, metavar="FILE", help="say what another plan of the same model does differently")
+    add("--model", help="the model, where the plan file does not name it (as for autopar plan)")
+    add("--time-limit-s", type=_positive_float, metavar="S", help="for what is solved again (default 30)")
 
 
 def _add_verify(commands: Any) -> None:
@@ -201,11 +214,20 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Print the report of a plan file, or write it as HTML."""
+    """Print the report of a plan file, or write it as HTML; or answer a question about it."""
     _check_writable(args.html)
     import autopar
 
-    report = autopar.Plan.load(args.plan).explain()
+    plan = autopar.Plan.load(args.plan)
+    if args.diff is not None:
+        difference = plan.diff(autopar.Plan.load(args.diff))
+        print(_to_json(difference.to_dict()) if args.json else difference)
+        return EXIT_OK
+    solving = args.again or args.why_not or args.next_best
+    model = _load_model(_recorded_model(args, plan)) if solving else None
+    report = plan.explain(model, time_limit_s=args.time_limit_s)
+    if args.why_not or args.next_best:
+        return _answer(args, report)
     if args.html is not None:
         report.to_html(args.html)
     if args.json:
@@ -214,6 +236,19 @@ def run_explain(args: argparse.Namespace) -> int:
         print(report)
     else:
         print(f"Written to {args.html}")
+    return EXIT_OK
+
+
+def _answer(args: argparse.Namespace, report: Report) -> int:
+    """What was asked by --why-not and --next-best."""
+    limit = {} if args.time_limit_s is None else {"time_limit_s": args.time_limit_s}
+    found = list(report.next_best(args.next_best, **limit)) if args.next_best else []
+    if args.why_not:
+        found.insert(0, report.why_not(_merge_pins(args.why_not), **limit))
+    if args.json:
+        print(_to_json({"answers": [a.to_dict() for a in found]}))
+    else:
+        print("\n\n".join(map(str, found)))
     return EXIT_OK
 
 
@@ -268,7 +303,7 @@ def _merge_pins(pins: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for key, value in pins:
         if merged.setdefault(key, value) != value:
-            raise AutoparError(f"--pin {key} is given twice, as {merged[key]} and as {value}: keep one")
+            raise AutoparError(f"pin {key} is given twice, as {merged[key]} and as {value}: keep one")
     return merged
 
 

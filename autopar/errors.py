@@ -45,12 +45,23 @@ class PinError(AutoparError):
 
 
 class Infeasible(AutoparError):
-    """No plan fits; `needed_bytes` is the smallest limit that would, where known."""
+    """No plan fits; `needed_bytes` is the smallest limit found that would, `bound_bytes` what was proven, where known.
 
-    def __init__(self, message: str, needed_bytes: int | None = None, where: str | None = None) -> None:
+    The bound is that of the planner's own account of memory, which counts some bytes too long: the simulated memory of
+    a program may be a little less.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        needed_bytes: int | None = None,
+        where: str | None = None,
+        bound_bytes: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.where = where
+        self.bound_bytes = bound_bytes
 
 
 class VerifyError(AutoparError):

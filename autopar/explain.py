@@ -1,43 +1,106 @@
-"""The report of a plan: what was chosen, what it costs, what else was considered, what was assumed."""
+"""The report of a plan: what was chosen, why not something else, what would happen if.
+
+Printing it, `to_dict` and `to_html` say the same. What takes solving again is solved when it is first asked for.
+"""
 
 from __future__ import annotations
 
 import html
-import math
-from collections import Counter
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autopar.baselines import Baseline
+from autopar.baselines import Baseline, baselines
 from autopar.errors import AutoparError
-from autopar.placements import State, shard_dim
+from autopar.explaining import next_best as nb
+from autopar.explaining import text
+from autopar.explaining.alternatives import Alternative, why_not
+from autopar.explaining.attribution import Attribution
+from autopar.explaining.memory_price import MemoryPrice, memory_price
+from autopar.explaining.workbench import DEFAULT_AGAIN_S, Workbench
 from autopar.plans import Plan
 
-ASSUMPTIONS = (
-    "times come from the cluster description alone (rooflines and alpha-beta collectives), not from a measurement here",
-    "communication and compute are added up: overlap in the running program is a bonus that is not counted",
-    "memory is the sum of the tensors alive, without the fragmentation of an allocator",
-    "outputs of the model other than the loss are dropped before the backward pass; of a model that returns no loss, "
-    "all outputs and their gradients are held, and what the caller's loss takes besides is not counted",
-)
+DEFAULT_REPORT_S = 20.0  # for all that a printed report solves again; the usual layouts not counted
 
 
 @dataclass(frozen=True)
 class Report:
     """Why a plan is what it is. Print it, or take `to_dict()`, or write `to_html(path)`.
 
-    baselines: the usual layouts; None if they were not priced (a plan that was loaded from a file).
+    bench: what it takes to solve again; None for a plan that was loaded without its model.
+    time_limit_s: for the alternatives that a printed report or `to_dict` solve.
     """
 
     plan: Plan
-    baselines: tuple[Baseline, ...] | None = None
+    bench: Workbench | None = None
+    time_limit_s: float = DEFAULT_REPORT_S
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(text.lines(self))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything the text says, as data."""
+    # -- questions -----------------------------------------------------------------
+
+    def why_not(self, pin: Mapping[str, Any], *, time_limit_s: float = DEFAULT_AGAIN_S) -> Alternative:
+        """The plan solved again with `pin` fixed (as in `autopar.plan`), and how it differs, in seconds and bytes."""
+        if not pin:
+            raise AutoparError('why_not needs a pin, such as {"tp": 8} or {"layers.*.mlp": "recompute"}')
+        return why_not(self._bench("why_not"), self.plan, pin, time_limit_s=time_limit_s)
+
+    def next_best(self, name: str, *, time_limit_s: float = DEFAULT_AGAIN_S) -> tuple[Alternative, ...]:
+        """The decisions of that name (see `decisions`), each solved again with what was chosen forbidden."""
+        bench, found = self._bench("next_best"), nb.find(self.decisions, name)
+        return tuple(nb.next_best(bench, self.plan, d, time_limit_s=time_limit_s / len(found)) for d in found)
+
+    @cached_property
+    def decisions(self) -> tuple[nb.Decision, ...]:
+        """What `next_best` can be asked about."""
+        return nb.decisions(self._bench("decisions"), self.plan)
+
+    @cached_property
+    def attribution(self) -> Attribution:
+        """Where the time goes: by resource, by kind of cost, by op."""
+        return self._bench("attribution").attribution(self.plan)
+
+    @cached_property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The usual layouts, priced the same way."""
+        bench = self._bench("baselines")
+        return baselines(bench.trace, bench.settings_of(self.plan.options))
+
+    @cached_property
+    def memory_price(self) -> MemoryPrice:
+        """Whether memory binds and what one more byte is worth."""
+        return memory_price(self._bench("memory_price"), self.plan, time_limit_s=self.time_limit_s / 2)
+
+    @cached_property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """The most important decisions against their next best, as many as the time allows."""
+        bench, deadline = self._bench("alternatives"), time.perf_counter() + self.time_limit_s
+        asked = nb.headline(self.decisions)
+        found: list[Alternative] = []
+        for index, decision in enumerate(asked):
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                break
+            share = left / (len(asked) - index) * 2
+            found.append(nb.next_best(bench, self.plan, decision, time_limit_s=min(left, share)))
+        return tuple(found)
+
+    def _bench(self, what: str) -> Workbench:
+        if self.bench is None:
+            raise AutoparError(
+                f"{what} solves again, and this plan was loaded without its model: use plan.explain(model, "
+                "example_inputs=...), or on the command line `autopar explain plan.json --why-not tp=8`"
+            )
+        return self.bench
+
+    # -- the whole -----------------------------------------------------------------
+
+    def to_dict(self, *, every: bool = False) -> dict[str, Any]:
+        """Everything the text says, as data. every: all decisions against their next best, however long that takes."""
         plan = self.plan
         return {
             "cluster": plan.cluster.name,
@@ -54,155 +117,31 @@ class Report:
                 "gap": plan.gap,
                 "meshes": [{**c.__dict__, "mesh": list(c.mesh)} for c in plan.candidates],
             },
-            "parameters": _parameter_table(plan),
+            "parameters": text.parameter_table(plan),
             "recomputed_ops": sorted(n for n, d in plan.decisions.nodes.items() if d.recompute),
-            "baselines": None if self.baselines is None else [b.to_dict() for b in self.baselines],
+            **self._solved_again(every),
             "replicated_for_want_of_a_rule": list(plan.unruled),
             "pins": dict(plan.options.pin),
-            "assumptions": list(ASSUMPTIONS),
+            "assumptions": list(text.ASSUMPTIONS),
+        }
+
+    def _solved_again(self, every: bool) -> dict[str, Any]:
+        if self.bench is None:
+            return dict.fromkeys(("resources_s", "baselines", "memory", "next_best"))
+        bench = self.bench
+        found = [nb.next_best(bench, self.plan, d) for d in self.decisions] if every else self.alternatives
+        return {
+            "resources_s": self.attribution.by_resource,
+            "baselines": [b.to_dict() for b in self.baselines],
+            "memory": self.memory_price.to_dict(),
+            "next_best": [a.to_dict() for a in found],
         }
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained page."""
-        text = html.escape(str(self))
-        title = html.escape(f"autopar: {self._headline()}")
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><pre>{text}</pre>\n"
+        title = html.escape(f"autopar: {text.headline(self.plan)}")
+        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><pre>{html.escape(str(self))}</pre>\n"
         try:
             Path(path).write_text(page)
         except OSError as error:
             raise AutoparError(f"cannot write report {path}: {error.strerror or error}") from error
-
-    # -- text ----------------------------------------------------------------------
-
-    def _headline(self) -> str:
-        plan = self.plan
-        return f"plan for {plan.devices} x {plan.cluster.device.name}, global batch {plan.options.global_batch}"
-
-    def _lines(self) -> list[str]:
-        plan = self.plan
-        return [
-            self._headline(),
-            "",
-            *self._layout_lines(),
-            "",
-            *self._time_lines(),
-            "",
-            *self._memory_lines(),
-            "",
-            *_parameter_lines(plan),
-            "",
-            *self._baseline_lines(),
-            *self._rule_lines(),
-            "assumed:",
-            *(f"  - {text}" for text in ASSUMPTIONS),
-        ]
-
-    def _layout_lines(self) -> list[str]:
-        plan = self.plan
-        words = {
-            "dp": "data parallel: the batch is cut, weights are used whole",
-            "tp": "tensor parallel: weights are used in parts",
-            "none": "no matrix product is cut on this axis",
-        }
-        lines = ["layout"]
-        for axis, (size, role) in enumerate(zip(plan.mesh, plan.roles, strict=True)):
-            lines.append(f"  axis {axis} of {size} ranks: {words[role]}")
-        if not plan.mesh:
-            lines.append("  one device: nothing is cut")
-        layout = plan.layout()
-        stored = {0: "whole on every data rank", 2: "cut over the data ranks, gathered once a step"}
-        zero = stored.get(layout["zero"], "cut over the data ranks, gathered again in the backward pass")
-        if layout["dp"] > 1:
-            lines.append(f"  parameters are stored {zero} (ZeRO stage {layout['zero']})")
-        if layout["sp"]:
-            lines.append("  between tensor parallel blocks the sequence is cut (Megatron sequence parallelism)")
-        again = sum(d.recompute for d in plan.decisions.nodes.values())
-        lines.append(f"  {again} of {len(plan.decisions.nodes)} ops run again in the backward pass to save memory")
-        proven = "optimal" if plan.status == "optimal" else "best found in time"
-        lines.append(f"  {proven}: no plan in this search space is more than {plan.gap:.2%} faster (proven bound)")
-        if plan.options.pin:
-            lines.append(f"  pinned by you: {dict(plan.options.pin)}")
-        return lines
-
-    def _time_lines(self) -> list[str]:
-        figures = self.plan.predicted
-        parts = figures["breakdown"]
-        total = figures["step_time_s"] or 1.0
-        lines = [
-            f"time of a step: {_seconds(figures['step_time_s'])}, {figures['tokens_per_s_per_gpu']:.0f} tokens/s per "
-            f"device, MFU {figures['mfu']:.1%}"
-        ]
-        for key, name in (
-            ("forward_s", "forward"),
-            ("backward_s", "backward"),
-            ("recompute_s", "recomputation"),
-            ("communication_s", "communication"),
-            ("optimizer_s", "optimizer"),
-        ):
-            lines.append(f"  {name:<15}{_seconds(parts[key]):>12}  {parts[key] / total:6.1%}")
-        for kind, seconds in parts["communication_by_kind_s"].items():
-            lines.append(f"    of it {kind:<28}{_seconds(seconds):>12}")
-        return lines
-
-    def _memory_lines(self) -> list[str]:
-        figures, limit = self.plan.predicted, self.plan.options.memory_limit_bytes
-        lines = [
-            f"peak memory of a rank: {size_text(figures['peak_bytes'])} of {size_text(limit)}, "
-            f"in the {figures['breakdown']['peak_at']}"
-        ]
-        for name, nbytes in figures["breakdown"]["memory_bytes"].items():
-            lines.append(f"  {name:<15}{size_text(nbytes):>12}")
-        return lines
-
-    def _baseline_lines(self) -> list[str]:
-        if self.baselines is None:
-            return ["the usual layouts were not priced: the plan was loaded without its model", ""]
-        lines = ["the usual layouts, priced the same way"]
-        ours = self.plan.predicted["step_time_s"]
-        for row in self.baselines:
-            if row.step_time_s is None:
-                lines.append(f"  {row.name:<34}{row.reason}")
-            else:
-                ratio = row.step_time_s / ours if ours else math.inf
-                time, memory = _seconds(row.step_time_s), size_text(row.peak_bytes or 0)
-                lines.append(f"  {row.name:<34}{time:>12}  {ratio:6.2f} x  {memory:>12}")
-        return [*lines, ""] if self.baselines else []
-
-    def _rule_lines(self) -> list[str]:
-        plan = self.plan
-        if not plan.unruled:
-            return ["every op has a sharding rule", ""]
-        names = ", ".join(plan.unruled[:6]) + (" ..." if len(plan.unruled) > 6 else "")
-        return [f"{len(plan.unruled)} ops ran replicated for want of a rule: {names}", ""]
-
-
-def _parameter_table(plan: Plan) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, State], list[str]] = {}
-    for fqn, state in plan.decisions.params.items():
-        groups.setdefault((_pattern(fqn), state), []).append(fqn)
-    return [{"parameters": name, "count": len(names), "placement": list(s)} for (name, s), names in groups.items()]
-
-
-def _parameter_lines(plan: Plan) -> list[str]:
-    lines = ["parameters (stored placement per mesh axis)"]
-    for row in _parameter_table(plan):
-        lines.append(f"  {row['parameters']:<44}{row['count']:>4} x  {', '.join(row['placement']) or 'whole'}")
-    cut = Counter(any(shard_dim(p) is not None for p in s) for s in plan.decisions.params.values())
-    lines.append(f"  {cut[True]} cut, {cut[False]} whole on every rank")
-    return lines
-
-
-def _pattern(fqn: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in fqn.split("."))
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3f} ms"
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes:.0f} B"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,7 +24,7 @@ from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
 from autopar.errors import PinError
 from autopar.placements import State, is_placement, shard_dim
-from autopar.rules import operands
+from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
 from autopar.trace import ParamInfo, Trace
@@ -32,6 +32,7 @@ from autopar.trace import ParamInfo, Trace
 _DEGREES = ("dp", "tp")
 _UNSUPPORTED_DEGREES = ("pp", "cp", "ep", "vpp")
 _FLAGS = ("zero", "sp", "recompute", "mesh")
+MESH_KEYS = frozenset({*_DEGREES, "mesh"})  # pins that fix the mesh
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,26 @@ class PinRequest:
     def empty(self) -> bool:
         """Whether nothing is pinned."""
         return self == PinRequest(None, ())
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """Decisions that a search must not take again: states by parameter, rules (one per mesh axis) by op.
+
+    An op that has no other rule keeps it.
+    """
+
+    params: Mapping[str, State] = field(default_factory=dict)
+    ops: Mapping[str, tuple[AxisRule, ...]] = field(default_factory=dict)
+
+    def added_to(self, pins: Pins) -> Pins:
+        """The filters of `pins` and these."""
+        allowed = pins.allow_param
+        return replace(
+            pins,
+            allow_param=lambda p, s: self.params.get(p.fqn) != s and (allowed is None or allowed(p, s)),
+            avoid_option=lambda node, option: self.ops.get(node.name) == option.rules,
+        )
 
 
 def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:

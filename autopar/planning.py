@@ -19,7 +19,7 @@ from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, Infeasible, PinError
 from autopar.memory_types import MemoryEstimate
-from autopar.pins import PinRequest, parse_pins, resolve_pins
+from autopar.pins import Forbidden, PinRequest, parse_pins, resolve_pins
 from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate
@@ -45,6 +45,7 @@ class SearchSettings:
 
     memory_of: simulated memory of the program that decisions give (the code generator knows).
     fixed_params: parameter states that must stay (a program that is already running).
+    forbidden: decisions that must not be taken again (see `autopar.explaining`).
     """
 
     cluster: ClusterSpec
@@ -55,7 +56,14 @@ class SearchSettings:
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
     fixed_params: Mapping[str, State] | None = None
     fixed_mesh: tuple[int, ...] | None = None
+    forbidden: Forbidden | None = None
     progress: Progress | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether the search may end in any layout, the usual ones among them."""
+        conditions = (self.fixed_params, self.fixed_mesh, self.forbidden)
+        return not self.pin and all(c is None for c in conditions) and self.cluster.devices > 1
 
 
 @dataclass(frozen=True)
@@ -113,19 +121,23 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     request = parse_pins(settings.pin, settings.cluster.devices)
     _check_batch(request, trace)
     meshes = _meshes(request, settings)
-    free = not settings.pin and settings.fixed_params is None and settings.cluster.devices > 1
-    limit_s = settings.time_limit_s * (_FREE_SHARE if free else 1.0)
+    limit_s = settings.time_limit_s * (_FREE_SHARE if settings.free else 1.0)
     tried: list[_Tried] = []
     for index, mesh in enumerate(meshes):
         now = time.perf_counter()
         share = max(0.0, began + limit_s - now) / (len(meshes) - index)
-        one = _Tried(trace, mesh, request, settings)
+        try:
+            one = _Tried(trace, mesh, request, settings)
+        except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
+            if not tried and mesh == meshes[-1]:
+                raise
+            continue
         one.solve(now + share)
         tried.append(one)
         if settings.progress:
             text = "does not fit" if one.decisions is None else f"{one.objective_s * 1e3:.3f} ms"
             settings.progress(f"mesh {'x'.join(map(str, mesh)) or '1'}: {text} ({index + 1} of {len(meshes)})")
-    usual = [] if not free or _settled(tried) else _usual(trace, settings, began + settings.time_limit_s)
+    usual = [] if not settings.free or _settled(tried) else _usual(trace, settings, began + settings.time_limit_s)
     best = _fastest_that_fits([*tried, *usual], began + settings.time_limit_s)
     if best is None:
         raise _infeasible(tried, settings)
@@ -193,6 +205,7 @@ class _Tried:
         self.trace, self.mesh, self.settings = trace, mesh, settings
         self.costs = CostModel(settings.cluster, mesh)
         pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
+        pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
         self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
@@ -201,6 +214,7 @@ class _Tried:
         self.objective_s, self.status = float("inf"), "infeasible"
         self.bound_s: float | None = None
         self.needed_bytes: int | None = None
+        self.needed_bound: int | None = None  # by the solver's account, which is on the safe side
         self.binding: str | None = None
         self.solver_peak = 0
         self.left = _MAX_LEANER
@@ -250,7 +264,7 @@ class _Tried:
 
     def _take_leanest(self, error: InfeasibleProblem) -> None:
         """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
-        self.status = "infeasible"
+        self.status, self.needed_bound = "infeasible", error.bound_bytes
         if error.leanest is None:
             return
         decisions = self.stated.decisions(error.leanest)
@@ -306,12 +320,16 @@ def _infeasible(tried: list[_Tried], settings: SearchSettings) -> Infeasible:
     best = min(known, key=lambda t: t.needed_bytes or 0)
     assert best.needed_bytes is not None
     where = f" (at {best.binding})" if best.binding else ""
+    bounds = [t.needed_bound for t in tried]
+    bound = min((b for b in bounds if b is not None), default=None) if all(bounds) else None
+    proven = "" if bound is None else f" (proven: by the planner's own account none needs less than {_gb(bound)})"
     return Infeasible(
         f"no plan fits {_gb(limit)} per device: the leanest needs {_gb(best.needed_bytes)}"
         f" ({best.needed_bytes} bytes) on mesh {'x'.join(map(str, best.mesh)) or '1'}{where}; raise the limit to that,"
-        " use more devices, or a smaller batch",
+        f" use more devices, or a smaller batch{proven}",
         needed_bytes=best.needed_bytes,
         where=best.binding,
+        bound_bytes=bound,
     )
 
 

@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanError
+from autopar.json_reader import Reader, finite
 from autopar.placements import State, is_placement
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.rules.types import AxisRule
 
 if TYPE_CHECKING:
-    from autopar.baselines import Baseline
     from autopar.explain import Report
+    from autopar.explaining.difference import PlanDifference
+    from autopar.explaining.workbench import Workbench
 
 SCHEMA_VERSION = 1
 
@@ -72,7 +76,7 @@ class Plan:
     predicted: figures of the cost model, see `autopar.pricing`.
     gap: proven, relative: no plan of this search space is faster than objective * (1 - gap).
     timings: trace_s and solve_s of this process; not saved.
-    compare_with: prices the usual layouts, while the trace is at hand; not saved.
+    bench: what it takes to solve again, while the trace is at hand; not saved.
     """
 
     graph_hash: str
@@ -92,7 +96,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     unruled: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict, compare=False)
-    compare_with: Callable[[], tuple[Baseline, ...]] | None = field(default=None, compare=False, repr=False)
+    bench: Workbench | None = field(default=None, compare=False, repr=False)
 
     @property
     def devices(self) -> int:
@@ -118,11 +122,33 @@ class Plan:
             "trace_s": self.timings.get("trace_s"),
         }
 
-    def explain(self) -> Report:
-        """Why this plan: see `autopar.explain.Report`. Prices the usual layouts too, unless the plan was loaded."""
-        from autopar.explain import Report
+    def explain(
+        self,
+        model: nn.Module | None = None,
+        *,
+        example_inputs: Any = None,
+        time_limit_s: float | None = None,
+    ) -> Report:
+        """Why this plan: see `autopar.explain.Report`.
 
-        return Report(self, self.compare_with() if self.compare_with else None)
+        model: of a plan that was loaded from a file, so that alternatives can be solved; it is traced again.
+        example_inputs: (args, kwargs); made up from the plan's shapes if not given.
+        time_limit_s: for all alternatives that the report solves when it is printed.
+        Raises PlanMismatch if the plan was made for another model.
+        """
+        from autopar.explain import DEFAULT_REPORT_S, Report
+
+        bench = self.bench
+        if model is not None:
+            # upwards, to the face: a plan can be solved again only by what made it
+            bench = import_module("autopar.api").reopen(self, model, example_inputs)
+        return Report(self, bench, DEFAULT_REPORT_S if time_limit_s is None else time_limit_s)
+
+    def diff(self, other: Plan) -> PlanDifference:
+        """What `other` does differently; raises PlanMismatch if it is for another model or batch."""
+        from autopar.explaining.difference import difference
+
+        return difference(self, other)
 
     # -- file ------------------------------------------------------------------------
 
@@ -146,13 +172,13 @@ class Plan:
     def loads(cls, text: str, where: str = "plan") -> Plan:
         """Read a plan from JSON text; raises PlanError for anything that is not a plan of a known version."""
         try:
-            data = json.loads(text, parse_float=_finite, parse_constant=_finite)
+            data = json.loads(text, parse_float=finite, parse_constant=finite)
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{where}: not a plan file (not JSON: {error}); make it again with `autopar plan`"
             ) from None
         try:
-            return _decode(_Reader(data, where))
+            return _decode(Reader(data, where))
         except PlanError:
             raise
         except AutoparError as error:  # of the cluster or the optimizer in it
@@ -227,59 +253,7 @@ def _join(state: State | None) -> str | None:
 # -- decoding ---------------------------------------------------------------------------
 
 
-class _Reader:
-    """A JSON object whose fields are taken by name and type, and that says what is wrong with them."""
-
-    def __init__(self, data: Any, where: str) -> None:
-        if not isinstance(data, dict):
-            raise PlanError(f"{where}: expected an object, found {type(data).__name__}")
-        self.data, self.where = data, where
-
-    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        if key not in self.data:
-            raise PlanError(f"{self.where}: field {key!r} is missing; the file is truncated or not a plan")
-        value = self.data[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise PlanError(f"{self.where}: field {key!r} has the wrong type ({type(value).__name__})")
-        return value
-
-    def sub(self, key: str) -> _Reader:
-        return _Reader(self.get(key, dict), f"{self.where}: {key}")
-
-    def subs(self, key: str) -> list[_Reader]:
-        return [_Reader(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.get(key, list))]
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        items = self.get(key, list)
-        if not all(isinstance(i, str) for i in items):
-            raise PlanError(f"{self.where}: field {key!r} must hold strings")
-        return tuple(items)
-
-    def ints(self, key: str) -> tuple[int, ...]:
-        items = self.get(key, list)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
-            raise PlanError(f"{self.where}: field {key!r} must hold integers")
-        return tuple(items)
-
-    def number(self, key: str) -> float:
-        return float(self.get(key, (int, float)))
-
-    def optional_number(self, key: str) -> float | None:
-        return None if self.data.get(key) is None else self.number(key)
-
-    def check(self, key: str, good: bool, what: str) -> None:
-        if not good:
-            raise PlanError(f"{self.where}: field {key!r}: {what}, found {str(self.data[key])[:80]}")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text[:20]} is out of bounds")
-    return number
-
-
-def _decode(reader: _Reader) -> Plan:
+def _decode(reader: Reader) -> Plan:
     version = reader.get("autopar_plan", int)
     if version > SCHEMA_VERSION:
         raise PlanError(
@@ -319,14 +293,14 @@ def _decode(reader: _Reader) -> Plan:
     )
 
 
-def _decode_input(reader: _Reader) -> InputShape:
+def _decode_input(reader: Reader) -> InputShape:
     shape, dtype = reader.ints("shape"), reader.get("dtype", str)
     reader.check("shape", all(0 <= size < 2**63 for size in shape), "sizes must not be negative or huge")
     reader.check("dtype", isinstance(getattr(torch, dtype, None), torch.dtype), "torch has no such dtype")
     return InputShape(reader.get("path", str), shape, dtype)
 
 
-def _decode_options(reader: _Reader) -> PlanOptions:
+def _decode_options(reader: Reader) -> PlanOptions:
     OptimizerSpec(reader.get("optimizer", str))  # AutoparError if there is none of that name
     return PlanOptions(
         global_batch=reader.get("global_batch", int),
@@ -339,7 +313,7 @@ def _decode_options(reader: _Reader) -> PlanOptions:
     )
 
 
-def _decode_decisions(reader: _Reader, axes: int) -> Decisions:
+def _decode_decisions(reader: Reader, axes: int) -> Decisions:
     def state(text: Any) -> State:
         parts = tuple(text.split(" ")) if isinstance(text, str) and text else ()
         if len(parts) != axes or not all(is_placement(p) for p in parts):
@@ -349,7 +323,7 @@ def _decode_decisions(reader: _Reader, axes: int) -> Decisions:
     rules = [_decode_rule(r) for r in reader.subs("rules")]
     nodes = {}
     for name, data in reader.get("nodes", dict).items():
-        node = _Reader(data, f"{reader.where}: node {name[:80]!r}")
+        node = Reader(data, f"{reader.where}: node {name[:80]!r}")
         numbers = node.ints("rules")
         known = len(numbers) == axes and all(0 <= i < len(rules) for i in numbers)
         node.check("rules", known, f"expected {axes} numbers of the {len(rules)} rules")
@@ -374,7 +348,7 @@ def _decode_decisions(reader: _Reader, axes: int) -> Decisions:
     )
 
 
-def _decode_rule(reader: _Reader) -> AxisRule:
+def _decode_rule(reader: Reader) -> AxisRule:
     outputs = reader.get("out", list)
     if not all(o is None or (isinstance(o, str) and is_placement(o)) for o in outputs):
         raise PlanError(f"{reader.where}: not a placement in {outputs}")

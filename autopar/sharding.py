@@ -29,6 +29,7 @@ from autopar.dataflow import (
     result_metas,
     value_name,
 )
+from autopar.errors import PinError
 from autopar.opcost import op_seconds
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions, NodeDecision
@@ -56,9 +57,13 @@ class OpOption:
 
 @dataclass(frozen=True)
 class Pins:
-    """What the user fixed, resolved: filters on options of ops, on parameter states, on recomputation."""
+    """What the user fixed, resolved: filters on options of ops, on parameter states, on recomputation.
+
+    An op of which a filter leaves nothing is not filtered by it.
+    """
 
     allow_option: ChoiceFilter | None = None
+    avoid_option: ChoiceFilter | None = None  # of the options that are allowed, those not to take
     allow_param: Callable[[ParamInfo, State], bool] | None = None
     recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute" or None
 
@@ -234,7 +239,9 @@ class _Builder:
             possible = self.views.preimages(gradient, self._table(gradient.base_tensor).states)
             stored = [s for s in stored if s in possible]
         if self.pins.allow_param is not None:
-            stored = [s for s in stored if self.pins.allow_param(param, s)]
+            possible_states, stored = stored, [s for s in stored if self.pins.allow_param(param, s)]
+            if not stored:
+                raise PinError(_no_state_left(param, self.mesh, possible_states))
         optimized = param.fqn in self.trace.grads and self.optimizer.updates
         choices = []
         for state in stored:
@@ -295,8 +302,9 @@ class _Builder:
         """The options of an op, and the same as choices with their cost; the cheapest of those alike."""
         options = self._options(node, operands)
         if self.pins.allow_option is not None:
-            allowed = tuple(o for o in options if self.pins.allow_option(node, o))
-            options = allowed or options
+            options = tuple(o for o in options if self.pins.allow_option(node, o)) or options
+        if self.pins.avoid_option is not None:
+            options = tuple(o for o in options if not self.pins.avoid_option(node, o)) or options
         results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
         choices: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Choice, OpOption]] = {}
         for option in options:
@@ -361,6 +369,14 @@ class _Builder:
             leader = first.setdefault(kind_key, index)
             twinned.append(op if leader == index else replace(op, twin_of=leader))
         return twinned
+
+
+def _no_state_left(param: ParamInfo, mesh: tuple[int, ...], possible: list[State]) -> str:
+    states = "; ".join(", ".join(state) for state in possible[:6]) + ("; ..." if len(possible) > 6 else "")
+    return (
+        f"parameter {param.fqn} {tuple(param.shape)} cannot be stored as asked for on mesh "
+        f"{'x'.join(map(str, mesh)) or '1'}; possible there: {states or 'whole only'}"
+    )
 
 
 def _state(placements: tuple[str | None, ...]) -> State | None:

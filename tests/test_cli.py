@@ -74,7 +74,7 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], 
         ([*PLAN, "-o", "/"], "cannot write /: it is a folder"),
         ([*PLAN[:4], "h100-sxn", *PLAN[5:]], "h100-sxn"),
         ([*PLAN[:2], "llama3-8c", *PLAN[3:]], "llama3-8c"),
-        ([*PLAN, "--pin", "tp=2", "--pin", "tp=4"], "--pin tp is given twice, as 2 and as 4: keep one"),
+        ([*PLAN, "--pin", "tp=2", "--pin", "tp=4"], "pin tp is given twice, as 2 and as 4: keep one"),
     ],
 )
 def test_errors_are_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
@@ -177,6 +177,32 @@ def test_explain_prints_and_writes(
     assert code == 0
     assert out == f"Written to {page}\n"
     assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+
+
+def test_explain_answers_questions(capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]]) -> None:
+    path = str(plan_file[0])
+    code, out, err = run(capsys, "explain", path, "--why-not", "dp=2", "--why-not", "zero=3", "--time-limit-s", "5")
+    assert (code, err) == (0, "")
+    assert out.startswith("why not dp=2, zero=3: ") and "what costs differ" in out
+    code, out, _ = run(capsys, "explain", path, "--why-not", "tp=4", "--next-best", "lm_head.weight", "--json")
+    answers = json.loads(out)["answers"]
+    assert code == 0 and [a["outcome"] for a in answers] == ["impossible", "solved"]
+    assert "do not make 2 devices" in answers[0]["reason"] and answers[1]["extra_bytes"] is not None
+    code, out, _ = run(capsys, "explain", path, "--next-best", "lm_tail", "--time-limit-s", "1")
+    assert (code, out) == (cli.EXIT_ERROR, "")
+
+
+def test_explain_compares_plans(
+    capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, other = str(plan_file[0]), tmp_path / "other.json"
+    code, out, _ = run(capsys, "explain", path, "--diff", path)
+    assert (code, out) == (0, "the plans are the same\n")
+    data = json.loads(plan_file[0].read_text())
+    data["layout"]["sp"] = not data["layout"]["sp"]
+    other.write_text(json.dumps(data))
+    code, out, _ = run(capsys, "explain", path, "--diff", str(other), "--json")
+    assert code == 0 and set(json.loads(out)["layout"]) == {"sp"}
 
 
 def test_verify_finds_the_model_in_the_plan(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import autopar
 from autopar import ClusterSpec, Infeasible, Plan
@@ -22,7 +23,7 @@ from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError
 from autopar.pricing import price
 from autopar.trace import trace
-from tests.models import BATCH, tiny_bert, tiny_llama, tiny_mlp
+from tests.models import BATCH, TinyMLP, tiny_bert, tiny_llama, tiny_mlp
 
 MODELS: dict[str, Callable[[], Any]] = {
     "mlp": tiny_mlp,
@@ -215,6 +216,17 @@ def test_parameter_pins(pattern: str, state: tuple[str, ...]) -> None:
     plan = make("mlp", pin={"mesh": [8], pattern: state})
     pinned = [p for p in plan.decisions.params if fnmatchcase(p, pattern) or p.startswith(pattern + ".")]
     assert pinned and all(plan.decisions.params[p] == state for p in pinned)
+
+
+def test_a_parameter_pin_skips_meshes_that_cannot_hold_it() -> None:
+    """Two classes can be cut by the outer axis of 2x4, not by that of 4x2."""
+    model, call = TinyMLP(classes=2), ((torch.zeros(BATCH, 64),), {"target": torch.zeros(BATCH, dtype=torch.long)})
+    pin: dict[str, Any] = {"down.bias": ("S(0)", "R")}
+    plan = autopar.plan(model, cluster(8), example_inputs=call, pin=pin, time_limit_s=5)
+    assert plan.mesh == (2, 4) and plan.decisions.params["down.bias"] == ("S(0)", "R")
+    says = r"down\.bias \(2,\) cannot be stored as asked for on mesh 2x4; possible there: R, R; S\(0\), R$"
+    with pytest.raises(PinError, match=says):
+        autopar.plan(model, cluster(8), example_inputs=call, pin={"down.bias": ("S(1)", "R")}, time_limit_s=5)
 
 
 @pytest.mark.parametrize(

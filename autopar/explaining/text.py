@@ -1,0 +1,219 @@
+"""A report on one screen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from autopar.explaining.alternatives import Alternative
+from autopar.explaining.attribution import folded
+from autopar.placements import State, shard_dim
+from autopar.plans import Plan
+from autopar.units import bytes_text, seconds_text, signed_bytes, signed_seconds
+
+if TYPE_CHECKING:
+    from autopar.explain import Report
+
+ASSUMPTIONS = (
+    "times come from the cluster description alone (rooflines, alpha-beta collectives); nothing was measured here",
+    "communication and compute are added up; memory is the sum of the tensors alive, without fragmentation",
+    "outputs other than the loss are dropped before the backward pass; without a loss all are held, the caller's is free",
+)
+WIDTH = 120
+MOST_PARAMETERS = 8
+MOST_COLLECTIVES = 3
+_MODEL = "for alternatives, plan.explain(model, ...) or `autopar explain FILE --again`"
+
+
+def lines(report: Report) -> list[str]:
+    """The whole report."""
+    plan = report.plan
+    return [
+        headline(plan),
+        *_layout_lines(plan),
+        "",
+        *_figure_lines(report),
+        "",
+        *_parameter_lines(plan),
+        "",
+        *(_again_lines(report) if report.bench else [f"this plan was loaded without its model: {_MODEL}"]),
+        "",
+        *_rule_lines(plan),
+        *(f"assumed: {assumption}" for assumption in ASSUMPTIONS),
+    ]
+
+
+def headline(plan: Plan) -> str:
+    """The plan in a line."""
+    figures = plan.predicted
+    return (
+        f"plan for {plan.devices} x {plan.cluster.device.name}, global batch {plan.options.global_batch}: "
+        f"{seconds_text(figures['step_time_s'])} a step, {figures['tokens_per_s_per_gpu']:.0f} tokens/s per device"
+    )
+
+
+def _layout_lines(plan: Plan) -> list[str]:
+    words = {
+        "dp": "data parallel: the batch is cut, weights are used whole",
+        "tp": "tensor parallel: weights are used in parts",
+        "none": "no matrix product is cut on this axis",
+    }
+    found = []
+    for axis, (size, role) in enumerate(zip(plan.mesh, plan.roles, strict=True)):
+        found.append(f"  axis {axis} of {size} ranks: {words[role]}")
+    if not plan.mesh:
+        found.append("  one device: nothing is cut")
+    layout = plan.layout()
+    stored = {0: "whole on every data rank", 2: "cut over the data ranks, gathered once a step"}
+    zero = stored.get(layout["zero"], "cut over the data ranks, gathered again in the backward pass")
+    if layout["dp"] > 1:
+        found.append(f"  parameters are stored {zero} (ZeRO stage {layout['zero']})")
+    if layout["sp"]:
+        found.append("  between tensor parallel blocks the sequence is cut (Megatron sequence parallelism)")
+    again = sum(d.recompute for d in plan.decisions.nodes.values())
+    found.append(f"  {again} of {len(plan.decisions.nodes)} ops run again in the backward pass to save memory")
+    proven = "optimal" if plan.status == "optimal" else "best found in time"
+    found.append(f"  {proven}: no plan in this search space is more than {plan.gap:.2%} faster (proven bound)")
+    if plan.options.pin:
+        found.append(f"  pinned by you: {dict(plan.options.pin)}")
+    return found
+
+
+# -- figures ------------------------------------------------------------------------------
+
+
+def _figure_lines(report: Report) -> list[str]:
+    columns = [_time_column(report.plan), _memory_column(report.plan)]
+    if report.bench is not None:
+        columns.insert(1, _resource_column(report))
+    widths = [max(len(line) for line in column) + 3 for column in columns]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _time_column(plan: Plan) -> list[str]:
+    figures = plan.predicted
+    parts, total = figures["breakdown"], figures["step_time_s"] or 1.0
+    found = [f"time, MFU {figures['mfu']:.1%}"]
+    for key, name in (
+        ("forward_s", "forward"),
+        ("backward_s", "backward"),
+        ("recompute_s", "recomputation"),
+        ("optimizer_s", "optimizer"),
+        ("communication_s", "communication"),
+    ):
+        found.append(f"  {name:<13} {seconds_text(parts[key]):>10} {parts[key] / total:6.1%}")
+    by_kind = sorted(parts["communication_by_kind_s"].items(), key=lambda item: -item[1])
+    for kind, seconds in by_kind[:MOST_COLLECTIVES]:
+        found.append(f"    {kind.replace(' on axis ', ', axis '):<23} {seconds_text(seconds):>10}")
+    return found
+
+
+def _resource_column(report: Report) -> list[str]:
+    total = report.plan.predicted["step_time_s"] or 1.0
+    parts = report.attribution.by_resource
+    width = max((len(name) for name in parts), default=0)
+    return ["it waits for", *(f"  {name:<{width}} {seconds / total:6.1%}" for name, seconds in parts.items())]
+
+
+def _memory_column(plan: Plan) -> list[str]:
+    figures, limit = plan.predicted, plan.options.memory_limit_bytes
+    found = [f"peak memory: {bytes_text(figures['peak_bytes'])} of {bytes_text(limit)}"]
+    for name, nbytes in figures["breakdown"]["memory_bytes"].items():
+        found.append(f"  {name:<13} {bytes_text(nbytes):>11}")
+    return [*found, f"  in the {figures['breakdown']['peak_at']}"[:48]]
+
+
+# -- parameters -----------------------------------------------------------------------------
+
+
+def parameter_table(plan: Plan) -> list[dict[str, Any]]:
+    """Per pattern of names and stored placement: how many parameters."""
+    groups: dict[tuple[str, State], list[str]] = {}
+    for fqn, state in plan.decisions.params.items():
+        groups.setdefault((folded(fqn), state), []).append(fqn)
+    return [{"parameters": name, "count": len(names), "placement": list(s)} for (name, s), names in groups.items()]
+
+
+def _parameter_lines(plan: Plan) -> list[str]:
+    cut = Counter(any(shard_dim(p) is not None for p in s) for s in plan.decisions.params.values())
+    found = [f"parameters as stored, per mesh axis: {cut[True]} cut, {cut[False]} whole on every rank"]
+    by_state: dict[str, list[str]] = {}
+    for row in parameter_table(plan):
+        by_state.setdefault(", ".join(row["placement"]) or "whole", []).append(row["parameters"])
+    for state, names in list(by_state.items())[:MOST_PARAMETERS]:
+        found.append(fitted(f"  {state:<12} {', '.join(_short(names))}"))
+    if len(by_state) > MOST_PARAMETERS:
+        found.append(f"  and {len(by_state) - MOST_PARAMETERS} more placements: see report.to_dict()")
+    return found
+
+
+def _short(names: list[str]) -> list[str]:
+    """Names in repeated layers without the way there, and all without ".weight"."""
+    return [name.rpartition("*.")[2].removesuffix(".weight") for name in names]
+
+
+def fitted(line: str, width: int = WIDTH) -> str:
+    """A line of at most `width` characters."""
+    return line if len(line) <= width else line[: width - 4].rstrip() + " ..."
+
+
+# -- what was solved again --------------------------------------------------------------------
+
+
+def _again_lines(report: Report) -> list[str]:
+    return [
+        *_alternative_lines(report),
+        *report.memory_price.lines(),
+        "",
+        *_baseline_lines(report),
+    ]
+
+
+def _alternative_lines(report: Report) -> list[str]:
+    found = [
+        "decisions, each | its next best: solved again with the choice forbidden; seconds a step and bytes that it adds"
+    ]
+    for alternative in report.alternatives:
+        found.append(_row(alternative))
+    left = len(report.decisions) - len(report.alternatives)
+    if left:
+        found.append(f"  {left} more decisions are in report.decisions; report.next_best(NAME) solves one again")
+    return found
+
+
+def _row(alternative: Alternative) -> str:
+    start = f"  {fitted(alternative.decision, 50):<50} {fitted(alternative.chosen, 14)}"
+    if alternative.plan is None:
+        needed = alternative.needed_bytes
+        return fitted(f"{start}; {alternative.verdict() if needed is None else f'no other fits: {bytes_text(needed)}'}")
+    extra_s, extra_bytes = alternative.extra_s or 0.0, alternative.extra_bytes or 0
+    seconds = "as fast" if alternative.as_fast else signed_seconds(extra_s)
+    known = "" if alternative.proven else f" gap {alternative.plan.gap:.0%}"
+    known += "; some not asked" if alternative.reason else ""
+    choice = f"{start} | {fitted(alternative.instead, 14)}"
+    return fitted(f"{choice:<83} {seconds:>12} {signed_bytes(extra_bytes):>11}{known}")
+
+
+def _baseline_lines(report: Report) -> list[str]:
+    if not report.baselines:
+        return ["one device: there are no other layouts"]
+    found = ["the usual layouts, priced the same way"]
+    ours = report.plan.predicted["step_time_s"]
+    for row in report.baselines:
+        if row.step_time_s is None:
+            found.append(fitted(f"  {row.name:<34}{row.reason}"))
+        else:
+            ratio = row.step_time_s / ours if ours else math.inf
+            time, memory = seconds_text(row.step_time_s), bytes_text(row.peak_bytes or 0)
+            found.append(f"  {row.name:<34}{time:>12}  {ratio:6.2f} x  {memory:>12}")
+    return found
+
+
+def _rule_lines(plan: Plan) -> list[str]:
+    if not plan.unruled:
+        return []
+    names = ", ".join(plan.unruled[:6]) + (" ..." if len(plan.unruled) > 6 else "")
+    return [fitted(f"{len(plan.unruled)} ops ran replicated for want of a rule: {names}")]

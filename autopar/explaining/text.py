@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ASSUMPTIONS = (
     "times come from the cluster description alone (rooflines, alpha-beta collectives); nothing was measured here",
     "communication and compute are added up; memory is the sum of the tensors alive, without fragmentation",
-    "outputs other than the loss are dropped before the backward pass; without a loss all are held, the caller's is free",
+    "outputs other than the loss are dropped before backward; without a loss all are held, the caller's is free",
 )
 WIDTH = 120
 MOST_PARAMETERS = 8

@@ -27,10 +27,10 @@ from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings,
 from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.program import Call, Compiled, Program
-from autopar.runtime.world import agree, device_mesh, join_world
+from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
 from autopar.trace import Trace, graph_hash, trace
-from autopar.verification import VerifyReport, verify
+from autopar.verification import VerifyReport, random_nodes, verify
 
 __all__ = ["Plan", "Program", "Report", "VerifyReport", "compile", "plan", "verify"]
 
@@ -206,6 +206,8 @@ def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec) -> Compiled:
     emitted, _ = emit_within(traced, plan.decisions, plan.mesh, costs, always, plan.options.memory_limit_bytes)
     if not plan.mesh:
         return Compiled(traced, plan, RankProgram(emitted, (), ()), None)
+    if random_nodes(traced):
+        check_same_random_state()
     mesh = device_mesh(cluster.device.kind, plan.mesh)
     groups = [mesh.get_group(axis).group_name for axis in range(len(plan.mesh))]
     return Compiled(traced, plan, RankProgram(emitted, groups, mesh.get_coordinate() or ()), mesh)

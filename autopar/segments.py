@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
 from autopar.dataflow import Dataflow, is_backward, module_path, result_metas, value_name
+from autopar.rules import is_random
+from autopar.rules.schema import op_call
 
 _MIN_BLOCK_OPS = 6
 
@@ -50,8 +51,7 @@ def segments(flow: Dataflow) -> list[list[fx.Node]]:
 
 def is_deterministic(node: fx.Node) -> bool:
     """Whether running a node twice gives the same result."""
-    target = node.target
-    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
+    return isinstance(node.target, OpOverload) and not is_random(op_call(node))
 
 
 def recompute_times(

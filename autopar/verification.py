@@ -12,7 +12,6 @@ ever.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +21,25 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-from autopar._torch_compat import local_parts, local_tensor, simulated_mesh
-from autopar.codegen.builder import GROUP_PREFIX, is_collective
+from autopar._torch_compat import OpOverload, local_parts, local_tensor, simulated_mesh
 from autopar.codegen.emit import EmittedProgram
 from autopar.codegen.schedule import emit_within, persistent_memory
+from autopar.compare import coordinates_of as coordinates_of
+from autopar.compare import cut as cut
+from autopar.compare import glue as glue
+from autopar.compare import gradient_errors as gradient_errors
+from autopar.compare import relative_error as relative_error
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
+from autopar.dataflow import value_name
 from autopar.errors import PlanMismatch, RuntimeFailure, VerifyError
-from autopar.placements import PARTIAL, State, shard_dim
+from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.plans import Plan
+from autopar.rules import is_random
+from autopar.rules.schema import op_call
 from autopar.runtime.execute import RankProgram
+from autopar.runtime.matching import match_collectives as match_collectives
 from autopar.sample import sample_call, sample_values
 from autopar.trace import Trace, graph_hash, trace
 
@@ -91,10 +98,25 @@ def emit_for(traced: Trace, plan: Plan) -> EmittedProgram:
 def verify_program(
     traced: Trace, decisions: Decisions, emitted: EmittedProgram, values: Mapping[str, torch.Tensor]
 ) -> VerifyReport:
-    """Compare an emitted program with its trace on given placeholder values (whole tensors by name)."""
+    """Compare an emitted program with its trace on given placeholder values (whole tensors by name).
+
+    Random numbers are the program's: the reference computes with what all ranks together have drawn.
+    """
     ranks = math.prod(emitted.mesh)
     collectives = match_collectives([emitted] * ranks, emitted.mesh)
-    expected = run_reference(traced, values)
+    with torch.random.fork_rng(enabled=bool(random_nodes(traced))):
+        expected = run_reference(traced, values, drawn_numbers(traced, decisions, emitted, values))
+        return _compared(traced, decisions, emitted, values, expected, collectives)
+
+
+def _compared(
+    traced: Trace,
+    decisions: Decisions,
+    emitted: EmittedProgram,
+    values: Mapping[str, torch.Tensor],
+    expected: Mapping[str, Any],
+    collectives: int,
+) -> VerifyReport:
     with simulated_ranks(emitted.mesh) as (groups, coordinates):
         simulated = Simulation(traced, decisions, emitted, groups, coordinates)
         try:
@@ -121,7 +143,7 @@ def verify_program(
                 f"{max(output_error, worst_error):.1e} (tolerance {tolerance:.0e}); first node that differs: {detail}",
                 node=node,
             )
-    return VerifyReport(ranks, output_error, worst, worst_error, tolerance, collectives)
+    return VerifyReport(math.prod(emitted.mesh), output_error, worst, worst_error, tolerance, collectives)
 
 
 def tolerance_of(outputs: Iterable[torch.Tensor]) -> float:
@@ -129,41 +151,39 @@ def tolerance_of(outputs: Iterable[torch.Tensor]) -> float:
     return max((TOLERANCE.get(t.dtype, 1e-2) for t in outputs if t.is_floating_point()), default=1e-2)
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest absolute difference over the largest absolute expected value, or over `floor` if that is larger.
+def random_nodes(traced: Trace) -> list[str]:
+    """The nodes of a trace that draw random numbers."""
+    ops = (n for n in traced.graph_module.graph.nodes if isinstance(n.target, OpOverload))
+    return [n.name for n in ops if is_random(op_call(n))]
 
-    inf where shapes differ, or where one has an infinity or NaN that the other has not.
+
+def drawn_numbers(
+    traced: Trace, decisions: Decisions, emitted: EmittedProgram, values: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What all ranks together draw in one forward pass (whole tensors, by value name)."""
+    names = set(random_nodes(traced))
+    if not names:
+        return {}
+    with simulated_ranks(emitted.mesh) as (groups, coordinates):
+        simulated = Simulation(traced, decisions, emitted, groups, coordinates)
+        return simulated.forward_values(values, names)
+
+
+def run_reference(
+    traced: Trace, values: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Every tensor of the traced joint graph on the given placeholder values, by node name.
+
+    drawn: results of ops (by value name) to take in place of what the ops return.
     """
-    if found.shape != expected.shape:
-        return float("inf")
-    a, b = found.double(), expected.double()
-    finite = torch.isfinite(b)
-    if not torch.equal(torch.isfinite(a), finite) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    difference = (a[finite] - b[finite]).abs().max().item()
-    scale = max(b[finite].abs().max().item(), floor)
-    return difference / scale if scale > 0 else difference
-
-
-def gradient_errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Relative error per gradient.
-
-    Some gradients are zero but for rounding (a key's bias under softmax): none is measured against less than a
-    thousandth of the largest gradient.
-    """
-    largest = max((t.abs().max().item() for t in expected.values() if t.numel()), default=0.0)
-    return {name: relative_error(found[name], expected[name], 1e-3 * largest) for name in found}
-
-
-def run_reference(traced: Trace, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor of the traced joint graph on the given placeholder values, by node name."""
     found: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            found[n.name] = result = super().run_node(n)
+            result = super().run_node(n)
+            if isinstance(result, tuple):
+                result = tuple((drawn or {}).get(value_name(n, i), r) for i, r in enumerate(result))
+            found[n.name] = result = (drawn or {}).get(n.name, result) if not isinstance(result, tuple) else result
             return result
 
     names = [n.name for n in traced.graph_module.graph.nodes if n.op == "placeholder"]
@@ -184,48 +204,6 @@ def simulated_ranks(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list
         yield simulated
 
 
-def cut(tensor: torch.Tensor, state: State, mesh: tuple[int, ...], rank: int) -> torch.Tensor:
-    """The part of a whole tensor that `rank` (row-major in the mesh) holds in `state`."""
-    for placement, size, coordinate in zip(state, mesh, coordinates_of(rank, mesh), strict=True):
-        dim = shard_dim(placement)
-        if dim is not None:
-            tensor = tensor.chunk(size, dim)[coordinate]
-        elif placement == PARTIAL and coordinate:
-            tensor = torch.zeros_like(tensor)
-    return tensor.contiguous()
-
-
-def glue(locals_: Sequence[torch.Tensor], state: State, mesh: tuple[int, ...]) -> torch.Tensor:
-    """The whole tensor from every rank's part, innermost axis first."""
-    parts = list(locals_)
-    for placement, size in reversed(list(zip(state, mesh, strict=True))):
-        groups = [parts[i : i + size] for i in range(0, len(parts), size)]
-        dim = shard_dim(placement)
-        if dim is not None:
-            parts = [torch.cat(group, dim) for group in groups]
-        elif placement == PARTIAL:
-            parts = [torch.stack(group).sum(0) for group in groups]
-        else:
-            parts = [_same_on_all(group) for group in groups]
-    return parts[0]
-
-
-def _same_on_all(group: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Replicas must agree; where they don't, the one that differs most from the first is shown (so it is noticed)."""
-    if group[0].dtype == torch.bool or not group[0].is_floating_point():
-        return next((t for t in group if not torch.equal(t, group[0])), group[0])
-    return max(group, key=lambda t: relative_error(t, group[0]))
-
-
-def coordinates_of(rank: int, mesh: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major coordinates of a rank."""
-    found = []
-    for size in reversed(mesh):
-        found.append(rank % size)
-        rank //= size
-    return tuple(reversed(found))
-
-
 class Simulation:
     """All ranks of one program, on LocalTensors."""
 
@@ -242,6 +220,7 @@ class Simulation:
         self.states = {p.node: decisions.params[p.fqn] for p in traced.params}
         self.param_states = dict(decisions.params)
         self.ranks = math.prod(emitted.mesh)
+        self.random, self.seed = bool(random_nodes(traced)), 0
 
     def scatter(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A placeholder's local tensors on all ranks."""
@@ -259,9 +238,33 @@ class Simulation:
             return tensor
         return glue([parts[r] for r in range(self.ranks)], state, self.mesh)
 
+    def start(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Local tensors of all placeholders. Each run starts from the same random state, on all ranks."""
+        if self.random:
+            torch.manual_seed(self.seed)
+        return {name: self.scatter(name, tensor) for name, tensor in values.items()}
+
+    def forward_values(self, values: Mapping[str, torch.Tensor], nodes: set[str]) -> dict[str, torch.Tensor]:
+        """The whole results of some ops of the forward pass, by value name."""
+        found: dict[str, torch.Tensor] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                name, index, state = n.meta.get("version", ("", 0, ()))
+                if name in nodes:
+                    found[name if index == 0 else f"{name}#{index}"] = gather(result, state)
+                return result
+
+        gather, local = self.gather, self.start(values)
+        inputs = [*self.program.coordinates, *(local[n] for n in self.emitted.forward_inputs)]
+        with torch.no_grad():
+            Recorder(self.program.forward_module).run(*inputs, enable_io_processing=False)
+        return found
+
     def step(self, values: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The whole outputs by node (the loss, where there is one), and whole gradients by parameter name."""
-        local = {name: self.scatter(name, tensor) for name, tensor in values.items()}
+        local = self.start(values)
         with torch.no_grad():
             outputs, saved = self.program.forward(local)
             grads = self.program.backward(saved, local)
@@ -274,7 +277,7 @@ class Simulation:
         self, values: Mapping[str, torch.Tensor], expected: Mapping[str, Any], tolerance: float
     ) -> tuple[str | None, str]:
         """The first node of the program whose glued result is wrong: (node name, description)."""
-        local = {name: self.scatter(name, tensor) for name, tensor in values.items()}
+        local = self.start(values)
         outputs: list[Any] = []
         for module, is_forward in ((self.program.forward_module, True), (self.program.backward_module, False)):
             checker = _Checker(module, self, expected, tolerance)
@@ -326,70 +329,3 @@ class _Checker(fx.Interpreter):
         operands = [self.expected[i.name] for i in self.nodes[name].all_input_nodes]
         sizes = [t[torch.isfinite(t)].abs() for t in operands if isinstance(t, torch.Tensor) and t.is_floating_point()]
         return 1e-3 * min((float(s.max()) for s in sizes if s.numel()), default=0.0)
-
-
-def match_collectives(programs: Sequence[EmittedProgram], mesh: tuple[int, ...]) -> int:
-    """Check that all ranks issue matching collectives in matching order; returns how many each rank issues.
-
-    Every group's members must list the same collectives (kind, shape, dtype) for that group, and playing
-    all lists together must not stop before their ends.
-    """
-    lists = [_collectives(p, rank, mesh) for rank, p in enumerate(programs)]
-    position = [0] * len(lists)
-    while any(position[r] < len(lists[r]) for r in range(len(lists))):
-        progress = False
-        for rank in range(len(lists)):
-            if position[rank] >= len(lists[rank]):
-                continue
-            group, call, node = lists[rank][position[rank]]
-            waiting = [r for r in group if position[r] < len(lists[r]) and lists[r][position[r]][0] == group]
-            if len(waiting) < len(group):
-                continue
-            for other in group:
-                theirs = lists[other][position[other]]
-                if theirs[1] != call:
-                    raise VerifyError(
-                        f"collectives don't match: rank {rank} issues {call} at {node}, rank {other} {theirs[1]} "
-                        f"at {theirs[2]}",
-                        node=node,
-                    )
-            for other in group:
-                position[other] += 1
-            progress = True
-        if not progress:
-            rank = next(r for r in range(len(lists)) if position[r] < len(lists[r]))
-            group, call, node = lists[rank][position[rank]]
-            raise VerifyError(f"deadlock: rank {rank} waits in {call} at {node} for ranks {group}", node=node)
-    return len(lists[0])
-
-
-def _collectives(program: EmittedProgram, rank: int, mesh: tuple[int, ...]) -> list[tuple[tuple[int, ...], str, str]]:
-    """(members of the group, call, node) of each collective of one rank, in order."""
-    found = []
-    for graph in (program.forward, program.backward):
-        for node in graph.nodes:
-            if is_collective(node):
-                _check_waited(node)
-                token = next(a for a in node.args if isinstance(a, str) and a.startswith(GROUP_PREFIX))
-                members = _members(rank, int(token.removeprefix(GROUP_PREFIX)), mesh)
-                shapes = [(tuple(i.meta["val"].shape), str(i.meta["val"].dtype)) for i in node.all_input_nodes]
-                rest = [a for a in node.args[1:] if a != token]
-                found.append((members, f"{node.target}({shapes}, {rest})", str(node.meta.get("origin", node.name))))
-    return found
-
-
-def _check_waited(start: fx.Node) -> None:
-    """The result of a collective may be used by its wait only: before that it holds anything."""
-    users = [u for user in start.users for u in (user.users if user.target is operator.getitem else [user])]
-    early = [u for u in users if u.target is not torch.ops._c10d_functional.wait_tensor.default]
-    if early:
-        what = str(early[0].meta.get("origin", early[0].name))
-        raise VerifyError(f"{early[0].name} uses the result of {start.target} before it is waited for", what)
-
-
-def _members(rank: int, axis: int, mesh: tuple[int, ...]) -> tuple[int, ...]:
-    stride = 1
-    for size in mesh[axis + 1 :]:
-        stride *= size
-    first = rank - coordinates_of(rank, mesh)[axis] * stride
-    return tuple(first + i * stride for i in range(mesh[axis]))

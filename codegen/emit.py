@@ -30,7 +30,8 @@ from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
 from autopar.redistribute import GRADIENT_BUCKET_BYTES, Conversions, ConversionTables, Step, StepCosts
-from autopar.rules import axis_rules
+from autopar.rules import axis_rules, is_random
+from autopar.rules.schema import op_call
 from autopar.rules.types import AxisRule
 from autopar.trace import Trace
 
@@ -283,6 +284,8 @@ class _Pass:
         if (state == made and operand.value in decisions.kept) or version in decisions.kept_copies:
             return self._saved(operand, version)
         if state == made and decisions.nodes[operand.node.name].recompute:
+            if is_random(op_call(operand.node)):
+                raise PlanError(f"the plan draws the random numbers of {operand.node.name} twice; keep them instead")
             self.emit_op(operand.node)
             return self.versions[version]
         return None

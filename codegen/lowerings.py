@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
+from autopar.codegen.draws import draw, drop_whole
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, shard
 from autopar.rules import AxisRule
@@ -191,8 +192,8 @@ def _local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operan
     name = str(node.target.overloadpacket)
     if name in _RESHAPES and node.target is not aten.view.dtype:
         return (ctx.call(aten.reshape.default, operands[0], list(op.result_shape())),)
-    if name == "aten.as_strided":
-        return _as_strided(op)
+    if name in ("aten.as_strided", "aten.native_dropout"):
+        return _as_strided(op) if name == "aten.as_strided" else drop_whole(ctx, node, operands)
     if name in _SIZE_ARGUMENTS:
         return op.call({_SIZE_ARGUMENTS[name]: list(op.result_shape())})
     if name in _CONTIGUOUS:
@@ -386,6 +387,7 @@ def _nll_loss_backward(
 LOWERINGS: dict[str, Lowering] = {
     "local": _local,
     "mean_partial": _mean_partial,
+    "draw": draw,
     "vocab_embedding": _vocab_embedding,
     "vocab_embedding_backward": _vocab_embedding_backward,
     "vocab_softmax": _vocab_softmax,

@@ -13,6 +13,7 @@ from autopar.placements import PARTIAL, REPLICATE, Placement, local_shape
 from autopar.rules.admitted import is_admitted
 from autopar.rules.custom import CUSTOM, elementwise
 from autopar.rules.linear import linear_rules
+from autopar.rules.random import random_rules
 from autopar.rules.schema import OpCall, bind, is_random, op_call, operands, results
 from autopar.rules.types import AxisRule, RuleSet
 
@@ -61,8 +62,8 @@ def _replicated(inputs: int, outputs: Sequence[torch.Tensor | None]) -> AxisRule
 def _find(call: OpCall, axis_size: int) -> RuleSet:
     replicated = _replicated(len(call.inputs), call.outputs)
     if is_random(call):
-        # Every rank draws the same numbers as one device would; cutting them would change the numbers.
-        return RuleSet((replicated,), known=True)
+        parts = random_rules(call) if axis_size > 1 else []
+        return RuleSet((replicated, *(r for r in parts if _is_legal(r, call, axis_size))), known=True)
     if call.op._schema.is_mutable or not all(_is_static(t) for t in (*call.inputs, *call.outputs)):
         return RuleSet((replicated,), known=False)
     own = _sharded(call, axis_size)

@@ -51,6 +51,12 @@ def softmax(call: OpCall) -> list[AxisRule]:
     return _softmax(call, f"vocab{call.name.removeprefix('aten.')}", 2)
 
 
+def safe_softmax(call: OpCall) -> list[AxisRule]:
+    """Softmax with zeros for rows that are masked whole: every dim but its own."""
+    dim = normalized(call.arg("dim"), call.out.dim())
+    return [AxisRule((shard(d),), (shard(d),)) for d in range(call.out.dim()) if d != dim]
+
+
 def softmax_backward(call: OpCall) -> list[AxisRule]:
     """Along the softmax dim: one all-reduced sum."""
     return _softmax(call, f"vocab{call.name.removeprefix('aten.').removesuffix('_data')}", 1)
@@ -106,6 +112,7 @@ VOCAB = {
     "aten.embedding_dense_backward": embedding_backward,
     "aten._softmax": softmax,
     "aten._log_softmax": softmax,
+    "aten._safe_softmax": safe_softmax,
     "aten._softmax_backward_data": softmax_backward,
     "aten._log_softmax_backward_data": softmax_backward,
     "aten.nll_loss_forward": nll_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -58,6 +59,20 @@ def agree(make: Callable[[], str], device_type: str) -> str:
     if "error" in data:
         raise getattr(autopar.errors, data["error"])(data["message"])
     return str(data["text"])
+
+
+def check_same_random_state() -> None:
+    """Raise RuntimeFailure, on all ranks, unless their default random generators are in one state."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+    found: list[str | None] = [None] * dist.get_world_size()
+    with naming_dead_ranks("all ranks"):
+        dist.all_gather_object(found, digest)
+    others = [rank for rank, other in enumerate(found) if other != found[0]]
+    if others:
+        raise RuntimeFailure(
+            f"the model draws random numbers (dropout), but rank {others[0]} has another random state than rank 0; "
+            "call torch.manual_seed with the same seed on every rank before the program runs"
+        )
 
 
 def _broadcast(text: str, device_type: str) -> str:

@@ -16,6 +16,7 @@ from autopar.errors import TraceError
 from autopar.tracing.capture import RawJoint
 from autopar.tracing.clean import clean
 from autopar.tracing.diagnose import at, source_of
+from autopar.tracing.dropout import split_dropout
 from autopar.tracing.shadow import Shadow
 from autopar.tracing.types import BufferInfo, ConstantInfo, FixedInput, InputInfo, OutputInfo, ParamInfo, Trace
 
@@ -183,6 +184,7 @@ class _Assembler:
         output.meta["phase"] = "backward"
         output.meta["val"] = tuple(self.new[v].meta["val"] for v in values)
         output.meta["module_path"] = ""
+        split_dropout(self.graph)
         clean(self.graph)
         names = iter(n.name for n in output.args[0])
         outputs = dict(zip(self.roles.outputs, names, strict=False))

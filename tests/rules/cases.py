@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -297,6 +298,7 @@ def softmaxes() -> Iterator[fx.Node]:
     low = randn(4, 16, dtype=torch.bfloat16)
     yield case(aten._log_softmax.default, low, 1, False)
     yield case(aten._softmax.default, low, 1, False)
+    yield case(aten._safe_softmax.default, randn(4, 8, 16).masked_fill(mask(4, 8, 1), -math.inf), -1)
 
 
 def losses() -> Iterator[fx.Node]:
@@ -374,8 +376,18 @@ def images() -> Iterator[fx.Node]:
 def randoms() -> Iterator[fx.Node]:
     yield case(aten.native_dropout.default, randn(4, 8), 0.5, True)
     yield case(aten.bernoulli.p, randn(4, 8), 0.5)
+    yield case(aten.bernoulli.default, torch.rand(4, 8))
     yield case(aten.rand_like.default, randn(4, 8))
+    yield case(aten.randn_like.default, randn(4, 8))
+    yield case(aten.randint_like.low_dtype, randn(4, 8), -3, 9)
+    yield case(aten.rand.default, [4, 8])
     yield case(aten.randn.default, [4, 8])
+    yield case(aten.randint.low, -3, 9, [4, 8])
+    yield case(aten.uniform.default, randn(4, 8), 2.0, 5.0)
+    yield case(aten.normal_functional.default, randn(4, 8), 1.0, 2.0)
+    yield case(aten.exponential.default, randn(4, 8), 3.0)
+    yield case(aten.randperm.default, 8)
+    yield case(aten.multinomial.default, torch.rand(4, 8), 2)
 
 
 GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = {

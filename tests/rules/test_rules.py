@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from autopar.codegen.lowerings import LOWERINGS, lower
 from autopar.errors import PlanError
 from autopar.rules import AxisRule, axis_rules, compatible, is_random, is_view, operands, results
+from autopar.rules.random import IN_PARTS
 from autopar.rules.schema import op_call
 from tests.rules.cases import GROUPS, aten, ints, mask, randn, randoms
 from tests.rules.harness import Context, case
@@ -101,12 +102,16 @@ def test_only_shards_that_divide() -> None:
     assert table(node, 1) == table(node, 5) == {("R", "R")}
 
 
-def test_random_ops_run_replicated_and_are_known() -> None:
+def test_random_ops_run_whole_or_in_parts() -> None:
     for node in randoms():
         found = axis_rules(node, 2)
         assert found.known
-        assert len(found.rules) == 1
         assert is_random(op_call(node))
+        whole, *parts = found.rules
+        assert whole.lowering == "local" and {p.lowering for p in parts} <= {"draw"}
+        name = str(node.target.overloadpacket)
+        assert len(parts) == (len(results(node)[0].shape) if name in IN_PARTS else 0), name
+    assert {str(node.target.overloadpacket) for node in randoms()} >= IN_PARTS
 
 
 def test_dropout_that_drops_nothing_is_an_elementwise_op() -> None:
@@ -205,7 +210,8 @@ def test_as_strided_reads_only_its_operand() -> None:
 
 
 def test_every_lowering_named_by_a_rule_exists_and_is_named() -> None:
-    named = {rule.lowering for group in GROUPS.values() for node in group() for rule in axis_rules(node, 2).rules}
+    groups = (*GROUPS.values(), randoms)
+    named = {rule.lowering for group in groups for node in group() for rule in axis_rules(node, 2).rules}
     assert named == set(LOWERINGS)
 
 

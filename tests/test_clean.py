@@ -10,14 +10,17 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autopar.trace import trace
 from autopar.tracing.clean import clean
+from autopar.tracing.rewrites import holds
+from tests.models import ModelAndInputs, tiny_bert, tiny_llama
 
 aten = torch.ops.aten
 
 
 def cleaned(function: Callable[..., Any], *args: torch.Tensor, backward: str | None = None) -> fx.GraphModule:
     """The cleaned graph of `function`; nodes whose name starts with `backward` are put in the backward phase."""
-    module = make_fx(function)(*args)
+    module = make_fx(function, tracing_mode="fake")(*args)
     for node in module.graph.nodes:
         is_backward = backward is not None and node.name.startswith(backward)
         node.meta["phase"] = "backward" if is_backward else "forward"
@@ -84,13 +87,97 @@ def test_a_copy_of_an_argument_that_is_returned_stays() -> None:
     assert module(x)[0] is not x
 
 
-def test_equal_expressions_are_shared_within_a_phase_only() -> None:
+def test_equal_expressions_are_shared_also_between_the_passes() -> None:
     def twice(a: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return aten.sin(a), aten.sin(a), aten.mul(a, 2), aten.mul(a, 2.0), aten.cos(a), aten.cos(a)
 
     assert ops(cleaned(twice, x)) == ["sin.default", "mul.Tensor", "mul.Tensor", "cos.default"]
-    apart = ops(cleaned(twice, x, backward="cos_1"))
-    assert apart.count("cos.default") == 2 and apart.count("sin.default") == 1
+    across = cleaned(twice, x, backward="cos_1")  # kept or run again: the planner decides
+    assert ops(across).count("cos.default") == 1
+    assert next(n for n in across.graph.nodes if n.name == "cos").meta["phase"] == "forward"
+
+
+wide, mask = torch.ones(3, 4, dtype=torch.float64), x > 0
+
+
+def pad(a: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    return aten.slice_backward(a, [3, 4], 1, start, end, 1)
+
+
+REWRITES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], list[str]]] = [
+    ("views in a row", lambda a: aten.view(aten.view(a, [2, 6]), [12]).abs(), ["view.default", "abs.default"]),
+    ("there and back", lambda a: aten.view(aten.view(aten.abs(a), [12]), [3, 4]).neg(), ["abs.default", "neg.default"]),
+    ("a cast and back", lambda a: aten._to_copy(aten._to_copy(a.abs(), dtype=wide.dtype), dtype=x.dtype).neg(),
+     ["abs.default", "neg.default"]),
+    ("a cast on the way", lambda a: aten._to_copy(aten._to_copy(a, dtype=x.dtype), dtype=wide.dtype),
+     ["_to_copy.default"]),
+    ("and true", lambda a: aten.bitwise_and(aten.new_ones(a, [], dtype=torch.bool), aten.gt(a, 0)), ["gt.Scalar"]),
+    ("padded slices", lambda a: pad(a[:, 2:], 2, 9) + (pad(a[:, :1], 0, 1) + pad(a[:, 1:2].neg(), 1, 2)),
+     ["slice.Tensor", "slice.Tensor", "slice.Tensor", "neg.default", "cat.default"]),
+    ("a number on copies", lambda a: a * (aten.expand(aten.slice(a, 1, 0, 1), [3, 4]) / 7),
+     ["slice.Tensor", "div.Tensor", "mul.Tensor"]),
+    ("copies for nothing", lambda a: a - aten.expand(aten.slice(a, 1, 0, 1), [3, 4]), ["slice.Tensor", "sub.Tensor"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "left"), [r[1:] for r in REWRITES], ids=[r[0] for r in REWRITES])
+def test_patterns_are_rewritten(function: Callable[[torch.Tensor], torch.Tensor], left: list[str]) -> None:
+    argument = torch.randn(3, 4, dtype=torch.bfloat16 if left == ["_to_copy.default"] else torch.float32)
+    module = cleaned(function, argument)
+    assert ops(module) == left
+    assert torch.equal(module(argument), function(argument))
+
+
+NOT_REWRITTEN: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda a: aten._to_copy(aten._to_copy(a, dtype=torch.bfloat16), dtype=torch.float32),  # rounds
+    lambda a: aten._to_copy(aten._to_copy(a, dtype=torch.int64), dtype=torch.float32),
+    lambda a: pad(a[:, 2:], 2, 9) + pad(a[:, :1], 0, 1),  # a hole
+    lambda a: pad(a[:, 1:], 1, 9) + pad(a[:, :2], 0, 2),  # an overlap
+    lambda a: pad(a[:, 2:], 2, 9) + a,
+    lambda a: aten.view(aten.transpose(aten.view(a, [2, 6]), 0, 1).contiguous(), [12]),
+    lambda a: aten.expand(aten.slice(a, 1, 0, 1), [3, 4]) / 7,  # wanted large
+    lambda a: aten.bitwise_and(aten.new_zeros(a, [], dtype=torch.bool), aten.gt(a, 0)),
+]
+
+
+@pytest.mark.parametrize("function", NOT_REWRITTEN)
+def test_what_only_looks_alike_stays(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    traced = make_fx(function, tracing_mode="fake")(x)
+    assert ops(cleaned(function, x)) == ops(traced)
+
+
+@pytest.mark.parametrize(
+    ("wider", "narrower", "does"),
+    [
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float16, True),
+        (torch.float16, torch.bfloat16, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float64, torch.int32, True),
+        (torch.float32, torch.int32, False),
+        (torch.float16, torch.int8, True),
+        (torch.int64, torch.uint8, True),
+        (torch.uint8, torch.int8, False),
+        (torch.int64, torch.float16, False),
+        (torch.bfloat16, torch.bool, True),
+        (torch.bool, torch.uint8, False),
+    ],
+)
+def test_which_dtype_holds_which(wider: torch.dtype, narrower: torch.dtype, does: bool) -> None:
+    assert holds(wider, narrower) == does
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_models_are_left_without_the_patterns(make: Callable[..., ModelAndInputs]) -> None:
+    model, call = make(torch.float32, layers=1)
+    graph = trace(model, call).graph_module.graph
+    views = (aten.view.default, aten._unsafe_view.default)
+    for node in graph.nodes:
+        assert node.target not in (aten.detach.default, aten.alias.default, aten.slice_backward.default)
+        twice = node.target in views and node.args[0].target in views
+        assert not twice, node.format_node()
+    keys = [(n.target, str(n.args), str(n.kwargs)) for n in graph.nodes if n.op == "call_function"]
+    assert len(keys) == len(set(keys))
 
 
 def test_random_numbers_are_drawn_as_often_as_before() -> None:

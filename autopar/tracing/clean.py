@@ -1,9 +1,10 @@
-"""A clean joint graph: no dead code, no no-ops, no expression computed twice in a pass.
+"""A clean joint graph: no dead code, no no-ops, no expression computed twice.
 
-Every rewrite is exact to the last bit. The graph is functional (no op writes to its
-operands), so a copy can stand for its source. Expressions are shared within a phase
-only: what the backward pass computes again it may compute again, that is for the
-planner to decide. Ops that draw random numbers are never shared.
+Every rewrite is exact to the last bit (see `autopar.tracing.rewrites` for the sign of a
+zero). The graph is functional (no op writes to its operands), so a copy can stand for its
+source. An expression that the backward pass computes again is shared with the forward
+pass: whether its value is kept or the op runs again is for the planner to decide. Ops
+that draw random numbers are never shared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
+from autopar.tracing.rewrites import rewrite
 
 aten = torch.ops.aten
 _UNINITIALIZED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
@@ -23,9 +25,12 @@ _Noop = Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]
 
 def clean(graph: fx.Graph) -> None:
     """Clean a graph in place. Nodes carry meta["phase"]; placeholders stay even if unused."""
-    drop_noops(graph)
-    share_repeated(graph)
-    drop_dead(graph)
+    while True:
+        drop_noops(graph)
+        share_repeated(graph)
+        drop_dead(graph)
+        if not rewrite(graph):
+            break
 
 
 def drop_dead(graph: fx.Graph) -> None:
@@ -47,12 +52,12 @@ def drop_noops(graph: fx.Graph) -> None:
 
 
 def share_repeated(graph: fx.Graph) -> None:
-    """Within a phase, compute equal expressions once."""
+    """Compute equal expressions once, in the forward pass if that is where they are first."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_deterministic(node):
             continue
-        key = (node.meta["phase"], node.target, _key(node.args), _key(node.kwargs))
+        key = (node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)

@@ -10,15 +10,12 @@ time (parameters, optimizer state, buffers, inputs) is added as a constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from autopar.codegen.builder import c10d, is_collective
 from autopar.codegen.emit import EmittedProgram
+from autopar.codegen.storages import last_uses, storages
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,13 @@ class MemoryTimeline:
 
 def simulate_memory(program: EmittedProgram, constant_bytes: int) -> MemoryTimeline:
     """The memory time line of a forward and a backward pass of the emitted program."""
-    persistent = _storages(n for n in program.forward.nodes if n.op == "placeholder")
+    persistent = storages(n for n in program.forward.nodes if n.op == "placeholder")
     forward_kept = _output_storages(program.forward, program.saved)
     forward = _walk("forward", program.forward, persistent, {}, forward_kept)
     outputs = list(next(iter(program.forward.find_nodes(op="output"))).args[0])
-    whole = _storages(outputs[: program.whole_outputs])
+    whole = storages(outputs[: program.whole_outputs])
     inputs = program.backward.find_nodes(op="placeholder")[len(program.mesh) :]
-    tangents = _storages(n for n, v in zip(inputs, program.backward_inputs, strict=True) if v[0] in program.tangents)
+    tangents = storages(n for n, v in zip(inputs, program.backward_inputs, strict=True) if v[0] in program.tangents)
     carried = {s: size for s, size in {**forward_kept, **whole, **tangents}.items() if s not in persistent}
     grads = _output_storages(program.backward, program.grads)
     held = {**grads, **whole, **tangents}
@@ -71,40 +68,23 @@ def simulate_memory(program: EmittedProgram, constant_bytes: int) -> MemoryTimel
     return MemoryTimeline(constant_bytes, (*forward, *backward))
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in _tensors(item)]
-    return []
-
-
-def _storages(nodes: Iterable[fx.Node]) -> dict[int, int]:
-    found = {}
-    for node in nodes:
-        for tensor in _tensors(node.meta.get("val")):
-            storage = tensor.untyped_storage()
-            found[StorageWeakRef(storage).cdata] = storage.nbytes()
-    return found
-
-
 def _output_storages(graph: fx.Graph, last: tuple[object, ...]) -> dict[int, int]:
     """Storages of the last len(last) outputs."""
     outputs = list(next(iter(graph.find_nodes(op="output"))).args[0])
-    return _storages(n for n in outputs[len(outputs) - len(last) :] if isinstance(n, fx.Node))
+    return storages(n for n in outputs[len(outputs) - len(last) :] if isinstance(n, fx.Node))
 
 
 def _walk(
     phase: str, graph: fx.Graph, persistent: dict[int, int], carried: dict[int, int], held_to_end: dict[int, int]
 ) -> list[MemoryPoint]:
     order = [n for n in graph.nodes if n.op != "output"]
-    last_use = _last_uses(order)
+    last_use = last_uses(order)
     alive = dict(carried)
     made_forward = set(carried)
     points = []
     for time, node in enumerate(order):
         if node.op == "call_function":
-            fresh = {s: b for s, b in _storages([node]).items() if s not in persistent and s not in alive}
+            fresh = {s: b for s, b in storages([node]).items() if s not in persistent and s not in alive}
             alive.update(fresh)
             if phase == "forward":
                 made_forward |= set(fresh)
@@ -112,26 +92,6 @@ def _walk(
         for storage in [s for s in alive if last_use.get(s, -1) <= time and s not in held_to_end]:
             del alive[storage]
     return points
-
-
-def _last_uses(order: list[fx.Node]) -> dict[int, int]:
-    """Per storage, the time of the last node that still needs a variable of it."""
-    times = {node: time for time, node in enumerate(order)}
-    last: dict[int, int] = {}
-    for node in order:
-        end = max([times[node], *(times[u] for u in node.users if u in times)])
-        for storage in _storages([node]):
-            last[storage] = max(last.get(storage, 0), end)
-        if is_collective(node):
-            waited = max((times[u] for u in _waits(node)), default=times[node])
-            for storage in _storages(node.all_input_nodes):
-                last[storage] = max(last.get(storage, 0), waited)
-    return last
-
-
-def _waits(start: fx.Node) -> list[fx.Node]:
-    users = [u for user in start.users for u in ([user, *user.users])]
-    return [u for u in users if u.target is c10d.wait_tensor.default]
 
 
 def _point(

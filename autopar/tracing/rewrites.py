@@ -129,7 +129,7 @@ def _small_operand(node: fx.Node) -> fx.Node | None:
     if wide is not node:
         if len(users) < len(node.users):
             return None  # somebody needs it large
-        small = _insert(node, node.target, small, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+        small = _insert(node, node.target, small, *node.args[1:], **node.kwargs)
     for user in users:
         user.replace_input_with(node, small)
     return small if users else None

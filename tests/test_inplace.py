@@ -26,7 +26,7 @@ def program(forward: GraphBuilder, backward: GraphBuilder | None = None, saved: 
         backward = GraphBuilder((2,), forward.fake_mode)
         backward.output([])
     versions = tuple((f"v{i}", ("R",)) for i in range(saved))
-    return EmittedProgram((2,), forward.graph, backward.graph, (), versions, versions, (), {}, ())
+    return EmittedProgram((2,), forward.graph, backward.graph, (), versions, versions, (), {}, 0, (), ())
 
 
 def builder() -> tuple[GraphBuilder, fx.Node]:

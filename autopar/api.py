@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from autopar.cluster import ClusterSpec
+from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
@@ -30,7 +32,7 @@ from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
 from autopar.trace import Trace, graph_hash, trace
-from autopar.verification import VerifyReport, random_nodes, verify
+from autopar.verification import VerifyReport, emit_for, random_nodes, verify
 
 __all__ = ["Plan", "Program", "Report", "VerifyReport", "compile", "plan", "verify"]
 
@@ -49,6 +51,7 @@ def plan(
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     pin: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
+    dump_dir: str | Path | None = None,
 ) -> Plan:
     """Find the fastest plan for `model` on `cluster`. Needs no GPU, no process group and no weights.
 
@@ -57,6 +60,7 @@ def plan(
     memory_limit_bytes: per device; the device's memory less its reserve if not given.
     time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
+    dump_dir: a folder for every stage as readable Python or JSON, see `docs/explain.md`.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
     _check_options(precision, objective)
@@ -65,9 +69,10 @@ def plan(
     traced = trace(model, call)
     trace_s = time.perf_counter() - began
     options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
-    return _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress).with_timings(
-        trace_s=trace_s
-    )
+    made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
+    if dump_dir is not None:
+        dump_stages(dump_dir, traced, made, emit_for(traced, made))
+    return made.with_timings(trace_s=trace_s)
 
 
 def compile(
@@ -85,12 +90,13 @@ def compile(
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     pin: Mapping[str, Any] | None = None,
     inputs: str = "global",
+    dump_dir: str | Path | None = None,
 ) -> Program:
     """An ordinary nn.Module that runs `model` in parallel on the ranks that torchrun started.
 
     Plans at its first call, on the real batch, or at once with `example_inputs` (or `seq`); with `plan` it
-    runs that plan. Options as in `plan`. Raises RuntimeFailure outside torchrun, PlanMismatch
-    where world size, model or batch differ from the plan's.
+    runs that plan. Options as in `plan`; rank 0 writes `dump_dir`. Raises RuntimeFailure outside torchrun,
+    PlanMismatch where world size, model or batch differ from the plan's.
     """
     _check_options(precision, objective)
     if inputs != "global":
@@ -100,9 +106,9 @@ def compile(
     join_world(cluster.devices, cluster.device.kind)
 
     def planner(module: nn.Module, call: Call, fixed: dict[str, State] | None) -> Compiled:
-        traced = trace(module, call)
+        traced, dump_to = trace(module, call), program.dump_folder(dump_dir)
         if plan is not None and fixed is None:
-            return _ready(traced, _matching(plan, traced), cluster)
+            return _ready(traced, _matching(plan, traced), cluster, dump_to)
 
         def make() -> str:
             options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
@@ -111,7 +117,7 @@ def compile(
             return found.dumps()
 
         text = make() if cluster.devices == 1 else agree(make, cluster.device.kind)
-        return _ready(traced, _matching(Plan.loads(text), traced), cluster)
+        return _ready(traced, _matching(Plan.loads(text), traced), cluster, dump_to)
 
     at_once = example_inputs or (_default_call(model, global_batch, seq) if seq is not None else None)
     world = device_mesh(cluster.device.kind, (cluster.devices,)) if cluster.devices > 1 else None
@@ -157,20 +163,20 @@ def _settings(traced: Trace, cluster: ClusterSpec, options: PlanOptions) -> Sear
     return SearchSettings(cluster, spec, options.memory_limit_bytes, memory_of, pin=options.pin)
 
 
-def _workbench(traced: Trace, cluster: ClusterSpec) -> Workbench:
+def _workbench(traced: Trace, cluster: ClusterSpec, *, from_text: bool = False) -> Workbench:
     """For questions about a plan of this trace: what its report solves again."""
 
     def replan(options: PlanOptions, settings: SearchSettings) -> Plan:
         return _as_plan(traced, cluster, options, search(traced, settings))
 
-    return Workbench(traced, lambda options: _settings(traced, cluster, options), replan)
+    return Workbench(traced, lambda options: _settings(traced, cluster, options), replan, from_text)
 
 
 def reopen(plan: Plan, model: nn.Module, example_inputs: Call | None = None) -> Workbench:
     """What it takes to solve a loaded plan again; raises PlanMismatch if it was made for another model."""
     traced = trace(model, example_inputs or sample_call(plan))
     _matching(plan, traced)
-    return _workbench(traced, plan.cluster)
+    return _workbench(traced, plan.cluster, from_text=True)
 
 
 def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: SearchResult) -> Plan:
@@ -198,12 +204,14 @@ def _as_plan(traced: Trace, cluster: ClusterSpec, options: PlanOptions, found: S
     )
 
 
-def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec) -> Compiled:
-    plan = replace(plan, bench=_workbench(traced, plan.cluster))
+def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec, dump_to: Path | None) -> Compiled:
+    plan = replace(plan, bench=_workbench(traced, plan.cluster, from_text=True))
     costs = CostModel(plan.cluster, plan.mesh)
     spec = OptimizerSpec(plan.options.optimizer)
     always = persistent_memory(traced, plan.decisions, plan.mesh, spec).total
     emitted, _ = emit_within(traced, plan.decisions, plan.mesh, costs, always, plan.options.memory_limit_bytes)
+    if dump_to is not None:
+        dump_stages(dump_to, traced, plan, emitted)
     if not plan.mesh:
         return Compiled(traced, plan, RankProgram(emitted, (), ()), None)
     if random_nodes(traced):

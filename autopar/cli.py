@@ -121,6 +121,7 @@ def _add_plan(commands: Any) -> None:
     add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=PIN_HELP)
     add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
     add("-o", "--output", type=Path, metavar="FILE", help="write the plan to FILE")
+    add("--dump-dir", type=Path, metavar="DIR", help="write every stage to DIR as readable Python or JSON")
     add("--json", action="store_true", help="print one JSON object: the layout and its figures")
 
 
@@ -200,6 +201,7 @@ def run_plan(args: argparse.Namespace) -> int:
         "memory_limit_bytes": _memory_limit_bytes(args),
         "time_limit_s": args.time_limit_s,
         "pin": pin or None,
+        "dump_dir": args.dump_dir,
     }
     given = {name: value for name, value in options.items() if value is not None}
     with _Progress() as progress:

@@ -142,7 +142,8 @@ class Plan:
         if model is not None:
             # upwards, to the face: a plan can be solved again only by what made it
             bench = import_module("autopar.api").reopen(self, model, example_inputs)
-        return Report(self, bench, DEFAULT_REPORT_S if time_limit_s is None else time_limit_s)
+        plan = bench.whole(self) if bench else self
+        return Report(plan, bench, DEFAULT_REPORT_S if time_limit_s is None else time_limit_s)
 
     def diff(self, other: Plan) -> PlanDifference:
         """What `other` does differently; raises PlanMismatch if it is for another model or batch."""

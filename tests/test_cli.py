@@ -145,7 +145,7 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     (folder / "config.json").write_text(json.dumps(config))
     argv = ["plan", "--model", str(folder / "config.json"), "--cluster", "cpu", "--gpus", "2", "--seq", "16"]
     argv += ["--global-batch", "8", "--attention", "eager", "--pin", "tp=2"]
-    argv += ["-o", str(folder / "plan.json"), "--json"]
+    argv += ["-o", str(folder / "plan.json"), "--json", "--dump-dir", str(folder / "stages")]
     done = subprocess.run([sys.executable, "-m", "autopar.cli", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "plan.json", json.loads(done.stdout)
@@ -161,6 +161,12 @@ def test_plan_prints_the_layout_and_its_figures(plan_file: tuple[Path, dict[str,
     assert 0 <= printed["gap"] <= 1e-3
     assert printed["trace_s"] > 0
     assert printed["tokens_per_s_per_gpu"] == pytest.approx(16 * 8 / 2 / printed["step_time_s"], rel=1e-6)
+
+
+def test_the_stages_are_dumped(plan_file: tuple[Path, dict[str, Any]]) -> None:
+    stages = plan_file[0].parent / "stages"
+    assert len(list(stages.iterdir())) == 5
+    assert autopar.Plan.load(stages / "03_plan.json").decisions == autopar.Plan.load(plan_file[0]).decisions
 
 
 def test_explain_prints_and_writes(

@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import fx
+
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.explaining.attribution import Attribution
 from autopar.pins import MESH_KEYS
+from autopar.plan_types import NodeDecision
 from autopar.planning import SearchSettings
 from autopar.plans import Plan, PlanOptions
+from autopar.rules import axis_rules
 from autopar.trace import Trace
 
 DEFAULT_AGAIN_S = 30.0  # for one question
@@ -23,21 +27,40 @@ class Workbench:
 
     settings_of: the search's settings for given options.
     replan: searches with given settings and makes a plan of what it finds; raises Infeasible or PinError.
+    from_text: whether the plan at hand was read from text, which does not say what rules cost.
     """
 
     trace: Trace
     settings_of: Callable[[PlanOptions], SearchSettings]
     replan: Callable[[PlanOptions, SearchSettings], Plan]
+    from_text: bool = False
 
     def solve(self, options: PlanOptions, *, time_limit_s: float = DEFAULT_AGAIN_S, **conditions: Any) -> Plan:
         """The best plan under other options or other settings of the search (`fixed_mesh`, `forbidden`)."""
         settings = replace(self.settings_of(options), time_limit_s=time_limit_s, **conditions)
         return self.replan(options, settings)
 
+    def whole(self, plan: Plan) -> Plan:
+        """The plan with the rules of its ops as they are known here: a plan file leaves out their collectives."""
+        if not self.from_text:
+            return plan
+        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
+        decided = {name: _with_known_rules(nodes[name], d, plan.mesh) for name, d in plan.decisions.nodes.items()}
+        return replace(plan, decisions=replace(plan.decisions, nodes=decided))
+
     def attribution(self, plan: Plan) -> Attribution:
         """Where the time of a plan for this model goes."""
         costs = CostModel(plan.cluster, plan.mesh)
         return Attribution(self.trace, plan.decisions, costs, OptimizerSpec(plan.options.optimizer))
+
+
+def _with_known_rules(node: fx.Node, decision: NodeDecision, mesh: tuple[int, ...]) -> NodeDecision:
+    rules = []
+    for rule, size in zip(decision.rules, mesh, strict=True):
+        said = (rule.inputs, rule.outputs, rule.lowering)
+        known = (r for r in axis_rules(node, size).rules if (r.inputs, r.outputs, r.lowering) == said)
+        rules.append(next(known, rule))
+    return replace(decision, rules=tuple(rules))
 
 
 def with_pins(options: PlanOptions, pin: Mapping[str, Any]) -> PlanOptions:

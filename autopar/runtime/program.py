@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -97,6 +99,12 @@ class Program(nn.Module):
     def explain(self) -> Any:
         """Why the program runs as it does: the report of its plan."""
         return self._ready("explain").plan.explain()
+
+    def dump_folder(self, root: str | Path | None) -> Path | None:
+        """Where the next plan is dumped: `root` for the first, a numbered folder in it for later shapes, on rank 0."""
+        if root is None or (dist.is_initialized() and dist.get_rank() != 0):
+            return None
+        return Path(root) / str(len(self._compiled) + 1) if self._compiled else Path(root)
 
     @property
     def plan(self) -> Plan | None:

@@ -20,6 +20,7 @@ _TORCH_DIR = os.path.dirname(torch.__file__)
 _STDLIB_DIR = sysconfig.get_path("stdlib")
 _OWN_DIR = os.path.dirname(__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FRAME_WITH_CODE = re.compile(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)')
 
 # (what torch's message contains in lower case, what is wrong, what to change); the first that matches is used.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
@@ -60,6 +61,14 @@ def located(error: Exception, node: fx.Node | None = None) -> TraceError:
 def source_of(node: fx.Node) -> str | None:
     """The user's "file:line" of a node: the innermost frame of its stack trace that is not torch's."""
     return _innermost([(f, int(n)) for f, n in _FRAME.findall(node.meta.get("stack_trace") or "")])
+
+
+def source_line(node: fx.Node) -> tuple[str, str]:
+    """("file:line", the code there) of a node, as in `source_of`; ("", "") if unknown."""
+    frames = _FRAME_WITH_CODE.findall(node.meta.get("stack_trace") or "")
+    place = _innermost([(file, int(line)) for file, line, _ in frames])
+    code = next((code for file, line, code in reversed(frames) if f"{file}:{line}" == place), "")
+    return (place, code.strip()) if place else ("", "")
 
 
 def rebound_buffer(model: nn.Module, messages: list[str]) -> None:

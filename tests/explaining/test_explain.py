@@ -289,7 +289,10 @@ def test_a_loaded_plan_needs_its_model_for_more() -> None:
             ask()
     model, call = tiny_mlp()
     again = plan.explain(model, example_inputs=call)
+    assert again.attribution.price.step_time_s == pytest.approx(plan.objective_s, rel=1e-9)
+    assert again.plan.decisions == free("mlp").decisions
     found = again.why_not({"tp": 8})
+    assert changes_add_up(found)
     assert found.extra_s == pytest.approx(report().why_not({"tp": 8}).extra_s, rel=1e-6)
     other, other_call = tiny_llama(layers=1)
     with pytest.raises(PlanMismatch):

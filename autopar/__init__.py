@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autopar.cluster import ClusterSpec
     from autopar.explain import Report
     from autopar.plans import Plan
+    from autopar.profiling.run import profile
     from autopar.runtime.program import Program
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _LAZY = {
     "Report": "autopar.explain",
     "compile": "autopar.api",
     "plan": "autopar.api",
+    "profile": "autopar.profiling.run",
     "verify": "autopar.api",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "compile",
     "plan",
+    "profile",
     "verify",
 ]
 

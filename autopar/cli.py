@@ -1,4 +1,4 @@
-"""The command line: `autopar plan`, `autopar explain`, `autopar verify`.
+"""The command line: `autopar plan`, `autopar explain`, `autopar verify`, `autopar profile`.
 
 It only parses, calls the public API and prints. Results go to stdout, everything else
 (progress, errors) to stderr. Exit codes are in `EPILOG`.
@@ -60,6 +60,13 @@ examples:
   autopar verify plan.json
   autopar verify plan.json --model my_package.models:build --json"""
 
+PROFILE_EXAMPLES = """\
+examples:
+  autopar profile -o cluster.json
+  autopar profile --quick -o cluster.json
+  torchrun --nproc-per-node 8 -m autopar.cli profile -o cluster.json
+  autopar plan --model llama3-8b --cluster cluster.json --seq 8192 --global-batch 256"""
+
 PIN_HELP = (
     "fix a layout key (tp=4), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
     "(PATTERN=recompute); may be repeated"
@@ -84,6 +91,7 @@ def build_parser() -> Parser:
     _add_plan(commands)
     _add_explain(commands)
     _add_verify(commands)
+    _add_profile(commands)
     return parser
 
 
@@ -145,6 +153,13 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("plan", type=Path, help="a file made by autopar plan -o")
     parser.add_argument("--model", help="the model, where the plan file does not name it (as for autopar plan)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_profile(commands: Any) -> None:
+    summary = "measure the devices and links that are present, and write them as a cluster file"
+    parser = _command(commands, "profile", summary, PROFILE_EXAMPLES, run_profile)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="write the cluster to FILE")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time: fewer ops, sizes and repetitions")
 
 
 def _positive_int(text: str) -> int:
@@ -261,6 +276,23 @@ def run_verify(args: argparse.Namespace) -> int:
     plan = autopar.Plan.load(args.plan)
     result = autopar.verify(_load_model(_recorded_model(args, plan)), plan)
     print(_to_json(result.to_dict()) if args.json else result)
+    return EXIT_OK
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """Measure on every rank; rank 0 writes the file and says what is in it."""
+    _check_writable(args.output)
+    from autopar.profiling.run import leave, profile, summary
+
+    with _Progress() as progress:
+        cluster = profile(quick=args.quick, progress=progress.show)
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            cluster.save(args.output)
+            print(summary(cluster))
+            print(f"Written to {args.output}; next: autopar plan --cluster {args.output} ...")
+    finally:
+        leave()
     return EXIT_OK
 
 

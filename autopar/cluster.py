@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autopar.cost.checks import Bytes, Count, Fraction, Name, NonNegative, Positive, checked, read_object
+from autopar.cost.checks import Bytes, Count, Fraction, Name, NonNegative, Positive, checked, read_object, shown
+from autopar.curves import MAX_CURVES, NOTHING_MEASURED, AttentionRate, CollectiveCurve, DeviceCurves, OpCurve, once
 from autopar.errors import ClusterSpecError, RuntimeFailure
+from autopar.files import write_atomically
+from autopar.machine import host_memory_bytes, local_counts, local_gpu_names
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added what `autopar profile` measures; files of version 1 are read as before
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 KINDS = ("cuda", "cpu")
 DEVICES_PER_NODE = 8  # of every GPU preset
@@ -38,6 +43,10 @@ class DeviceSpec:
     *_efficiency_fraction: share of the peak rate that large kernels of this class reach.
     matmul_ramp_s: time constant of the rise to that efficiency, see `autopar.cost.compute`.
     launch_overhead_s: what every op costs however small.
+    view_overhead_s: what a view (a transpose, a slice) costs; nothing where views are made ahead of the device.
+    parameter_overhead_s: what a step spends on each trained parameter around its ops (binding it, handing over its
+        gradient).
+    measured: curves of `autopar profile`; where there is one, it goes before the rates above.
     """
 
     name: Name
@@ -51,9 +60,14 @@ class DeviceSpec:
     matmul_ramp_s: NonNegative
     attention_efficiency_fraction: Fraction
     launch_overhead_s: NonNegative
+    view_overhead_s: NonNegative = 0.0
+    parameter_overhead_s: NonNegative = 0.0
+    measured: DeviceCurves = NOTHING_MEASURED
 
     def __post_init__(self) -> None:
         checked(self, "device")
+        if not isinstance(self.measured, DeviceCurves):
+            raise ClusterSpecError(f"device.measured is a {type(self.measured).__name__}; use DeviceCurves")
         if self.kind not in KINDS:
             raise ClusterSpecError(f"device.kind is {self.kind!r}; use one of {', '.join(KINDS)}")
         if self.reserved_bytes >= self.memory_bytes:
@@ -94,15 +108,21 @@ class LinkSpec:
     bytes_per_s: per device, one direction, as the maker states it.
     efficiency_fraction: share of it that large collectives reach.
     latency_s: of one hop, software included.
+    measured: collectives as `autopar profile` found them; where there is one, it goes before the figures above.
     """
 
     name: Name
     bytes_per_s: Positive
     efficiency_fraction: Fraction
     latency_s: NonNegative
+    measured: tuple[CollectiveCurve, ...] = ()
 
     def __post_init__(self) -> None:
         checked(self, "link")
+        object.__setattr__(self, "measured", tuple(self.measured))
+        if len(self.measured) > MAX_CURVES or not all(isinstance(c, CollectiveCurve) for c in self.measured):
+            raise ClusterSpecError(f"link.measured must hold at most {MAX_CURVES} CollectiveCurves")
+        once(((c.kind, c.ranks) for c in self.measured), "link.measured")
 
     @property
     def reached_bytes_per_s(self) -> float:
@@ -114,7 +134,7 @@ class LinkSpec:
 class ClusterSpec:
     """A cluster of equal nodes of equal devices.
 
-    links: innermost first: inside a node, and (needed with several nodes) between nodes.
+    links: innermost first: inside a node, and (needed with several nodes) between nodes. A single device needs none.
     host_memory_bytes: per node.
     collective_launch_s: what every collective costs before the first byte moves.
     """
@@ -134,13 +154,21 @@ class ClusterSpec:
         object.__setattr__(self, "links", tuple(self.links))
         if not all(isinstance(link, LinkSpec) for link in self.links):
             raise ClusterSpecError("cluster.links holds something else; use LinkSpecs only")
-        if len(self.links) not in (1, 2):
+        if len(self.links) > 2 or (not self.links and self.devices > 1):
             raise ClusterSpecError(
                 f"cluster.links has {len(self.links)} entries; give one inside a node and, with several nodes, "
                 "one between nodes"
             )
         if self.nodes > 1 and len(self.links) < 2:
             raise ClusterSpecError(f"cluster.links has no link between its {self.nodes} nodes; add a second entry")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once: clusters are keys of caches that are asked thousands of times."""
+        return self._hash
 
     @property
     def devices(self) -> int:
@@ -149,7 +177,9 @@ class ClusterSpec:
 
     @property
     def intra_link(self) -> LinkSpec:
-        """The link inside a node."""
+        """The link inside a node; ClusterSpecError where none is known."""
+        if not self.links:
+            raise ClusterSpecError(f"cluster {self.name!r} has no link inside a node; add a first entry to links")
         return self.links[0]
 
     @property
@@ -165,29 +195,30 @@ class ClusterSpec:
         """Plain data, as in the JSON file."""
         data = dataclasses.asdict(self)
         data["device"]["peak_flops_per_s"] = dict(self.device.peak_flops_per_s)
-        data["links"] = list(data["links"])
-        return {"schema_version": SCHEMA_VERSION, **data}
+        return {"schema_version": SCHEMA_VERSION, **_listed(data)}
 
     @classmethod
     def from_dict(cls, data: object) -> ClusterSpec:
-        """The inverse of `to_dict`; ClusterSpecError for anything else."""
-        if isinstance(data, Mapping) and data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        """The inverse of `to_dict`, also for files of version 1; ClusterSpecError for anything else."""
+        version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
+        if isinstance(version, bool) or version not in (1, SCHEMA_VERSION):
             raise ClusterSpecError(
-                f"cluster.schema_version is {data['schema_version']!r}, this autopar reads {SCHEMA_VERSION}; "
+                f"cluster.schema_version is {shown(version)}, this autopar reads 1 and {SCHEMA_VERSION}; "
                 "write the file again with this version, or upgrade autopar"
             )
         keys = ("schema_version", *(f.name for f in fields(cls)))
         top = read_object(data, keys, "cluster", required=True)
         del top["schema_version"]
-        top["device"] = _build(DeviceSpec, top["device"], "device")
-        if not isinstance(top["links"], list):
-            raise ClusterSpecError(f"cluster.links is {top['links']!r}; use a list of links")
-        top["links"] = tuple(_build(LinkSpec, link, f"links[{i}]") for i, link in enumerate(top["links"]))
+        top["device"] = _read_device(top["device"], version)
+        top["links"] = tuple(
+            _read_link(link, f"links[{i}]", version) for i, link in enumerate(_list(top["links"], "cluster.links"))
+        )
         return cls(**top)
 
     def to_json(self) -> str:
-        """The JSON text of the spec; the same spec gives the same text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        """The JSON text of the spec; the same spec gives the same text. A point of a curve takes one line."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return _PAIR.sub(r"[\1, \2]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ClusterSpec:
@@ -199,15 +230,20 @@ class ClusterSpec:
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON file, the whole of it or nothing; ClusterSpecError if that fails."""
+        try:
+            write_atomically(path, self.to_json())
+        except OSError as error:
+            raise ClusterSpecError(
+                f"cannot write the cluster file {os.fspath(path)}: {error.strerror or error}; nothing was changed"
+            ) from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClusterSpec:
         """Read a JSON file; ClusterSpecError, naming the file, if that fails."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not text, or no path at all
             raise ClusterSpecError(f"cannot read the cluster file {os.fspath(path)}: {error}") from None
         except ClusterSpecError as error:
             raise ClusterSpecError(f"{os.fspath(path)}: {error}") from None
@@ -236,29 +272,41 @@ class ClusterSpec:
         return preset.cluster(gpus // DEVICES_PER_NODE, DEVICES_PER_NODE, inter_node_gbit_per_s)
 
     @classmethod
-    def local(cls) -> ClusterSpec:
+    def local(cls, profile: str | os.PathLike[str] | None = None) -> ClusterSpec:
         """The cluster that torchrun started this process on: its environment, and the devices of this node.
 
-        RuntimeFailure outside torchrun, ClusterSpecError for a GPU that no preset knows.
+        profile: a file of `autopar profile` on such devices, to be priced by; without it, by the nearest preset.
+        RuntimeFailure outside torchrun, ClusterSpecError for a GPU that no preset knows or a profile of another kind.
         """
         from autopar.presets import find_preset, preset_of_device
 
-        world, per_node = _torchrun_count("WORLD_SIZE"), _torchrun_count("LOCAL_WORLD_SIZE")
-        if world % per_node:
-            raise RuntimeFailure(
-                f"WORLD_SIZE={world} is no multiple of LOCAL_WORLD_SIZE={per_node}: start the same number of "
-                "processes on every node"
-            )
-        gpu_names = _local_gpu_names()
+        world, per_node = local_counts()
+        gpu_names = local_gpu_names()
+        if profile is not None:
+            return _profiled(cls.load(profile), os.fspath(profile), world // per_node, per_node, gpu_names)
         if not gpu_names:
-            return _share_host(find_preset("cpu").cluster(world // per_node, per_node), _host_memory_bytes())
+            return _share_host(find_preset("cpu").cluster(world // per_node, per_node), host_memory_bytes())
         if per_node > len(gpu_names):
             raise RuntimeFailure(
                 f"torchrun started {per_node} processes on a node with {len(gpu_names)} GPUs; use "
                 f"--nproc-per-node {len(gpu_names)}, or CUDA_VISIBLE_DEVICES= to run on CPU"
             )
         spec = preset_of_device(gpu_names[0]).cluster(world // per_node, per_node)
-        return dataclasses.replace(spec, host_memory_bytes=_host_memory_bytes())
+        return dataclasses.replace(spec, host_memory_bytes=host_memory_bytes())
+
+
+def _profiled(spec: ClusterSpec, where: str, nodes: int, per_node: int, gpu_names: list[str]) -> ClusterSpec:
+    """A profile with the counts of what runs now."""
+    here = gpu_names[0] if gpu_names else "a CPU"
+    if (spec.device.kind == "cuda") != bool(gpu_names) or (gpu_names and spec.device.name != here):
+        raise ClusterSpecError(f"{where} describes {spec.device.name}, this node has {here}; profile this machine")
+    if len(spec.links) < (2 if nodes > 1 else 1 if per_node > 1 else 0):
+        raise ClusterSpecError(
+            f"{where} has {len(spec.links)} links, not enough for {nodes} nodes of {per_node}; profile under torchrun "
+            "with as many processes"
+        )
+    placed = dataclasses.replace(spec, nodes=nodes, devices_per_node=per_node)
+    return placed if gpu_names else _share_host(placed, host_memory_bytes())
 
 
 def _share_host(spec: ClusterSpec, host_bytes: int) -> ClusterSpec:
@@ -267,14 +315,64 @@ def _share_host(spec: ClusterSpec, host_bytes: int) -> ClusterSpec:
     return dataclasses.replace(spec, device=device, host_memory_bytes=host_bytes)
 
 
-def _build(cls: Any, data: object, where: str) -> Any:
-    values = read_object(data, tuple(f.name for f in fields(cls)), where, required=True)
+_PAIR = re.compile(r"\[\s+([-+.\w]+),\s+([-+.\w]+)\s+\]")
+
+
+def _listed(value: Any) -> Any:
+    """Plain data with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_device(data: object, version: int) -> DeviceSpec:
+    keys = _keys(DeviceSpec, version)
+    values = read_object(data, keys, "device", required=True)
+    if version > 1:
+        lists = read_object(values["measured"], ("ops", "attention"), "device.measured", required=True)
+        values["measured"] = DeviceCurves(
+            _entries(OpCurve, lists["ops"], "device.measured.ops"),
+            _entries(AttentionRate, lists["attention"], "device.measured.attention"),
+        )
+    return _placed(DeviceSpec, values, "device")
+
+
+def _read_link(data: object, where: str, version: int) -> LinkSpec:
+    values = read_object(data, _keys(LinkSpec, version), where, required=True)
+    if version > 1:
+        values["measured"] = _entries(CollectiveCurve, values["measured"], f"{where}.measured")
+    return _placed(LinkSpec, values, where)
+
+
+def _keys(cls: Any, version: int) -> tuple[str, ...]:
+    """The keys of a file of this version: all that came later have defaults."""
+    return tuple(f.name for f in fields(cls) if version > 1 or f.default is dataclasses.MISSING)
+
+
+def _entries(cls: Any, data: object, where: str) -> tuple[Any, ...]:
+    items = _list(data, where)
+    if len(items) > MAX_CURVES:
+        raise ClusterSpecError(f"{where} has {len(items)} entries; use at most {MAX_CURVES}")
+    named = ((f"{where}[{i}]", item) for i, item in enumerate(items))
+    return tuple(_placed(cls, read_object(item, _keys(cls, 2), at, required=True), at) for at, item in named)
+
+
+def _list(data: object, where: str) -> list[object]:
+    if not isinstance(data, list):
+        raise ClusterSpecError(f"{where} is {shown(data)}; use a list")
+    return data
+
+
+def _placed(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """Build `cls`; an error names where in the file it stands ("links[1]") instead of the kind of thing ("link")."""
     try:
         return cls(**values)
     except ClusterSpecError as error:
-        # The class knows its kind ("link"), the caller where in the file it stands ("links[1]").
-        kind = cls.__name__.removesuffix("Spec").lower()
-        raise ClusterSpecError(str(error).replace(f"{kind}.", f"{where}.", 1)) from None
+        kind, dot, rest = str(error).partition(".")
+        raise ClusterSpecError(f"{where}{dot}{rest}" if kind in _KINDS_OF_ENTRY else str(error)) from None
+
+
+_KINDS_OF_ENTRY = ("device", "link", "curve", "attention")
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -284,31 +382,3 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return data
-
-
-def _torchrun_count(variable: str) -> int:
-    text = os.environ.get(variable)
-    if text is None:
-        raise RuntimeFailure(
-            f"ClusterSpec.local(): {variable} is not set, so this process was not started by torchrun; launch with "
-            "`torchrun --nproc-per-node N script.py`, or ask for one process with ClusterSpec.preset('cpu', gpus=1)"
-        )
-    if not text.isdecimal() or int(text) < 1:
-        raise RuntimeFailure(f"ClusterSpec.local(): {variable}={text!r} is not a positive number; launch with torchrun")
-    return int(text)
-
-
-def _local_gpu_names() -> list[str]:
-    import torch  # only here: describing a cluster takes no torch
-
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _host_memory_bytes() -> int:
-    """Memory of this host, or of the container (cgroup v2) where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdecimal() else total

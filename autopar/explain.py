@@ -21,6 +21,7 @@ from autopar.explaining.alternatives import Alternative, why_not
 from autopar.explaining.attribution import Attribution
 from autopar.explaining.memory_price import MemoryPrice, memory_price
 from autopar.explaining.workbench import DEFAULT_AGAIN_S, Workbench
+from autopar.files import write_atomically
 from autopar.plans import Plan
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report solves again; the usual layouts not counted
@@ -142,6 +143,6 @@ class Report:
         title = html.escape(f"autopar: {text.headline(self.plan)}")
         page = f"<!doctype html><meta charset=utf-8><title>{title}</title><pre>{html.escape(str(self))}</pre>\n"
         try:
-            Path(path).write_text(page)
+            write_atomically(path, page)
         except OSError as error:
-            raise AutoparError(f"cannot write report {path}: {error.strerror or error}") from error
+            raise AutoparError(f"cannot write report {path}: {error.strerror or error}; nothing was changed") from error

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import pytree
-from autopar.cost.compute import op_class, op_flops
+from autopar.cost.compute import op_class, op_flops, op_name
 from autopar.cost.model import CostModel
 from autopar.dataflow import Operand, result_metas
 from autopar.placements import State, local_shape, shard_dim
@@ -58,7 +58,8 @@ def op_seconds(
     made = [(t, s) for t, s in zip(result_metas(node), result_states, strict=True) if t is not None and s is not None]
     moved = sum(reads.values()) + sum(local_bytes(t, s, mesh) for t, s in made)
     flops = op_flops_of(node) * work_share(rules, mesh)
-    seconds = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands))
+    seconds = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands), op_name(node.target))
+    seconds += costs.views_s(sum(len(o.views) for o in operands))
     for axis, rule in enumerate(rules):
         for inner in rule.collectives:
             nbytes = _inner_bytes(node, operands, operand_states, result_states, inner, mesh)

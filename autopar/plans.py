@@ -6,7 +6,6 @@ The same input gives the same bytes, so wall-clock times are not part of the fil
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import nn
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanError
+from autopar.files import write_atomically
 from autopar.json_reader import Reader, finite
 from autopar.placements import State, is_placement
 from autopar.plan_types import Decisions, NodeDecision
@@ -159,15 +159,10 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file; either the whole file is written or the old one stays."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".partial")
         try:
-            scratch.write_text(self.dumps())
-            scratch.replace(target)
+            write_atomically(path, self.dumps())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
-            raise PlanError(f"cannot write plan {target}: {error.strerror or error}; nothing was changed") from error
+            raise PlanError(f"cannot write plan {path}: {error.strerror or error}; nothing was changed") from error
 
     @classmethod
     def loads(cls, text: str, where: str = "plan") -> Plan:

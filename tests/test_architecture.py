@@ -25,7 +25,7 @@ ALLOWED = {
     "runtime": {"core", "codegen", "runtime"},
     "face": {"solver", "core", "codegen", "runtime", "face"},
 }
-FACE = {"autopar.api", "autopar.cli", "autopar.verification"}
+FACE = {"autopar.api", "autopar.cli", "autopar.verification", "autopar.profiling"}
 SOLVER_THIRD_PARTY = {"numpy", "networkx", "pulp", "highspy"}
 PRIVATE_TORCH_HOME = "autopar._torch_compat"
 
@@ -224,6 +224,7 @@ def test_public_names() -> None:
         "__version__",
         "compile",
         "plan",
+        "profile",
         "verify",
     ]
     for name in autopar.__all__:

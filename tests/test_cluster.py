@@ -123,7 +123,7 @@ def put(data, path, value):
         (("links", 1, "bytes_per_s"), -5, "links[1].bytes_per_s"),
         (("links", 0, "latency_s"), [0], "links[0].latency_s"),
         (("links", 0), "fast", "links[0]"),
-        (("schema_version",), 2, "cluster.schema_version is 2"),
+        (("schema_version",), 3, "cluster.schema_version is 3"),
     ],
 )
 def test_impossible_values_are_refused_where_they_stand(path, value, where):
@@ -237,7 +237,7 @@ def torchrun(monkeypatch):
     def start(world, local, gpus=()):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-        monkeypatch.setattr(cluster_module, "_host_memory_bytes", lambda: 16 * GIB)
+        monkeypatch.setattr(cluster_module, "host_memory_bytes", lambda: 16 * GIB)
         fake = SimpleNamespace(
             is_available=lambda: bool(gpus), device_count=lambda: len(gpus), get_device_name=lambda i: gpus[i]
         )
@@ -306,7 +306,7 @@ def test_local_errors(torchrun, monkeypatch):
 
 def test_host_memory_is_that_of_the_machine():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < cluster_module._host_memory_bytes() <= total
+    assert 0 < cluster_module.host_memory_bytes() <= total
 
 
 def test_describing_a_cluster_imports_no_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -264,12 +265,10 @@ def test_full_disk_keeps_the_old_file(plan: Plan, tmp_path: Path, monkeypatch: p
     path = tmp_path / "plan.json"
     path.write_text("the old plan")
 
-    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        with open(self, "w") as file:
-            file.write(text[:100])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PlanError, match="No space left on device; nothing was changed"):
         plan.save(path)
     assert path.read_text() == "the old plan"

@@ -50,7 +50,7 @@ def checked_value(value: object, rule: str, where: str) -> Any:
         number = _finite(value)
         if number is not None and _obeys(number, rule):
             return int(value) if rule in ("count", "bytes") else number
-    raise ClusterSpecError(f"{where} is {_shown(value)}; use {_WANTED[rule]}")
+    raise ClusterSpecError(f"{where} is {shown(value)}; use {_WANTED[rule]}")
 
 
 def _finite(value: int | float) -> float | None:
@@ -69,8 +69,14 @@ def _obeys(number: float, rule: str) -> bool:
     return number > 0 if rule == "positive" else number >= 0
 
 
-def _shown(value: object) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a number out of all bounds"
+def shown(value: object) -> str:
+    """A value in an error: short, however large or deep it is."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a number out of all bounds"
+    try:
+        text = " ".join(repr(value).split())
+    except (RecursionError, ValueError):  # nested too deep, or an int of thousands of digits in it
+        return f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -84,7 +90,7 @@ def read_object(
     if isinstance(data, tuple):
         data = dict(data)
     if not isinstance(data, Mapping):
-        raise ClusterSpecError(f"{where} is {_shown(data)}; use an object with the keys {', '.join(keys)}")
+        raise ClusterSpecError(f"{where} is {shown(data)}; use an object with the keys {', '.join(keys)}")
     for key in data:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=1)

@@ -16,6 +16,9 @@ An axis of the mesh is a set of groups. How one group lies over the nodes decide
   once, and cut into as many rings as there are members it uses the network share of
   each: m members give m x links[1], at most links[0].
 
+Where `autopar profile` measured this collective in groups of this size on this link, its curve goes before the model.
+A group with several members on each of several nodes is always priced by the model.
+
 nbytes is the larger of a rank's input and output: the full tensor for all_reduce,
 all_gather and reduce_scatter, the local one for all_to_all, broadcast and permute.
 """
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from autopar.cluster import ClusterSpec
+from autopar.curves import CollectiveCurve
 from autopar.errors import ClusterSpecError
 
 
@@ -125,7 +129,19 @@ def collective_time_s(kind: str, nbytes: float, axis: MeshAxis, cluster: Cluster
         raise ValueError(f"nbytes of {kind} is {nbytes}; give a finite number of at least 0")
     if axis.size == 1:
         return 0.0
+    curve = _measured(kind, axis, cluster)
+    if curve is not None:
+        return curve.seconds(nbytes)
     return cluster.collective_launch_s + _FORMULAS[kind](_path(axis, cluster), nbytes)
+
+
+@cache
+def _measured(kind: str, axis: MeshAxis, cluster: ClusterSpec) -> CollectiveCurve | None:
+    span = axis_span(axis, cluster)
+    if span.nodes > 1 and span.per_node > 1:
+        return None
+    link = cluster.inter_link if span.nodes > 1 else cluster.intra_link
+    return next((c for c in link.measured if (c.kind, c.ranks) == (kind, axis.size)), None)
 
 
 @cache

@@ -16,6 +16,10 @@ Attention adds up because that is what FlashAttention-2's published throughput d
 A100, head dim 128, 16 K tokens, forward + backward, 205 TFLOP/s and a sum give 173, 187,
 196, 201, 204 TFLOP/s at 1 K to 16 K tokens a sequence; measured 173, 187, 196, 201, 203.
 
+A device that was measured has curves (`autopar.curves`), which go before this law: seconds by FLOPs for a matmul or
+a convolution, but never less than the memory takes; seconds by bytes for all others, of the op itself or of its class;
+rates of its own for attention.
+
 The functions are continuous and never fall when flops or bytes grow.
 """
 
@@ -113,12 +117,46 @@ def op_flops(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out_va
 
 
 @lru_cache(maxsize=1 << 16)
-def op_time_s(device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str) -> float:
-    """Seconds of one op, see the module docstring. dtype: of the operands, as in "bfloat16"."""
+def op_time_s(
+    device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str, name: str = ""
+) -> float:
+    """Seconds of one op, see the module docstring. dtype: of the operands, as in "bfloat16". name: see `op_name`."""
     if not (0 <= flops < math.inf and 0 <= bytes_moved < math.inf):
         raise ValueError(f"flops={flops}, bytes_moved={bytes_moved}; give finite numbers of at least 0")
     if kind is OpClass.VIEW:
         return 0.0
+    measured_s = _measured_s(device, kind, flops, bytes_moved, dtype, name)
+    return _law_s(device, kind, flops, bytes_moved, dtype) if measured_s is None else measured_s
+
+
+def _measured_s(
+    device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str, name: str
+) -> float | None:
+    """Seconds by the curves of the device; None where it has none for this op."""
+    if kind is OpClass.ATTENTION:
+        rate = device.measured.attention_rate("backward" if "backward" in name else "forward", dtype)
+        if rate is None:
+            return None
+        return rate.overhead_s + flops / rate.flops_per_s + bytes_moved / rate.bytes_per_s
+    if kind in (OpClass.MATMUL, OpClass.CONVOLUTION):
+        curve = device.measured.curve((name, kind.value), (dtype,))
+        if curve is None:
+            return None
+        return max(curve.seconds(flops), _streaming_s(device, bytes_moved, dtype))
+    # By bytes, so that the curve of another dtype will do.
+    curve = device.measured.curve((name, kind.value), (dtype, "float32"))
+    return None if curve is None else curve.seconds(bytes_moved)
+
+
+def _streaming_s(device: DeviceSpec, bytes_moved: float, dtype: str) -> float:
+    """Seconds to read and write these bytes."""
+    curve = device.measured.curve((OpClass.ELEMENTWISE.value,), (dtype, "float32"))
+    if curve is None:
+        return bytes_moved / (device.memory_bytes_per_s * device.memory_efficiency_fraction)
+    return curve.seconds(bytes_moved)
+
+
+def _law_s(device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str) -> float:
     memory_s = bytes_moved / (device.memory_bytes_per_s * device.memory_efficiency_fraction)
     if kind is OpClass.ATTENTION:
         compute_s = flops / (device.peak_flops(dtype) * device.attention_efficiency_fraction)
@@ -135,8 +173,12 @@ def op_time_s(device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: floa
 # -- FLOPs where torch has no counter ------------------------------------------------
 
 
+def op_name(target: Any) -> str:
+    """ "mm" of aten::mm.default; "" of what is no op."""
+    return _base_name(target) if isinstance(target, OpOverload) else ""
+
+
 def _base_name(target: OpOverload) -> str:
-    """ "mm" of aten::mm.default."""
     return target._schema.name.split("::")[-1]
 
 

@@ -32,9 +32,13 @@ class CostModel:
         """The device each rank has."""
         return self.cluster.device
 
-    def op_s(self, kind: OpClass, flops: float, bytes_moved: float, dtype: str) -> float:
-        """Seconds of one op on a rank's local tensors; bytes read and written."""
-        return op_time_s(self.device, kind, flops, bytes_moved, dtype)
+    def op_s(self, kind: OpClass, flops: float, bytes_moved: float, dtype: str, name: str = "") -> float:
+        """Seconds of one op on a rank's local tensors; bytes read and written; name: the op's own, such as "gelu"."""
+        return op_time_s(self.device, kind, flops, bytes_moved, dtype, name)
+
+    def views_s(self, count: int) -> float:
+        """Seconds of making `count` views."""
+        return count * self.device.view_overhead_s
 
     def collective_s(self, kind: str, nbytes: float, axis: int) -> float:
         """Seconds of a collective on mesh axis `axis`; nbytes as in `autopar.cost.collectives`."""
@@ -44,7 +48,7 @@ class CostModel:
         """Seconds to copy `nbytes` locally: read and written once, launch included; 0 without bytes."""
         if nbytes == 0:
             return 0.0
-        return op_time_s(self.device, OpClass.ELEMENTWISE, 0.0, 2 * nbytes, "float32")
+        return op_time_s(self.device, OpClass.ELEMENTWISE, 0.0, 2 * nbytes, "float32", "clone")
 
     def optimizer_s(self, param_bytes: float, state_bytes: float) -> float:
         """Seconds of the optimizer's step on a rank's share of one parameter and its state."""

@@ -10,6 +10,7 @@ from autopar.errors import AutoparError
 # States in the parameter's own dtype, per parameter, as torch.optim keeps them. Adam's step
 # counter (one float32 a tensor) is left out.
 _STATES = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0, "none": 0}
+OPTIMIZER = "optimizer"  # the name of its measured curve
 _ITEMSIZE = {
     "float64": 8,
     "float32": 4,
@@ -57,11 +58,16 @@ def optimizer_time_s(device: DeviceSpec, param_bytes_local: float, state_bytes_l
     """Seconds to update one parameter's shard; 0 without bytes.
 
     Bound by memory: parameter, gradient and states are read, parameter and states are
-    written, once each (as a fused step does).
+    written, once each (as a fused step does). A device that was measured has a curve by
+    these bytes.
     """
     if param_bytes_local < 0 or state_bytes_local < 0:
         raise ValueError(f"bytes of parameter and state are {param_bytes_local}, {state_bytes_local}; none may be < 0")
     moved = 3 * param_bytes_local + 2 * state_bytes_local
     if moved == 0:
         return 0.0
-    return device.launch_overhead_s + moved / (device.memory_bytes_per_s * device.memory_efficiency_fraction)
+    curve = device.measured.curve((OPTIMIZER,), ("float32",))
+    if curve is not None:
+        return device.parameter_overhead_s + curve.seconds(moved)
+    streaming_s = moved / (device.memory_bytes_per_s * device.memory_efficiency_fraction)
+    return device.parameter_overhead_s + device.launch_overhead_s + streaming_s

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autopar.explain import Report
 
 ASSUMPTIONS = (
-    "times come from the cluster description alone (rooflines, alpha-beta collectives); nothing was measured here",
+    "times come from the cluster description alone (its rates, or its measured curves); nothing was measured here",
     "communication and compute are added up; memory is the sum of the tensors alive, without fragmentation",
     "outputs other than the loss are dropped before backward; without a loss all are held, the caller's is free",
 )

@@ -10,15 +10,14 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from autopar import __version__
 from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
 from autopar.placements import is_placement
+from autopar.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from autopar.plans import Plan
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
-LOG_EVERY_S = 10.0  # progress without a terminal: a line this often
 
 # How a plan file records the attention that `--attention` chose, so that `verify` loads the same model.
 ATTENTION_MARK = "#attention="
@@ -219,7 +217,7 @@ def run_plan(args: argparse.Namespace) -> int:
         "dump_dir": args.dump_dir,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    with _Progress() as progress:
+    with Progress() as progress:
         plan = autopar.plan(model, cluster, progress=progress.show, **given)
     plan = with_model(plan, spec)
     if args.output is not None:
@@ -284,7 +282,7 @@ def run_profile(args: argparse.Namespace) -> int:
     _check_writable(args.output)
     from autopar.profiling.run import leave, profile, summary
 
-    with _Progress() as progress:
+    with Progress() as progress:
         cluster = profile(quick=args.quick, progress=progress.show)
     try:
         if os.environ.get("RANK", "0") == "0":
@@ -354,37 +352,6 @@ def _check_writable(path: Path | None) -> None:
 def _to_json(data: Any) -> str:
     """One JSON object, with no NaN or infinity in it."""
     return json.dumps(data, indent=2, allow_nan=False)
-
-
-# -- progress ---------------------------------------------------------------------------
-
-
-class _Progress:
-    """What the planner is doing: one line that moves on a terminal, a line every LOG_EVERY_S elsewhere."""
-
-    def __init__(self) -> None:
-        self._status: Any = None
-        self._context: AbstractContextManager[Any] = nullcontext()
-        self._last_s = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._context = Console(stderr=True).status("starting")
-        self._status = self._context.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._context.__exit__(*exception)
-
-    def show(self, event: object) -> None:
-        """Show an event; its text is what a person reads."""
-        if self._status is not None:
-            self._status.update(str(event))
-        elif time.monotonic() - self._last_s >= LOG_EVERY_S:
-            self._last_s = time.monotonic()
-            print(f"autopar: {event}", file=sys.stderr)
 
 
 # -- entry point ------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings, search
 from autopar.plans import InputShape, Plan, PlanOptions
+from autopar.precision import MODEL, checked_precision
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
@@ -44,7 +45,7 @@ def plan(
     example_inputs: Call | None = None,
     seq: int | None = None,
     global_batch: int | None = None,
-    precision: str = "model",
+    precision: str | None = None,
     optimizer: str = "adamw",
     memory_limit_bytes: int | None = None,
     objective: str = "throughput",
@@ -57,16 +58,18 @@ def plan(
 
     example_inputs: (args, kwargs) of the global batch, real, meta or fake tensors; for a transformers
         model `seq` and `global_batch` will do.
+    precision: "model" (the model's own dtypes), "fp32", or "bf16": bfloat16 products as under autocast, with
+        parameters, optimizer state and sums of gradients in float32; see `autopar.precision`.
     memory_limit_bytes: per device; the device's memory less its reserve if not given.
     time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
     dump_dir: a folder for every stage as readable Python or JSON, see `docs/explain.md`.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
-    _check_options(precision, objective)
+    precision = _check_options(precision, objective)
     call = example_inputs or _default_call(model, global_batch, seq)
     began = time.perf_counter()
-    traced = trace(model, call)
+    traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
     options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
     made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
@@ -83,7 +86,7 @@ def compile(
     example_inputs: Call | None = None,
     seq: int | None = None,
     global_batch: int | None = None,
-    precision: str = "model",
+    precision: str | None = None,
     optimizer: str = "adamw",
     memory_limit_bytes: int | None = None,
     objective: str = "throughput",
@@ -98,7 +101,9 @@ def compile(
     runs that plan. Options as in `plan`; rank 0 writes `dump_dir`. Raises RuntimeFailure outside torchrun,
     PlanMismatch where world size, model or batch differ from the plan's.
     """
-    _check_options(precision, objective)
+    chosen = _check_options(precision if plan is None else precision or plan.options.precision, objective)
+    if plan is not None and chosen != plan.options.precision:
+        raise PlanMismatch(f"the plan is for precision={plan.options.precision!r}, not {chosen!r}; plan again")
     if inputs != "global":
         raise AutoparError(f"inputs={inputs!r} is not available yet; pass the global batch on every rank")
     if plan is not None and plan.devices != cluster.devices:
@@ -106,12 +111,12 @@ def compile(
     join_world(cluster.devices, cluster.device.kind)
 
     def planner(module: nn.Module, call: Call, fixed: dict[str, State] | None) -> Compiled:
-        traced, dump_to = trace(module, call), program.dump_folder(dump_dir)
+        traced, dump_to = _traced(module, call, chosen), program.dump_folder(dump_dir)
         if plan is not None and fixed is None:
             return _ready(traced, _matching(plan, traced), cluster, dump_to)
 
         def make() -> str:
-            options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
+            options = _options(traced, cluster, global_batch, chosen, optimizer, memory_limit_bytes, pin)
             mesh = program.plan.mesh if fixed is not None and program.plan else None
             found = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, fixed=fixed, fixed_mesh=mesh)
             return found.dumps()
@@ -174,7 +179,7 @@ def _workbench(traced: Trace, cluster: ClusterSpec, *, from_text: bool = False) 
 
 def reopen(plan: Plan, model: nn.Module, example_inputs: Call | None = None) -> Workbench:
     """What it takes to solve a loaded plan again; raises PlanMismatch if it was made for another model."""
-    traced = trace(model, example_inputs or sample_call(plan))
+    traced = _traced(model, example_inputs or sample_call(plan), plan.options.precision)
     _matching(plan, traced)
     return _workbench(traced, plan.cluster, from_text=True)
 
@@ -262,14 +267,16 @@ def _default_call(model: nn.Module, global_batch: int | None, seq: int | None) -
     return default_inputs(model, global_batch, seq)
 
 
-def _check_options(precision: str, objective: str) -> None:
-    if precision != "model":
-        raise AutoparError(
-            f"precision={precision!r} is not available yet: the plan uses the model's own dtype; "
-            "convert the model first, e.g. model.to(torch.bfloat16)"
-        )
+def _check_options(precision: str | None, objective: str) -> str:
+    """The precision by name; raises AutoparError for what is unknown."""
+    precision = checked_precision(precision)
     if objective != "throughput":
         raise AutoparError(f"objective={objective!r} is not available yet; use 'throughput'")
+    return precision
+
+
+def _traced(model: nn.Module, call: Call, precision: str) -> Trace:
+    return trace(model, call) if precision == MODEL else trace(model, call, precision=precision)
 
 
 def with_model(plan: Plan, name: str) -> Plan:

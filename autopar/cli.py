@@ -121,7 +121,7 @@ def _add_plan(commands: Any) -> None:
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--memory-limit-gb", type=_positive_float, metavar="GB", help="per device, in 10^9 bytes")
     limit.add_argument("--memory-limit-bytes", type=_positive_int, metavar="BYTES", help="per device, in bytes")
-    add("--precision", help="of the model (default: its own dtype), as in autopar.plan")
+    add("--precision", metavar="NAME", help="model (its own dtypes, the default), fp32, or bf16 (float32 weights)")
     add("--optimizer", help="whose state is planned for (default adamw), as in autopar.plan")
     add("--time-limit-s", type=_positive_float, metavar="S", help="stop proving after S seconds; the gap is reported")
     add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=PIN_HELP)
@@ -205,7 +205,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
     cluster = _load_cluster(args.cluster, args.gpus)
     spec = args.model + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
-    model = _load_model(spec)
+    model = _load_model(spec, args.precision)
     options = {
         "seq": args.seq,
         "global_batch": args.global_batch,
@@ -239,7 +239,7 @@ def run_explain(args: argparse.Namespace) -> int:
         print(_to_json(difference.to_dict()) if args.json else difference)
         return EXIT_OK
     solving = args.again or args.why_not or args.next_best
-    model = _load_model(_recorded_model(args, plan)) if solving else None
+    model = _load_model(_recorded_model(args, plan), plan.options.precision) if solving else None
     report = plan.explain(model, time_limit_s=args.time_limit_s)
     if args.why_not or args.next_best:
         return _answer(args, report)
@@ -272,7 +272,7 @@ def run_verify(args: argparse.Namespace) -> int:
     import autopar
 
     plan = autopar.Plan.load(args.plan)
-    result = autopar.verify(_load_model(_recorded_model(args, plan)), plan)
+    result = autopar.verify(_load_model(_recorded_model(args, plan), plan.options.precision), plan)
     print(_to_json(result.to_dict()) if args.json else result)
     return EXIT_OK
 
@@ -316,12 +316,13 @@ def _load_cluster(spec: str, gpus: int | None) -> ClusterSpec:
     return cluster
 
 
-def _load_model(spec: str) -> nn.Module:
-    """The model on meta device, with the attention that is recorded in its name."""
+def _load_model(spec: str, precision: str | None) -> nn.Module:
+    """The model on meta device, with the attention that is recorded in its name, in the dtype of a precision."""
     from autopar.models import load_model
+    from autopar.precision import checked_precision, parameter_dtype
 
     name, _, attention = spec.partition(ATTENTION_MARK)
-    return load_model(name, attention=attention or None)
+    return load_model(name, attention=attention or None, dtype=parameter_dtype(checked_precision(precision)))
 
 
 def _memory_limit_bytes(args: argparse.Namespace) -> int | None:

@@ -189,6 +189,46 @@ def gradient_values(flow: Dataflow, gradient_nodes: Iterable[str]) -> frozenset[
     return frozenset(o.value for o in values if o.node.op == "call_function" and o.value not in flow.uses)
 
 
+# Ops of which each result element is an operand's, or a sum of operands'; and products with a plain number.
+_CARRIERS = frozenset(
+    {
+        "aten._to_copy", "aten.clone", "aten.neg", "aten.add", "aten.sub", "aten.cat", "aten.stack",
+        "aten.slice_backward", "aten.select_backward", "aten.constant_pad_nd",
+    }
+)  # fmt: skip
+_PRODUCTS = frozenset({"aten.mul", "aten.div"})
+
+
+def narrow_gradients(flow: Dataflow, gradient_nodes: Iterable[str]) -> frozenset[ValueName]:
+    """Base values that become gradients of a wider dtype (bfloat16 on the way to float32).
+
+    Their summands must not be summed over ranks before they are widened.
+    """
+    nodes = {n.name: n for n in flow.graph.nodes}
+    found: set[ValueName] = set()
+    for name in gradient_nodes:
+        gradient = resolve(nodes[name])
+        width = gradient.base_tensor.element_size()
+        stack, seen = [gradient], {gradient.value}
+        while stack:
+            operand = stack.pop()
+            if operand.base_tensor.element_size() < width:
+                found.add(operand.value)
+            for source in _carried(flow, operand.node):
+                if source.value not in seen:
+                    seen.add(source.value)
+                    stack.append(source)
+    return frozenset(found)
+
+
+def _carried(flow: Dataflow, node: fx.Node) -> Iterator[Operand]:
+    """The operands of a backward op whose elements are its result's."""
+    name = str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else ""
+    operands_ = flow.operands_of.get(node, ()) if is_backward(node) else ()
+    if name in _CARRIERS or (name in _PRODUCTS and len(operands_) == 1):
+        yield from (o for o in operands_ if o.base_tensor.is_floating_point())
+
+
 def is_backward(node: fx.Node) -> bool:
     """Whether a node belongs to the backward pass."""
     return node.meta.get("phase") == "backward"

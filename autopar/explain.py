@@ -108,6 +108,7 @@ class Report:
             "devices": plan.devices,
             "mesh": list(plan.mesh),
             "axes": list(plan.roles),
+            "precision": plan.options.precision,
             "layout": plan.layout(),
             **plan.predicted,
             "memory_limit_bytes": plan.options.memory_limit_bytes,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from autopar.dataflow import Dataflow, is_backward, result_metas
+import torch
+
+from autopar.dataflow import Dataflow, is_backward, resolve, result_metas
 from autopar.opcost import op_flops_of
 from autopar.pins import weight_slots
 from autopar.placements import shard_dim
 from autopar.plan_types import Decisions
+from autopar.rules import operands
 from autopar.trace import Trace
 
 
@@ -65,8 +68,16 @@ def _zero(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> int:
     cut = [p for p in trace.params if any(shard_dim(decisions.params[p.fqn][a]) is not None for a in axes)]
     if 2 * sum(sizes[p.fqn] for p in cut) <= sum(sizes.values()):
         return 0
-    kept = {value for value, _ in decisions.kept_copies}
+    kept = {_parameter_behind(trace, value) for value, _ in decisions.kept_copies}
     return 2 if 2 * sum(sizes[p.fqn] for p in cut if p.node in kept) > sum(sizes[p.fqn] for p in cut) else 3
+
+
+def _parameter_behind(trace: Trace, value: str) -> str:
+    """The placeholder that a value is a cast of, or the value itself."""
+    node = next((n for n in trace.graph_module.graph.nodes if n.name == value), None)
+    while node is not None and node.target is torch.ops.aten._to_copy.default:
+        node = resolve(operands(node)[0]).node
+    return value if node is None else node.name
 
 
 def _sequence_sharded(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> bool:

@@ -24,6 +24,7 @@ from autopar.files import write_atomically
 from autopar.json_reader import Reader, finite
 from autopar.placements import State, is_placement
 from autopar.plan_types import Decisions, NodeDecision
+from autopar.precision import PRECISIONS
 from autopar.rules.types import AxisRule
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class InputShape:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked for."""
+    """What the user asked for. precision: see `autopar.precision`."""
 
     global_batch: int
     precision: str
@@ -298,6 +299,7 @@ def _decode_input(reader: Reader) -> InputShape:
 
 def _decode_options(reader: Reader) -> PlanOptions:
     OptimizerSpec(reader.get("optimizer", str))  # AutoparError if there is none of that name
+    reader.check("precision", reader.get("precision", str) in PRECISIONS, f"expected one of {', '.join(PRECISIONS)}")
     return PlanOptions(
         global_batch=reader.get("global_batch", int),
         precision=reader.get("precision", str),

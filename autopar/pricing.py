@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.dataflow import Dataflow, Operand, ViewMaps, gradient_values, is_backward, resolve, result_metas
+from autopar.dataflow import (
+    Dataflow,
+    Operand,
+    ViewMaps,
+    gradient_values,
+    is_backward,
+    narrow_gradients,
+    resolve,
+    result_metas,
+)
 from autopar.opcost import local_bytes, op_flops_of, op_seconds, work_share
 from autopar.placements import State, replicated
 from autopar.plan_types import Decisions, NodeDecision
@@ -74,6 +83,7 @@ class _Pricer:
         self.views = ViewMaps(self.mesh)
         self.tables = ConversionTables(self.mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
+        self.narrow = narrow_gradients(self.flow, trace.grads.values())
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.param_of = {p.node: p.fqn for p in trace.params}
 
@@ -146,4 +156,6 @@ class _Pricer:
             yield Transfer(operand.value, phase, source, target, steps)
 
     def _table(self, operand: Operand) -> Conversions:
-        return self.tables.of(operand.base_tensor, bucketed=operand.value in self.gradients)
+        return self.tables.of(
+            operand.base_tensor, bucketed=operand.value in self.gradients, summable=operand.value not in self.narrow
+        )

@@ -129,12 +129,21 @@ class Conversions:
 
 
 def conversions(
-    shape: Sequence[int], itemsize: int, mesh: Sequence[int], states: Sequence[State], costs: StepCosts
+    shape: Sequence[int],
+    itemsize: int,
+    mesh: Sequence[int],
+    states: Sequence[State],
+    costs: StepCosts,
+    *,
+    summable: bool = True,
 ) -> Conversions:
-    """Cheapest conversions between all `states` of a tensor (all-pairs Dijkstra)."""
+    """Cheapest conversions between all `states` of a tensor (all-pairs Dijkstra).
+
+    summable: whether summands may be summed; if not, they stay summands.
+    """
     states = tuple(states)
     nbytes = tuple(math.prod(local_shape(shape, s, mesh) or ()) * itemsize for s in states)
-    steps = [list(_steps_from(s, states, nbytes, mesh)) for s in states]
+    steps = [[x for x in _steps_from(s, states, nbytes, mesh) if summable or not _sums(x[1])] for s in states]
     arcs = [[(target, step, step_s(step, costs)) for target, step in out] for out in steps]
     cost = np.full((len(states), len(states)), np.inf)
     previous = []
@@ -144,6 +153,10 @@ def conversions(
         previous.append(tuple(row))
     made = Conversions(states, nbytes, cost, np.zeros((0, 0), dtype=np.int64), tuple(previous))
     return replace(made, workspace_bytes=_workspace(made))
+
+
+def _sums(step: Step) -> bool:
+    return step.kind in ("all_reduce", "reduce_scatter")
 
 
 def _workspace(made: Conversions) -> np.ndarray:
@@ -235,17 +248,21 @@ class ConversionTables:
     def __init__(self, mesh: Sequence[int], costs: StepCosts) -> None:
         self.mesh = tuple(mesh)
         self._costs = {False: costs, True: BucketedCosts(costs, GRADIENT_BUCKET_BYTES)}
-        self._tables: dict[tuple[tuple[int, ...], int, bool, bool], Conversions] = {}
+        self._tables: dict[tuple[tuple[int, ...], int, bool, bool, bool], Conversions] = {}
 
     def costs(self, *, bucketed: bool = False) -> StepCosts:
         """What prices a step of a conversion."""
         return self._costs[bucketed]
 
-    def of(self, tensor: torch.Tensor, *, bucketed: bool = False) -> Conversions:
-        """The table for tensors like this one; those of floating point may also be sums in pieces."""
+    def of(self, tensor: torch.Tensor, *, bucketed: bool = False, summable: bool = True) -> Conversions:
+        """The table for tensors like this one; those of floating point may also be sums in pieces.
+
+        summable: False for what must be widened before its summands are summed (`dataflow.narrow_gradients`).
+        """
         shape, itemsize, partial = tensor.shape, tensor.element_size(), tensor.is_floating_point()
-        key = (tuple(shape), itemsize, partial, bucketed)
+        key = (tuple(shape), itemsize, partial, bucketed, summable)
         if key not in self._tables:
             states = enumerate_states(shape, self.mesh, partial=partial)
-            self._tables[key] = conversions(shape, itemsize, self.mesh, states, self._costs[bucketed])
+            priced = self._costs[bucketed]
+            self._tables[key] = conversions(shape, itemsize, self.mesh, states, priced, summable=summable)
         return self._tables[key]

@@ -25,6 +25,7 @@ from autopar.dataflow import (
     ViewMaps,
     gradient_values,
     is_backward,
+    narrow_gradients,
     resolve,
     result_metas,
     value_name,
@@ -33,7 +34,7 @@ from autopar.errors import PinError
 from autopar.opcost import op_seconds
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions, NodeDecision
-from autopar.redistribute import Conversions, ConversionTables
+from autopar.redistribute import ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
 from autopar.segments import must_rerun, recompute_times
 from autopar.solver import Choice, Op, Problem, Solution, Value
@@ -137,6 +138,7 @@ class _Builder:
         self._offers: dict[str, tuple[list[tuple[State, ...]], tuple[OpOption, ...], tuple[Choice, ...]]] = {}
         self.tables = ConversionTables(self.mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
+        self.narrow = narrow_gradients(self.flow, trace.grads.values())
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
 
@@ -202,15 +204,12 @@ class _Builder:
     # -- values ------------------------------------------------------------------
 
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
-        table = self._table(tensor, bucketed=name in self.gradients)
+        table = self.tables.of(tensor, bucketed=name in self.gradients, summable=name not in self.narrow)
         index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out, table.workspace_bytes))
         self.states.append(table.states)
         self.value_index[name] = index
         return index
-
-    def _table(self, tensor: torch.Tensor, *, bucketed: bool = False) -> Conversions:
-        return self.tables.of(tensor, bucketed=bucketed)
 
     def _add_op(self, op: Op) -> int:
         self.op_index[op.name] = len(self.ops)
@@ -236,7 +235,7 @@ class _Builder:
         stored = [s for s in self.states[value] if "P" not in s]
         if param.fqn in self._gradient_operands:
             gradient = self._gradient_operands[param.fqn]
-            possible = self.views.preimages(gradient, self._table(gradient.base_tensor).states)
+            possible = self.views.preimages(gradient, self.tables.of(gradient.base_tensor).states)
             stored = [s for s in stored if s in possible]
         if self.pins.allow_param is not None:
             possible_states, stored = stored, [s for s in stored if self.pins.allow_param(param, s)]

@@ -15,6 +15,7 @@ from torch import nn
 
 from autopar._torch_compat import capture_environment, fake_tensor_mode, has_device, pytree
 from autopar.errors import TraceError
+from autopar.precision import MODEL, autocast_dtype, check_parameters
 from autopar.tracing.assemble import assemble
 from autopar.tracing.capture import capture, logging_calls
 from autopar.tracing.leaves import input_leaves
@@ -54,6 +55,7 @@ def trace(
     *,
     device: str | None = None,
     unrolled: bool = True,
+    precision: str = MODEL,
 ) -> Trace:
     """Capture `model(*args, **kwargs)` and its backward pass as one ATen graph.
 
@@ -64,6 +66,7 @@ def trace(
 
     unrolled: trace three of many identical layers and unroll the graph where that is proven to be the same
         (see `autopar.tracing.unroll`); False traces every layer.
+    precision: see `autopar.precision`.
 
     The model is traced in the mode it is in (train or eval). A scalar loss, alone, first in a tuple, or under the
     name "loss", is what is differentiated; of a model without one, every output that depends on a parameter is
@@ -71,21 +74,21 @@ def trace(
     Raises TraceError, with `source` set to the line of the model's code where that is known.
     """
     if unrolled:
-        found = _trace_unrolled(model, example_inputs, device)
+        found = _trace_unrolled(model, example_inputs, device, precision)
         if found is not None:
             return found
-    return _trace_flat(model, example_inputs, device)
+    return _trace_flat(model, example_inputs, device, precision)
 
 
-def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None) -> Trace | None:
+def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace | None:
     """The trace by way of three layers; None where the model has no such layers or they turn out to differ."""
     repeated = repeated_layers(model) if isinstance(model, nn.Module) else None
     if repeated is None:
         return None
     path, count = repeated
     try:
-        three = _trace_flat(with_layers(model, path, [0, count // 2, count - 1]), example_inputs, device)
-        two = _trace_flat(with_layers(model, path, [0, count - 1]), example_inputs, device)
+        three = _trace_flat(with_layers(model, path, [0, count // 2, count - 1]), example_inputs, device, precision)
+        two = _trace_flat(with_layers(model, path, [0, count - 1]), example_inputs, device, precision)
     except TraceError:
         return None  # the flat trace says what is wrong, or works where fewer layers don't
     template = make_template(three, f"{path}.")
@@ -96,8 +99,9 @@ def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None) -
     return unroll(template, count) if same else None
 
 
-def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None) -> Trace:
+def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace:
     args, kwargs = _checked(model, example_inputs)
+    check_parameters(model, precision)
     if device is not None and not has_device(torch.device(device).type):
         raise TraceError(f"this build of torch cannot trace for device {device!r}; leave device out, or use 'cpu'")
     leaves = input_leaves(model.forward, args, kwargs)
@@ -113,7 +117,8 @@ def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None) -> Tr
         fake_args, fake_kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: fake_like(t, mode, device), (args, kwargs)
         )
-        return assemble(capture(shadow.module, fake_args, fake_kwargs, mode), model, shadow, leaves)
+        raw = capture(shadow.module, fake_args, fake_kwargs, mode, autocast_dtype(precision))
+        return assemble(raw, model, shadow, leaves)
 
 
 def _checked(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,7 +31,7 @@ from autopar.compare import gradient_errors as gradient_errors
 from autopar.compare import relative_error as relative_error
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.dataflow import value_name
+from autopar.dataflow import result_metas, value_name
 from autopar.errors import PlanMismatch, RuntimeFailure, VerifyError
 from autopar.placements import State
 from autopar.plan_types import Decisions
@@ -79,7 +79,7 @@ def verify(model: nn.Module, plan: Plan, *, example_inputs: Any = None, seed: in
     example_inputs: (args, kwargs) to compare on; made up from the plan's shapes if not given.
     """
     call = example_inputs or sample_call(plan)
-    traced = trace(model, call)
+    traced = trace(model, call, precision=plan.options.precision)
     if graph_hash(traced) != plan.graph_hash:
         raise PlanMismatch("the plan was made for another model or batch (its traced graph differs); plan again")
     emitted = emit_for(traced, plan)
@@ -128,7 +128,7 @@ def _compared(
         output_errors = {name: relative_error(tensor, expected[name]) for name, tensor in outputs.items()}
         output = max(output_errors, key=lambda k: output_errors[k])
         output_error = output_errors[output]
-        tolerance = tolerance_of(expected[name] for name in outputs)
+        tolerance = tolerance_of([expected[name] for name in outputs], traced)
         worst = max(errors, key=lambda k: errors[k], default=None)
         worst_error = errors[worst] if worst else 0.0
         if not max(output_error, worst_error) <= tolerance:
@@ -146,9 +146,11 @@ def _compared(
     return VerifyReport(math.prod(emitted.mesh), output_error, worst, worst_error, tolerance, collectives)
 
 
-def tolerance_of(outputs: Iterable[torch.Tensor]) -> float:
-    """How far a program may be off: what the least precise of the outputs allows."""
-    return max((TOLERANCE.get(t.dtype, 1e-2) for t in outputs if t.is_floating_point()), default=1e-2)
+def tolerance_of(outputs: Iterable[torch.Tensor], traced: Trace) -> float:
+    """How far a program may be off: what the least precise of the outputs allows, and any low precision inside."""
+    inside = {t.dtype for n in traced.graph_module.graph.nodes for t in result_metas(n) if t is not None}
+    dtypes = {t.dtype for t in outputs if t.is_floating_point()} | (inside & {torch.bfloat16, torch.float16})
+    return max((TOLERANCE.get(d, 1e-2) for d in dtypes), default=1e-2)
 
 
 def random_nodes(traced: Trace) -> list[str]:

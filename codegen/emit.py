@@ -23,6 +23,7 @@ from autopar.dataflow import (
     ViewMaps,
     gradient_values,
     is_backward,
+    narrow_gradients,
     resolve,
     value_name,
 )
@@ -95,6 +96,7 @@ class _Emitter:
         self.buckets = GradientBuckets(self.backward.builder, bucket_bytes)
         self.tables = ConversionTables(mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
+        self.narrow = narrow_gradients(self.flow, trace.grads.values())
 
     def emit(self) -> EmittedProgram:
         tangents = self.trace.tangents
@@ -170,7 +172,9 @@ class _Emitter:
 
     def table(self, operand: Operand) -> Conversions:
         """The conversions of an operand's base value."""
-        return self.tables.of(operand.base_tensor, bucketed=operand.value in self.gradients)
+        return self.tables.of(
+            operand.base_tensor, bucketed=operand.value in self.gradients, summable=operand.value not in self.narrow
+        )
 
     def path(self, operand: Operand, state: State) -> tuple[Step, ...]:
         """The conversion of an operand's base value from the state it is made in."""

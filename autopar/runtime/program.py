@@ -24,6 +24,7 @@ from autopar._torch_compat import pytree
 from autopar.errors import RuntimeFailure
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
+from autopar.precision import autocast_dtype
 from autopar.runtime.binding import bind_inputs
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.failure import naming_dead_ranks
@@ -38,8 +39,13 @@ class Compiled:
     def __init__(self, trace: Trace, plan: Plan, rank_program: RankProgram, mesh: DeviceMesh | None) -> None:
         self.trace, self.plan, self.rank_program, self.mesh = trace, plan, rank_program, mesh
         self.backward_needs = {name for name, _ in rank_program.emitted.backward_inputs}
+        self.device_type = plan.cluster.device.kind
         self.tangents_of = gradient_sources(trace)
         self.tangent_metas = {n.name: n.meta["val"] for n in trace.graph_module.graph.nodes if n.name in trace.tangents}
+
+    def own_precision(self) -> torch.autocast:
+        """A context in which ops compute in the dtypes that the trace has given them."""
+        return torch.autocast(self.device_type, enabled=False)
 
 
 Planner = Callable[[nn.Module, Call, "dict[str, State] | None"], Compiled]
@@ -71,6 +77,7 @@ class Program(nn.Module):
         one device: every rank computes the same loss of them.
         """
         compiled = self.prepare((args, kwargs))
+        _check_autocast(compiled)
         trace = compiled.trace
         inputs = bind_inputs(trace, self._model[0], args, kwargs)
         params = dict(self.named_parameters())
@@ -184,7 +191,8 @@ class _Step(torch.autograd.Function):
         values = {p.node: _local(t) for p, t in zip(compiled.trace.params, params, strict=True)}
         values.update(buffers)
         values.update(inputs)
-        outputs, saved = compiled.rank_program.forward(values)
+        with compiled.own_precision():
+            outputs, saved = compiled.rank_program.forward(values)
         # Detached: an output that holds its own graph would never be freed. Changes in place are still seen.
         ctx.compiled, ctx.saved, ctx.values = compiled, [t.detach() for t in saved], values
         ctx.versions = {name: value._version for name, value in values.items()}
@@ -210,13 +218,25 @@ class _Step(torch.autograd.Function):
         given = dict(zip(ctx.names, grad_outputs, strict=True))
         tangents = {o.tangent: given.pop(o.node, None) for o in compiled.trace.outputs if o.tangent and o.node}
         values.update({name: _tangent(tensor, compiled.tangent_metas[name]) for name, tensor in tangents.items()})
-        with naming_dead_ranks(compiled.mesh):
+        with naming_dead_ranks(compiled.mesh), compiled.own_precision():
             grads = compiled.rank_program.backward(saved, values)
         by_fqn = dict(zip(compiled.rank_program.emitted.grads, grads, strict=True))
         used = {name for name, tensor in tangents.items() if tensor is not None}
         for fqn in [name for name in by_fqn if not used & compiled.tangents_of[name]]:
             del by_fqn[fqn]  # what no loss was made of gives no gradient, as on one device
         return (None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
+
+
+def _check_autocast(compiled: Compiled) -> None:
+    """A program has the precision that it was compiled for; an autocast around it that asks for another is refused."""
+    if not torch.is_autocast_enabled(compiled.device_type):
+        return
+    dtype, precision = torch.get_autocast_dtype(compiled.device_type), compiled.plan.options.precision
+    if dtype != autocast_dtype(precision):
+        raise RuntimeFailure(
+            f"the program was compiled for precision={precision!r} and is called under autocast to {dtype}; leave the "
+            "autocast out, or compile with precision='bf16'"
+        )
 
 
 def gradient_sources(trace: Trace) -> dict[str, frozenset[str]]:

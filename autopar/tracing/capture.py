@@ -39,15 +39,22 @@ class RawJoint:
 
 
 class _Root(nn.Module):
-    """What Dynamo traces: one level above the model, so that the model's own hooks are traced with it."""
+    """What Dynamo traces: one level above the model, so that the model's own hooks are traced with it.
 
-    def __init__(self, model: nn.Module) -> None:
+    autocast: the dtype of products, None for no autocast.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.autocast = model, autocast
+        self.device_type = next(model.parameters()).device.type
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        if self.autocast is None:
+            return self.model(*args, **kwargs)
+        with torch.autocast(self.device_type, dtype=self.autocast):
+            return self.model(*args, **kwargs)
 
 
 class _Interpreter(fx.Interpreter):
@@ -170,9 +177,16 @@ def _constant(path: str, leaf: Any) -> Any:
     )
 
 
-def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: compat.FakeTensorMode) -> RawJoint:
+def capture(
+    shadow: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: compat.FakeTensorMode,
+    autocast: torch.dtype | None = None,
+) -> RawJoint:
     """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line.
 
+    autocast: the dtype of an autocast around the call, None for none.
     To be called in `capture_environment(logging_calls())`.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -180,7 +194,7 @@ def capture(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mo
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            graph_module = compat.capture_forward(_Root(shadow), args, kwargs)
+            graph_module = compat.capture_forward(_Root(shadow, autocast), args, kwargs)
             rebound_buffer(shadow, [str(w.message) for w in caught])
             target = _LossAndDetached(graph_module, definition_of(shadow), arguments)
             joint = compat.export_joint(target, arguments.tensors, mode)

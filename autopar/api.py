@@ -24,11 +24,13 @@ from autopar.layout import axis_roles, layout_keys
 from autopar.memory_types import MemoryEstimate
 from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
+from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
 from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings, search
 from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.precision import MODEL, checked_precision
 from autopar.runtime.execute import RankProgram
+from autopar.runtime.memory import check_room
 from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
@@ -214,6 +216,7 @@ def _ready(traced: Trace, plan: Plan, cluster: ClusterSpec, dump_to: Path | None
     costs = CostModel(plan.cluster, plan.mesh)
     spec = OptimizerSpec(plan.options.optimizer)
     always = persistent_memory(traced, plan.decisions, plan.mesh, spec).total
+    check_room(always, cluster.devices, cluster.device.kind)
     emitted, _ = emit_within(traced, plan.decisions, plan.mesh, costs, always, plan.options.memory_limit_bytes)
     if dump_to is not None:
         dump_stages(dump_to, traced, plan, emitted)
@@ -236,6 +239,7 @@ def _matching(plan: Plan, traced: Trace) -> Plan:
             "the plan was made for another model (its traced graph differs); plan again for this model, "
             f"with the same torch ({plan.torch_version})"
         )
+    check_decisions(traced, plan.decisions, plan.mesh)
     return plan
 
 

@@ -34,6 +34,7 @@ from autopar.cost.optimizer import OptimizerSpec
 from autopar.dataflow import result_metas, value_name
 from autopar.errors import PlanMismatch, RuntimeFailure, VerifyError
 from autopar.placements import State
+from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
 from autopar.plans import Plan
 from autopar.rules import is_random
@@ -82,6 +83,7 @@ def verify(model: nn.Module, plan: Plan, *, example_inputs: Any = None, seed: in
     traced = trace(model, call, precision=plan.options.precision)
     if graph_hash(traced) != plan.graph_hash:
         raise PlanMismatch("the plan was made for another model or batch (its traced graph differs); plan again")
+    check_decisions(traced, plan.decisions, plan.mesh)
     emitted = emit_for(traced, plan)
     values = sample_values(traced, model, call, seed)
     return verify_program(traced, plan.decisions, emitted, values)

@@ -9,6 +9,7 @@ original. Nothing here knows how the plan was found: a plan written by hand runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -194,6 +195,21 @@ class _Emitter:
         return outputs, states
 
 
+def _lowered(
+    builder: GraphBuilder, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]
+) -> Sequence[fx.Node | None]:
+    """`lower`, with one PlanError where the local shapes that the plan gives an op do not go together."""
+    try:
+        return lower(builder, node, rules, operands)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shapes = ", ".join(str(tuple(o.meta["val"].shape)) for o in operands)
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PlanError(
+            f"op {node.name} ({node.target}) cannot run on parts of shape {shapes}, as the plan says ({reason}); "
+            "plan this model again"
+        ) from error
+
+
 class _Pass:
     """The emission of one pass: which versions of which values exist so far."""
 
@@ -224,7 +240,7 @@ class _Pass:
         operands = self.emitter.flow.operands_of[node]
         taken = [self.take(o, s)[0] for o, s in zip(operands, decision.operand_states, strict=True)]
         self.builder.origin = node.name
-        results = lower(self.builder, node, decision.rules, taken)
+        results = _lowered(self.builder, node, decision.rules, taken)
         for index, (result, state) in enumerate(zip(results, decision.result_states, strict=True)):
             if state is not None and result is not None:
                 result.meta["version"] = (node.name, index, state)
@@ -239,7 +255,7 @@ class _Pass:
             key = (view.node, view.index, at)
             if key not in self._viewed:
                 self.builder.origin = view.node.name
-                viewed = lower(self.builder, view.node, rules, [at])[view.index]
+                viewed = _lowered(self.builder, view.node, rules, [at])[view.index]
                 assert viewed is not None
                 self._viewed[key] = viewed
             at = self._viewed[key]

@@ -106,8 +106,24 @@ def conditional(m, x):
     return torch.cond(x.sum() > 0, torch.sin, torch.cos, (m.layer(x),)).sum()  # HERE
 
 
+def breaks(m, x):
+    torch._dynamo.graph_break()  # HERE
+    return m.layer(x).sum()
+
+
+@torch.compiler.disable
+def hidden(x):
+    return 2 * x
+
+
+def disabled(m, x):
+    return m.layer(hidden(x)).sum()  # HERE
+
+
 CASES: list[tuple[Callable[..., Any], str, str]] = [
     (branch, "branches on the value of a tensor", "torch.where"),
+    (breaks, "breaks the graph on purpose", "graph_break"),
+    (disabled, "kept out of graphs by torch.compiler.disable", "remove that decorator"),
     (item, r"reads the value of a tensor \(\.item", "keep the value in a tensor"),
     (to_float, "reads the value of a tensor", "keep the value in a tensor"),
     (to_list, r"reads the values of a tensor \(\.tolist", "keep the values in a tensor"),

@@ -24,6 +24,9 @@ _FRAME_WITH_CODE = re.compile(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)')
 
 # (what torch's message contains in lower case, what is wrong, what to change); the first that matches is used.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
+    ("user-inserted graph break", "the code breaks the graph on purpose", "remove torch._dynamo.graph_break()"),
+    ("torch.compiler.disable", "a function called here is kept out of graphs by torch.compiler.disable",
+     "remove that decorator, or move what it does out of forward"),
     ("data-dependent branching", "the code branches on the value of a tensor",
      "use torch.where, or decide on a plain Python value passed as an argument"),
     ("_local_scalar_dense", "the code reads the value of a tensor (.item(), float(), int())",

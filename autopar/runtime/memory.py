@@ -24,7 +24,7 @@ def check_room(always_bytes: int, devices: int, kind: str) -> None:
         where = "the GPU" if kind == "cuda" else "this host"
         raise RuntimeFailure(
             f"the plan holds {always_bytes / 2**30:.4g} GiB of parameters, buffers, inputs and optimizer state on each "
-            f"of {ranks} ranks here, {where} has {room / 2**30:.4g} GiB; use more devices (planning needs none of them), "
+            f"of {ranks} ranks here, {where} has {room / 2**30:.4g} GiB; use more devices (planning needs none), "
             "or lower memory_limit_bytes so that they are stored in shards"
         )
 

@@ -322,7 +322,12 @@ def _infeasible(tried: list[_Tried], settings: SearchSettings) -> Infeasible:
     where = f" (at {best.binding})" if best.binding else ""
     bounds = [t.needed_bound for t in tried]
     bound = min((b for b in bounds if b is not None), default=None) if all(bounds) else None
-    proven = "" if bound is None else f" (proven: by the planner's own account none needs less than {_gb(bound)})"
+    shown = bound is not None and bound <= best.needed_bytes  # that account is on the safe side, and may exceed it
+    proven = (
+        ""
+        if not shown or bound is None
+        else f" (proven: by the planner's own account none needs less than {_gb(bound)})"
+    )
     return Infeasible(
         f"no plan fits {_gb(limit)} per device: the leanest needs {_gb(best.needed_bytes)}"
         f" ({best.needed_bytes} bytes) on mesh {'x'.join(map(str, best.mesh)) or '1'}{where}; raise the limit to that,"

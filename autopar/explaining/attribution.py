@@ -110,7 +110,7 @@ class Attribution:
                 seconds[f"{op_name(node)}, run again"] += spent
         for transfer in self.price.transfers:
             for kind, axis, _, spent in transfer.steps:
-                seconds[f"{kind} of {self._role(transfer)} over {self._span(axis)}"] += spent
+                seconds[f"{kind} of {self.role(transfer)} over {self._span(axis)}"] += spent
         seconds["optimizer"] += self.price.optimizer_s
         return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
@@ -163,7 +163,8 @@ class Attribution:
         where = f", {nodes} nodes" if nodes > 1 else ""
         return f"{self.costs.mesh[axis]} ranks{where}"
 
-    def _role(self, transfer: Transfer) -> str:
+    def role(self, transfer: Transfer) -> str:
+        """What a transfer moves: "parameters", "gradients" (of parameters), or activations of one of the passes."""
         if transfer.value in self._params:
             return "parameters"
         if transfer.value in self._gradients:

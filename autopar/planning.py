@@ -214,7 +214,8 @@ class _Tried:
         self.objective_s, self.status = float("inf"), "infeasible"
         self.bound_s: float | None = None
         self.needed_bytes: int | None = None
-        self.needed_bound: int | None = None  # by the solver's account, which is on the safe side
+        self.needed_account: int | None = None  # the same by the solver's account, which is on the safe side
+        self.needed_bound: int | None = None  # what it proved of that
         self.binding: str | None = None
         self.solver_peak = 0
         self.left = _MAX_LEANER
@@ -264,7 +265,8 @@ class _Tried:
 
     def _take_leanest(self, error: InfeasibleProblem) -> None:
         """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
-        self.status, self.needed_bound = "infeasible", error.bound_bytes
+        self.status = "infeasible"
+        self.needed_account, self.needed_bound = error.needed_bytes, error.bound_bytes
         if error.leanest is None:
             return
         decisions = self.stated.decisions(error.leanest)
@@ -322,12 +324,10 @@ def _infeasible(tried: list[_Tried], settings: SearchSettings) -> Infeasible:
     where = f" (at {best.binding})" if best.binding else ""
     bounds = [t.needed_bound for t in tried]
     bound = min((b for b in bounds if b is not None), default=None) if all(bounds) else None
-    shown = bound is not None and bound <= best.needed_bytes  # that account is on the safe side, and may exceed it
-    proven = (
-        ""
-        if not shown or bound is None
-        else f" (proven: by the planner's own account none needs less than {_gb(bound)})"
-    )
+    account = best.needed_account
+    proven = ""
+    if bound is not None and account:
+        proven = f" (proven, by the planner's own account: within {max(0.0, 1 - bound / account):.1%} of the least)"
     return Infeasible(
         f"no plan fits {_gb(limit)} per device: the leanest needs {_gb(best.needed_bytes)}"
         f" ({best.needed_bytes} bytes) on mesh {'x'.join(map(str, best.mesh)) or '1'}{where}; raise the limit to that,"

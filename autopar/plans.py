@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from autopar.cluster import ClusterSpec
+from autopar.cost.checks import shown
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, PlanError
 from autopar.files import write_atomically
@@ -315,7 +316,7 @@ def _decode_decisions(reader: Reader, axes: int) -> Decisions:
     def state(text: Any) -> State:
         parts = tuple(text.split(" ")) if isinstance(text, str) and text else ()
         if len(parts) != axes or not all(is_placement(p) for p in parts):
-            raise PlanError(f"{reader.where}: {text!r} is not a state on a mesh of {axes} axes")
+            raise PlanError(f"{reader.where}: {shown(text)} is not a state on a mesh of {axes} axes")
         return parts
 
     rules = [_decode_rule(r) for r in reader.subs("rules")]
@@ -349,8 +350,8 @@ def _decode_decisions(reader: Reader, axes: int) -> Decisions:
 def _decode_rule(reader: Reader) -> AxisRule:
     outputs = reader.get("out", list)
     if not all(o is None or (isinstance(o, str) and is_placement(o)) for o in outputs):
-        raise PlanError(f"{reader.where}: not a placement in {outputs}")
+        raise PlanError(f"{reader.where}: not a placement in {shown(outputs)}")
     inputs = reader.strings("in")
     if not all(is_placement(i) for i in inputs):
-        raise PlanError(f"{reader.where}: not a placement in {list(inputs)}")
+        raise PlanError(f"{reader.where}: not a placement in {shown(list(inputs))}")
     return AxisRule(inputs, tuple(outputs), reader.get("lowering", str))

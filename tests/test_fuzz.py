@@ -28,7 +28,7 @@ from autopar.trace import Trace, trace
 from autopar.verification import emit_for
 from tests.models import tiny_mlp
 
-QUICK, SLOW = 250, 5000
+QUICK, SLOW = 250, 3000
 LONGEST_S = 5.0  # a file of a few hundred KB; milliseconds, on a machine that is not busy
 
 # What reading a file may not do.
@@ -207,6 +207,15 @@ def test_many_damaged_clusters(cluster_text: str, tmp_path: Path, seed: int) -> 
 @fuzzed(SLOW)
 def test_many_damaged_plans(plan_text: str, tmp_path: Path, seed: int) -> None:
     check_plan(plan_text, tmp_path, seed)
+
+
+def test_an_error_does_not_quote_the_whole_file(plan_text: str, tmp_path: Path) -> None:
+    for key in ("rules", "params"):
+        data = json.loads(plan_text)
+        for holder in data["rules"] if key == "rules" else [data["params"]]:
+            for name in holder:
+                holder[name] = [data["nodes"]] if key == "rules" else data["nodes"]
+        assert read(autopar.Plan.load, tmp_path / "plan.json", json.dumps(data).encode()) is None
 
 
 def test_the_fuzzer_damages_and_spares(cluster_text: str, plan_text: str, tmp_path: Path) -> None:

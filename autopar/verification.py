@@ -12,7 +12,7 @@ ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-from autopar._torch_compat import OpOverload, local_parts, local_tensor, simulated_mesh
+from autopar._torch_compat import OpOverload, local_parts, local_tensor, pytree, simulated_mesh
 from autopar.codegen.emit import EmittedProgram
 from autopar.codegen.schedule import emit_within, persistent_memory
 from autopar.compare import coordinates_of as coordinates_of
@@ -45,6 +45,7 @@ from autopar.sample import sample_call, sample_values
 from autopar.trace import Trace, graph_hash, trace
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+_LOW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def verify_program(
     ranks = math.prod(emitted.mesh)
     collectives = match_collectives([emitted] * ranks, emitted.mesh)
     with torch.random.fork_rng(enabled=bool(random_nodes(traced))):
-        expected = run_reference(traced, values, drawn_numbers(traced, decisions, emitted, values))
-        return _compared(traced, decisions, emitted, values, expected, collectives)
+        drawn = drawn_numbers(traced, decisions, emitted, values)
+        expected = run_reference(traced, values, drawn)
+        tolerance = tolerance_of(traced, values, drawn, expected)
+        return _compared(traced, decisions, emitted, values, expected, tolerance, collectives)
 
 
 def _compared(
@@ -117,6 +120,7 @@ def _compared(
     emitted: EmittedProgram,
     values: Mapping[str, torch.Tensor],
     expected: Mapping[str, Any],
+    tolerance: float,
     collectives: int,
 ) -> VerifyReport:
     with simulated_ranks(emitted.mesh) as (groups, coordinates):
@@ -130,7 +134,6 @@ def _compared(
         output_errors = {name: relative_error(tensor, expected[name]) for name, tensor in outputs.items()}
         output = max(output_errors, key=lambda k: output_errors[k])
         output_error = output_errors[output]
-        tolerance = tolerance_of([expected[name] for name in outputs], traced)
         worst = max(errors, key=lambda k: errors[k], default=None)
         worst_error = errors[worst] if worst else 0.0
         if not max(output_error, worst_error) <= tolerance:
@@ -148,11 +151,38 @@ def _compared(
     return VerifyReport(math.prod(emitted.mesh), output_error, worst, worst_error, tolerance, collectives)
 
 
-def tolerance_of(outputs: Iterable[torch.Tensor], traced: Trace) -> float:
-    """How far a program may be off: what the least precise of the outputs allows, and any low precision inside."""
+def tolerance_of(
+    traced: Trace,
+    values: Mapping[str, torch.Tensor],
+    drawn: Mapping[str, torch.Tensor],
+    expected: Mapping[str, Any],
+) -> float:
+    """How far a program may be off: what the least precise of the outputs allows, and any low precision inside.
+
+    Where terms cancel, low precision costs more: then twice of what it costs the single-device model itself, which
+    is run again with float32 in its place.
+    """
+    outputs = {name: expected[name] for name in traced.whole_outputs}
     inside = {t.dtype for n in traced.graph_module.graph.nodes for t in result_metas(n) if t is not None}
-    dtypes = {t.dtype for t in outputs if t.is_floating_point()} | (inside & {torch.bfloat16, torch.float16})
-    return max((TOLERANCE.get(d, 1e-2) for d in dtypes), default=1e-2)
+    low = inside & set(_LOW)
+    dtypes = {t.dtype for t in outputs.values() if t.is_floating_point()} | low
+    tolerance = max((TOLERANCE.get(d, 1e-2) for d in dtypes), default=1e-2)
+    if not low:
+        return tolerance
+    try:
+        wide = run_reference(traced, {n: _widened(t) for n, t in values.items()}, drawn, widened=True)
+    except (RuntimeError, NotImplementedError):  # an op that exists in low precision only: the plain tolerance stands
+        return tolerance
+    grads = [{f: run[n] for f, n in traced.grads.items()} for run in (expected, wide)]
+    errors = [*gradient_errors(*grads).values(), *(relative_error(t, wide[n]) for n, t in outputs.items())]
+    return max([tolerance, *(2 * e for e in errors if math.isfinite(e))])
+
+
+def _widened(value: Any) -> Any:
+    """float32 in place of a lower precision, in a tensor or a dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in _LOW else value
+    return torch.float32 if value in _LOW else value
 
 
 def random_nodes(traced: Trace) -> list[str]:
@@ -174,15 +204,24 @@ def drawn_numbers(
 
 
 def run_reference(
-    traced: Trace, values: Mapping[str, torch.Tensor], drawn: Mapping[str, torch.Tensor] | None = None
+    traced: Trace,
+    values: Mapping[str, torch.Tensor],
+    drawn: Mapping[str, torch.Tensor] | None = None,
+    *,
+    widened: bool = False,
 ) -> dict[str, Any]:
     """Every tensor of the traced joint graph on the given placeholder values, by node name.
 
     drawn: results of ops (by value name) to take in place of what the ops return.
+    widened: compute in float32 where the trace has a lower precision (the values must be widened already).
     """
     found: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
+        def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+            fetched = super().fetch_args_kwargs_from_env(n)
+            return pytree.tree_map_only(torch.dtype, _widened, fetched) if widened else fetched
+
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, tuple):

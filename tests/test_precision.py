@@ -137,10 +137,12 @@ def test_simulated_ranks_are_close_to_autocast(name: str, pin: str) -> None:
     exact = eager(name, autocast=False)[1]
     off, expected = (max(gradient_errors(g, exact).values()) for g in (found, grads))
     assert 1e-4 < off <= FACTOR * expected
-    if name != "convolutions":  # where small differences of large terms make gradients
-        assert max(gradient_errors(found, grads).values()) <= GRADIENT_TOLERANCE
-        report = autopar.verify(model, plan, example_inputs=call)
+    report = autopar.verify(model, plan, example_inputs=call)
+    if name == "convolutions":  # small differences of large terms: low precision costs the model itself more
+        assert report.tolerance == pytest.approx(2 * expected, rel=0.05)
+    else:
         assert report.tolerance == 6e-2 and report.worst_gradient_error <= GRADIENT_TOLERANCE
+        assert max(gradient_errors(found, grads).values()) <= GRADIENT_TOLERANCE
 
 
 # -- sums in float32 ---------------------------------------------------------------------------

@@ -117,9 +117,7 @@ def op_flops(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out_va
 
 
 @lru_cache(maxsize=1 << 16)
-def op_time_s(
-    device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str, name: str = ""
-) -> float:
+def op_time_s(device: DeviceSpec, kind: OpClass, flops: float, bytes_moved: float, dtype: str, name: str = "") -> float:
     """Seconds of one op, see the module docstring. dtype: of the operands, as in "bfloat16". name: see `op_name`."""
     if not (0 <= flops < math.inf and 0 <= bytes_moved < math.inf):
         raise ValueError(f"flops={flops}, bytes_moved={bytes_moved}; give finite numbers of at least 0")

@@ -33,23 +33,34 @@ _Signature = tuple[tuple[tuple[str, int], ...], torch.dtype]
 class _Bucket:
     nbytes: int = 0
     members: list[tuple[fx.Node, Sequence[Step], Done]] = field(default_factory=list)
+    kinds: set[str] = field(default_factory=set)
 
 
 class GradientBuckets:
-    """Collects conversions of gradients and emits them bucket by bucket."""
+    """Collects conversions of gradients and emits them bucket by bucket.
 
-    def __init__(self, builder: GraphBuilder, bucket_bytes: int) -> None:
-        self.builder, self.bucket_bytes = builder, bucket_bytes
+    by_layer: a bucket also ends where the gradients of the next layer of the same kind begin, so that all layers'
+        code is alike (and written once, see `autopar.codegen.fold`).
+    """
+
+    def __init__(self, builder: GraphBuilder, bucket_bytes: int, by_layer: bool = False) -> None:
+        self.builder, self.bucket_bytes, self.by_layer = builder, bucket_bytes, by_layer
         self._open: dict[_Signature, _Bucket] = {}
 
-    def add(self, source: fx.Node, path: Sequence[Step], done: Done) -> None:
-        """Convert `source` along `path` now or a little later; `done` gets the result."""
+    def add(self, source: fx.Node, path: Sequence[Step], done: Done, kind: str) -> None:
+        """Convert `source` along `path` now or a little later; `done` gets the result.
+
+        kind: the same for the gradients of the same parameter of all layers.
+        """
         tensor = source.meta["val"]
         if tensor.device.type == "cpu" and nbytes(tensor) >= _WORTH_NO_COPY:
             done(emit_path(self.builder, source, path, keep_source_alive=False))
             return
         signature = (tuple((s.kind, s.axis) for s in path), tensor.dtype)
+        if self.by_layer and signature in self._open and kind in self._open[signature].kinds:
+            self._flush(self._open.pop(signature))
         bucket = self._open.setdefault(signature, _Bucket())
+        bucket.kinds.add(kind)
         bucket.members.append((source, path, done))
         bucket.nbytes += nbytes(tensor)
         if bucket.nbytes >= self.bucket_bytes:

@@ -9,6 +9,7 @@ original. Nothing here knows how the plan was found: a plan written by hand runs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ from autopar.rules.types import AxisRule
 from autopar.trace import Trace
 
 Version = tuple[str, State]  # a base value in a state
+
+_MANY_LAYERS = 6  # from here on gradients are reduced layer by layer: the code of all layers is then the same
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class _Emitter:
         self.made = self._made_states()
         self.forward = _Pass(self, backward=None)
         self.backward = _Pass(self, backward=self.forward)
-        self.buckets = GradientBuckets(self.backward.builder, bucket_bytes)
+        layers = max(Counter(trace.twins.values()).values(), default=0)
+        self.buckets = GradientBuckets(self.backward.builder, bucket_bytes, by_layer=layers >= _MANY_LAYERS)
         self.tables = ConversionTables(mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
@@ -158,7 +162,7 @@ class _Emitter:
             node.meta["version"] = (operand.node.name, operand.index, state)
             self.backward.versions.setdefault(key, node)
 
-        self.buckets.add(source, path, done)
+        self.buckets.add(source, path, done, self.trace.twins.get(operand.node.name, operand.node.name))
 
     def _made_states(self) -> dict[str, State]:
         made: dict[str, State] = {}

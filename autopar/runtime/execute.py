@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 from autopar._torch_compat import boxed_codegen
 from autopar.codegen.builder import GROUP_PREFIX
 from autopar.codegen.emit import EmittedProgram, Version
+from autopar.codegen.fold import fold
 
 
 def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
@@ -40,8 +42,19 @@ class RankProgram:
     def __init__(self, emitted: EmittedProgram, group_names: Sequence[str], coordinates: Sequence[Any]) -> None:
         self.emitted = emitted
         self.coordinates = list(coordinates)
-        self.forward_module = _boxed(bind_groups(emitted.forward, group_names))
-        self.backward_module = _boxed(bind_groups(emitted.backward, group_names))
+        self.group_names = tuple(group_names)
+        self.folded_forward = fold(bind_groups(emitted.forward, group_names))
+        self.folded_backward = fold(bind_groups(emitted.backward, group_names))
+
+    @cached_property
+    def forward_module(self) -> fx.GraphModule:
+        """The forward pass op by op, no layer folded."""
+        return _boxed(bind_groups(self.emitted.forward, self.group_names))
+
+    @cached_property
+    def backward_module(self) -> fx.GraphModule:
+        """The backward pass op by op, no layer folded."""
+        return _boxed(bind_groups(self.emitted.backward, self.group_names))
 
     def forward(self, values: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run the forward pass.
@@ -50,7 +63,7 @@ class RankProgram:
         order of `emitted.output_names`) and the saved tensors.
         """
         inputs = [*self.coordinates, *(values[name] for name in self.emitted.forward_inputs)]
-        results = list(self.forward_module(inputs))
+        results = self.folded_forward(inputs)
         count = len(self.emitted.output_names)
         return results[:count], results[count:]
 
@@ -64,7 +77,7 @@ class RankProgram:
         inputs: list[Any] = list(self.coordinates)
         for version in self.emitted.backward_inputs:
             inputs.append(versions.pop(version) if version in versions else values[version[0]])
-        return list(self.backward_module(inputs))
+        return self.folded_backward(inputs)
 
 
 def _boxed(graph: fx.Graph) -> fx.GraphModule:

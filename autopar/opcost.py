@@ -89,4 +89,4 @@ def _inner_bytes(
     local = list(local_shape(tensor.shape, state, mesh) or ())
     for dim in inner.reduced_dims:
         local[dim] = 1
-    return math.prod(local) * tensor.element_size()
+    return inner.copies * math.prod(local) * tensor.element_size()

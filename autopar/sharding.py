@@ -323,7 +323,7 @@ class _Builder:
         tensors = result_metas(node)
         found = []
         for rules in itertools.product(*(r.rules for r in rule_sets)):
-            if len(rules) > 1 and not compatible(rules):
+            if len(rules) > 1 and not compatible(rules, self.mesh):
                 continue
             operand_states = tuple(tuple(r.inputs[slot] for r in rules) for slot in range(len(operands)))
             result_states = tuple(_state(tuple(r.outputs[i] for r in rules)) for i in range(len(tensors)))

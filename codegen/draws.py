@@ -87,7 +87,7 @@ def draw(ctx: DrawContext, node: fx.Node, rules: tuple[AxisRule, ...], operands:
     like = operands[0] if operands else _room(ctx, call, rules)
     made = call.out
     if call.name == "aten.native_dropout":
-        keep = 1 - float(call.arg("p"))
+        keep = _kept_share(call)
         return _dropped(ctx, node, operands[0], _drawn(ctx, like, torch.bool, "bernoulli", keep, 0.0, part))
     if call.name == "aten.bernoulli" and not isinstance(call.arg("p"), float):  # the last operand is probabilities
         even = _drawn(ctx, operands[-1], call.inputs[-1].dtype, "uniform", 0.0, 1.0, part)
@@ -104,14 +104,19 @@ def drop_whole(ctx: DrawContext, node: fx.Node, operands: list[fx.Node]) -> Any:
         pair = ctx.call(aten.native_dropout.default, source, *node.args[1:])
         return tuple(ctx.call(operator.getitem, pair, index) for index in range(2))
     room = ctx.call(aten.empty_like.default, source, dtype=torch.bool, memory_format=torch.contiguous_format)
-    return _dropped(ctx, node, source, ctx.call(aten.bernoulli.p, room, 1 - float(call.arg("p"))))
+    return _dropped(ctx, node, source, ctx.call(aten.bernoulli.p, room, _kept_share(call)))
+
+
+def _kept_share(call: OpCall) -> float:
+    """Which share of the numbers native_dropout keeps: all of them in evaluation."""
+    return 1.0 if call.arg("train") is False else 1 - float(call.arg("p"))
 
 
 def _dropped(ctx: DrawContext, node: fx.Node, source: fx.Node, mask: fx.Node) -> Any:
     """(result, mask) of native_dropout; no result if nobody wants it."""
-    if not any(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
+    if node.users and not any(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
         return (None, mask)
-    keep = 1 - float(op_call(node).arg("p"))
+    keep = _kept_share(op_call(node))
     return (ctx.call(aten.native_dropout_backward.default, source, mask, 1 / keep if keep else 0.0), mask)
 
 

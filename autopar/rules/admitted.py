@@ -19,7 +19,7 @@ from autopar.rules.schema import is_view
 ADMITTED = frozenset(
     {
         # products
-        "aten.mm", "aten.bmm", "aten.dot", "aten.convolution", "aten.convolution_backward",
+        "aten.mm", "aten.bmm", "aten.dot",
         # reductions
         "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.all", "aten.any", "aten.prod", "aten.max", "aten.min",
         "aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.logsumexp", "aten.argmax",
@@ -28,11 +28,8 @@ ADMITTED = frozenset(
         "aten.native_layer_norm", "aten.native_layer_norm_backward", "aten._fused_rms_norm",
         "aten._fused_rms_norm_backward",
         # selection and layout
-        "aten.index", "aten.index_select", "aten.index_put", "aten.topk", "aten.sort", "aten.roll", "aten.flip",
+        "aten.index_select", "aten.topk", "aten.sort", "aten.roll", "aten.flip",
         "aten.repeat", "aten.clone", "aten._to_copy", "aten.native_dropout", "aten.native_dropout_backward",
-        # images
-        "aten.max_pool2d_with_indices", "aten.max_pool2d_with_indices_backward", "aten.avg_pool2d",
-        "aten._adaptive_avg_pool2d", "aten._adaptive_avg_pool2d_backward",
     }
 )  # fmt: skip
 

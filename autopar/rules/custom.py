@@ -13,6 +13,9 @@ import torch
 
 from autopar.placements import PARTIAL, REPLICATE, Placement, shard
 from autopar.rules.attention import ATTENTION
+from autopar.rules.images import IMAGES
+from autopar.rules.indexing import INDEXING
+from autopar.rules.normalization import NORMALIZATION
 from autopar.rules.schema import OpCall, aligned, normalized
 from autopar.rules.types import AxisRule
 from autopar.rules.vocab import VOCAB
@@ -80,53 +83,35 @@ def fill_tensor(call: OpCall) -> list[AxisRule]:
 _MEAN, _SUM = 1, 2
 
 
+def _is_by_element(call: OpCall, shape: torch.Size) -> bool:
+    """Whether scores and targets have the same shape; weights may broadcast to it."""
+    return all(t is None or t.shape == shape for t in (call.tensor("self"), call.tensor("target")))
+
+
 def elementwise_loss(call: OpCall) -> list[AxisRule]:
     """mse_loss and its like: without reduction element by element, else summands.
 
     A mean divides by the local count, hence "mean_partial".
     """
-    whole = call.inputs[0].shape
-    if any(t.shape != whole for t in call.inputs):
+    whole = call.inputs[0]
+    if not _is_by_element(call, whole.shape):
         return []
     reduction = call.arg("reduction", _MEAN)
     if reduction not in (_MEAN, _SUM):
         return elementwise(call)
     lowering = "mean_partial" if reduction == _MEAN else "local"
-    rows = [(shard(d),) * len(call.inputs) for d in range(len(whole))]
+    rows = [tuple(aligned(shard(d), t, whole) for t in call.inputs) for d in range(whole.dim())]
     return [AxisRule(row, (PARTIAL,), lowering) for row in rows]
 
 
 def elementwise_loss_backward(call: OpCall) -> list[AxisRule]:
     """As forward; the gradient that comes in is one number if the loss is."""
-    elements = [t for t in call.inputs if t.dim()]
-    if any(t.shape != call.out.shape for t in elements):
+    if not _is_by_element(call, call.out.shape):
         return []
     rules = elementwise(call)
     if call.arg("reduction", _MEAN) != _MEAN:
         return rules
     return [AxisRule(r.inputs, r.outputs, "mean_partial") for r in rules]
-
-
-# -- normalization -------------------------------------------------------------------------
-
-
-def group_norm(call: OpCall) -> list[AxisRule]:
-    """(input [N, C, *], weight [C], bias [C]) -> (out, mean [N, G], rstd [N, G]): cut samples, or whole groups."""
-    return [
-        call.rule({"input": shard(0)}, shard(0)),
-        call.rule({"input": shard(1), "weight": shard(0), "bias": shard(0)}, shard(1)),
-    ]
-
-
-def group_norm_backward(call: OpCall) -> list[AxisRule]:
-    """-> (grad_input, grad_weight [C], grad_bias [C])."""
-    over = ("grad_out", "input", "mean", "rstd")
-    samples: dict[str, Placement | None] = {**dict.fromkeys(over, shard(0))}
-    channels: dict[str, Placement | None] = {**dict.fromkeys(over, shard(1)), "weight": shard(0)}
-    return [
-        call.rule(samples, (shard(0), PARTIAL, PARTIAL)),
-        call.rule(channels, (shard(1), shard(0), shard(0))),
-    ]
 
 
 # -- products with a bias -------------------------------------------------------------------
@@ -245,34 +230,36 @@ def triangle(call: OpCall) -> list[AxisRule]:
     return [call.rule({"self": shard(d)}, shard(d)) for d in range(call.out.dim() - 2)]
 
 
-def scan(call: OpCall) -> list[AxisRule]:
-    """cumsum and its like: every dim but the scanned one."""
-    dim = normalized(call.arg("dim"), call.out.dim())
-    return [call.rule({"self": shard(d)}, shard(d)) for d in range(call.out.dim()) if d != dim]
+def other_dims(call: OpCall) -> list[AxisRule]:
+    """Ops that mix the numbers along one dim (cumsum, glu, sort): every dim but that."""
+    rank = call.out.dim()
+    dim = normalized(call.arg("dim"), rank)
+    if any(t is not None and t.dim() != rank for t in (*call.inputs, *call.outputs)):
+        return []
+    made = [tuple(None if t is None else shard(d) for t in call.outputs) for d in range(rank)]
+    return [AxisRule((shard(d),) * len(call.inputs), made[d]) for d in range(rank) if d != dim]
 
 
-def gather(call: OpCall) -> list[AxisRule]:
-    """(self, index): other dims together where their sizes agree; along its own dim any part of the index."""
-    source, index = call.inputs
-    dim = normalized(call.arg("dim"), source.dim())
-    rules = [
-        call.rule({"self": shard(d), "index": shard(d)}, shard(d))
-        for d in range(index.dim())
-        if d != dim and source.shape[d] == index.shape[d]
-    ]
-    # The result at an index position depends on that position only, as long as the other dims are whole.
-    return [*rules, call.rule({"index": shard(dim)}, shard(dim))] if index.dim() else rules
+def matrix_vector(call: OpCall) -> list[AxisRule]:
+    """mv (self [M, K], vec [K]): rows, or the contraction."""
+    return [call.rule({"self": shard(0)}, shard(0)), call.rule({"self": shard(1), "vec": shard(0)}, PARTIAL)]
 
 
-def scatter(call: OpCall) -> list[AxisRule]:
-    """scatter, scatter_add (self, index, src or value): dims other than its own, where all sizes agree."""
-    sizes = [t.shape for t in call.inputs if t.dim()]
-    dim = normalized(call.arg("dim"), call.out.dim())
-    return [
-        AxisRule(tuple(shard(d) if t.dim() else REPLICATE for t in call.inputs), (shard(d),))
-        for d in range(call.out.dim())
-        if d != dim and len({s[d] for s in sizes}) == 1
-    ]
+def grouped_product(call: OpCall) -> list[AxisRule]:
+    """_grouped_mm (self, mat2, offs): columns, rows or the contraction, but for the dim that the groups cut (offs).
+
+    self [T, K] x mat2 [G, K, N] -> [T, N] with groups of rows; [M, T] x [T, N] -> [G, M, N] with groups of
+    summands; [M, K] x mat2 [G, K, N] with groups of columns is not cut.
+    """
+    left, right = call.inputs[:2]
+    if call.tensor("bias") is not None:
+        return []
+    if left.dim() == 2 and right.dim() == 3:
+        contraction = call.rule({"self": shard(1), "mat2": shard(1)}, PARTIAL)
+        return [call.rule({"mat2": shard(2)}, shard(1)), contraction]
+    if left.dim() == right.dim() == 2:
+        return [call.rule({"self": shard(0)}, shard(1)), call.rule({"mat2": shard(1)}, shard(2))]
+    return []
 
 
 def constant_pad(call: OpCall) -> list[AxisRule]:
@@ -282,9 +269,21 @@ def constant_pad(call: OpCall) -> list[AxisRule]:
     return [call.rule({"self": shard(d)}, shard(d)) for d in range(rank) if d not in padded]
 
 
+# Element by element, but not marked so in torch (or not for all their results).
+ELEMENTWISE = (
+    "masked_fill", "copy", "lift_fresh_copy", "softplus_backward", "elu_backward", "leaky_relu_backward",
+    "hardswish", "hardswish_backward", "hardsigmoid_backward", "hardtanh_backward", "hardshrink_backward",
+    "softshrink_backward", "log_sigmoid_forward", "log_sigmoid_backward", "mish_backward", "logit_backward",
+    "_prelu_kernel", "_prelu_kernel_backward",
+)  # fmt: skip
+LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
+
 CUSTOM: dict[str, RuleFunction] = {
     **ATTENTION,
     **VOCAB,
+    **IMAGES,
+    **NORMALIZATION,
+    **INDEXING,
     **{f"aten.{n}": factory for n in ("full", "zeros", "ones", "empty", "scalar_tensor")},
     **{f"aten.{n}_like": factory_like for n in ("full", "zeros", "ones", "empty")},
     **{f"aten.new_{n}": factory_like for n in ("full", "zeros", "ones", "empty")},
@@ -293,16 +292,14 @@ CUSTOM: dict[str, RuleFunction] = {
     "aten.as_strided": no_rules,  # it reads storage by strides
     "aten.empty_permuted": no_rules,
     "aten.fill": fill_tensor,
-    "aten.masked_fill": elementwise,
-    "aten.copy": elementwise,
-    "aten.lift_fresh_copy": elementwise,
-    "aten.softplus_backward": elementwise,
-    **{f"aten.{n}": elementwise_loss for n in ("mse_loss", "smooth_l1_loss", "huber_loss")},
-    **{f"aten.{n}_backward": elementwise_loss_backward for n in ("mse_loss", "smooth_l1_loss", "huber_loss")},
-    "aten.native_group_norm": group_norm,
-    "aten.native_group_norm_backward": group_norm_backward,
+    **{f"aten.{name}": elementwise for name in ELEMENTWISE},
+    **{f"aten.{name}": elementwise_loss for name in LOSSES},
+    "aten.binary_cross_entropy_with_logits": elementwise_loss,
+    **{f"aten.{name}_backward": elementwise_loss_backward for name in LOSSES},
     "aten.addmm": addmm,
     "aten.baddbmm": baddbmm,
+    "aten.mv": matrix_vector,
+    "aten._grouped_mm": grouped_product,
     "aten.slice": slice_view,
     "aten.slice_backward": slice_backward,
     "aten.slice_scatter": slice_scatter,
@@ -314,10 +311,7 @@ CUSTOM: dict[str, RuleFunction] = {
     "aten.unfold": unfold,
     "aten.tril": triangle,
     "aten.triu": triangle,
-    "aten.cumsum": scan,
-    "aten.cumprod": scan,
-    "aten.gather": gather,
-    "aten.scatter": scatter,
-    "aten.scatter_add": scatter,
+    **{f"aten.{n}": other_dims for n in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")},
+    **{f"aten.{n}": other_dims for n in ("_safe_softmax", "glu", "glu_backward")},
     "aten.constant_pad_nd": constant_pad,
 }

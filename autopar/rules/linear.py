@@ -49,9 +49,12 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten.flip": _SELF,
     "aten.repeat": _SELF,
     "aten.index": _SELF,
+    "aten._unsafe_index": _SELF,
+    "aten.index_add": (("self", "source"),),
     "aten.index_select": _SELF,
     "aten.gather": _SELF,
     "aten.index_put": (("self", "values"),),
+    "aten._unsafe_index_put": (("self", "values"),),
     "aten.scatter_add": (("self", "src"),),
     "aten.slice_scatter": (("self", "src"),),
     "aten.select_scatter": (("self", "src"),),
@@ -64,7 +67,11 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten.bmm": (("self",), ("mat2",)),
     "aten.addmm": (("self", "mat1"), ("self", "mat2")),
     "aten.baddbmm": (("self", "batch1"), ("self", "batch2")),
+    "aten.mv": (("self",), ("vec",)),
+    "aten._grouped_mm": (("self",), ("mat2",)),
     "aten.convolution": (("input", "bias"), ("weight", "bias")),
+    "aten.avg_pool2d": _SELF,
+    "aten._adaptive_avg_pool2d": _SELF,
     # derivatives are linear in the gradient that comes in
     "aten.gelu_backward": _GRAD,
     "aten.silu_backward": _GRAD,
@@ -73,6 +80,17 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten.threshold_backward": _GRAD,
     "aten.softplus_backward": _GRAD,
     "aten.native_dropout_backward": _GRAD,
+    **{
+        f"aten.{name}_backward": _GRAD
+        for name in ("elu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "mish", "log_sigmoid", "glu")
+    },
+    "aten.convolution_backward": _GRAD,
+    "aten.avg_pool2d_backward": _GRAD,
+    "aten._adaptive_avg_pool2d_backward": _GRAD,
+    "aten.max_pool2d_with_indices_backward": _GRAD,
+    "aten.upsample_nearest2d_backward": _GRAD,
+    "aten.upsample_bilinear2d_backward": _GRAD,
+    "aten.binary_cross_entropy_backward": _GRAD,
     "aten._softmax_backward_data": _GRAD,
     "aten._log_softmax_backward_data": _GRAD,
     "aten.nll_loss_backward": _GRAD,
@@ -80,6 +98,7 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten.mse_loss_backward": _GRAD,
     "aten.native_layer_norm_backward": (("grad_out",),),
     "aten.native_group_norm_backward": (("grad_out",),),
+    "aten.native_batch_norm_backward": (("grad_out",),),
     "aten._fused_rms_norm_backward": (("grad_out",),),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": (("grad_out",),),
 }
@@ -98,6 +117,7 @@ _CONDITIONS: dict[str, Callable[[OpCall], bool]] = {
     "aten.fill": lambda call: call.tensor("value") is not None,
     # Where values collide without accumulation, one of them wins: linear only if the same wins on every rank.
     "aten.index_put": lambda call: bool(call.arg("accumulate")),
+    "aten._unsafe_index_put": lambda call: bool(call.arg("accumulate")),
 }
 
 

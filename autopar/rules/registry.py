@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -36,9 +37,15 @@ def axis_rules(node: fx.Node, axis_size: int) -> RuleSet:
     return _MEMO[key]
 
 
-def compatible(rules: Sequence[AxisRule]) -> bool:
-    """Whether rules of one op, one per mesh axis, can be lowered together: at most one lowering besides "local"."""
-    return len({rule.lowering for rule in rules} - {"local"}) <= 1
+def compatible(rules: Sequence[AxisRule], mesh: Sequence[int]) -> bool:
+    """Whether rules of one op, one per mesh axis, can be lowered together.
+
+    That is: at most one lowering besides "local", and no unit (`AxisRule.units`) cut through.
+    """
+    if len({rule.lowering for rule in rules} - {"local"}) > 1:
+        return False
+    parts = math.prod(size for rule, size in zip(rules, mesh, strict=True) if rule.units)
+    return all(rule.units % parts == 0 for rule in rules)
 
 
 def _signature(value: Any) -> Hashable:
@@ -111,4 +118,4 @@ def _is_legal(rule: AxisRule, call: OpCall, axis_size: int) -> bool:
             return False
         if local_shape(tensor.shape, (placement,), (axis_size,)) is None:
             return False
-    return True
+    return rule.units % axis_size == 0

@@ -12,12 +12,13 @@ class InnerCollective:
     """A collective that a lowering performs inside an op.
 
     It moves the local bytes of one tensor of the op after `reduced_dims` were reduced
-    to size 1. `tensor` is ("in", i) or ("out", i).
+    to size 1, `copies` times (tensors alike that travel together). `tensor` is ("in", i) or ("out", i).
     """
 
     kind: str  # "all_reduce" for now; a kind of autopar.cost.collectives
     tensor: tuple[str, int]
     reduced_dims: tuple[int, ...] = ()
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class AxisRule:
     `outputs` one per tensor result (None for results that do not exist).
     `lowering` names how the local computation is written: "local" runs the same op on
     the shards (its size arguments made local); others are functions of `codegen.lowerings`.
+    `units`: where not 0, dims are cut between this many equal units only (the groups of a
+    convolution), so that all axes with such a rule together must divide it.
     """
 
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement | None, ...]
     lowering: str = "local"
     collectives: tuple[InnerCollective, ...] = ()
+    units: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,10 @@ import torch
 from torch import fx
 
 from tests.rules.harness import case
+from tests.rules.image_cases import IMAGE_GROUPS
+from tests.rules.samples import F64, I64, aten, ints, mask, randn
 
-aten = torch.ops.aten
 Case = Callable[[], fx.Node]
-F64, I64 = torch.float64, torch.int64
-
-
-def randn(*shape: int, dtype: torch.dtype = F64) -> torch.Tensor:
-    return torch.randn(shape, dtype=F64).to(dtype)
-
-
-def ints(high: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, high, shape)
-
-
-def mask(*shape: int) -> torch.Tensor:
-    return torch.rand(shape) < 0.5
 
 
 def elementwise() -> Iterator[fx.Node]:
@@ -252,14 +240,6 @@ def products() -> Iterator[fx.Node]:
     yield case(aten.addmm.default, randn(16), randn(4, 8), randn(8, 16), beta=2, alpha=0.5)
     for bias in (randn(4, 4, 16), randn(1, 1, 16)):
         yield case(aten.baddbmm.default, bias, randn(4, 4, 8), randn(4, 8, 16), beta=0.5)
-    for groups in (1, 4):
-        x, w, b = randn(4, 4, 8, 8), randn(8, 4 // groups, 3, 3), randn(8)
-        options: tuple[Any, ...] = ([1, 1], [1, 1], [1, 1], False, [0, 0], groups)
-        yield case(aten.convolution.default, x, w, b, *options)
-        yield case(aten.convolution.default, x, w, None, *options)
-        g = randn(4, 8, 8, 8)
-        for wanted in ([True, True, True], [True, True, False], [False, True, True]):
-            yield case(aten.convolution_backward.default, g, x, w, [8], *options, wanted)
 
 
 def normalizations() -> Iterator[fx.Node]:
@@ -362,17 +342,6 @@ def _supports_grouped_queries(forward: Callable[..., Any], query: torch.Tensor, 
     return True
 
 
-def images() -> Iterator[fx.Node]:
-    x = randn(4, 4, 8, 8)
-    pooled, where = aten.max_pool2d_with_indices(x, [2, 2])
-    yield case(aten.max_pool2d_with_indices.default, x, [2, 2])
-    window: tuple[Any, ...] = ([2, 2], [2, 2], [0, 0], [1, 1], False)
-    yield case(aten.max_pool2d_with_indices_backward.default, torch.randn_like(pooled), x, *window, where)
-    yield case(aten.avg_pool2d.default, x, [2, 2])
-    yield case(aten._adaptive_avg_pool2d.default, x, [2, 2])
-    yield case(aten._adaptive_avg_pool2d_backward.default, randn(4, 4, 2, 2), x)
-
-
 def randoms() -> Iterator[fx.Node]:
     yield case(aten.native_dropout.default, randn(4, 8), 0.5, True)
     yield case(aten.bernoulli.p, randn(4, 8), 0.5)
@@ -407,6 +376,5 @@ GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = {
         losses,
         embeddings,
         attention,
-        images,
     )
-}
+} | IMAGE_GROUPS

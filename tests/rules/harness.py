@@ -199,7 +199,7 @@ def rule_pairs(node: fx.Node, mesh: tuple[int, int]) -> Iterator[tuple[AxisRule,
             t is None or local_shape(t.shape, state, mesh) is not None
             for t, state in zip(tensors, columns, strict=True)
         )
-        if fits and compatible(pair):
+        if fits and compatible(pair, mesh):
             yield pair
 
 

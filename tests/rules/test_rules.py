@@ -185,11 +185,35 @@ def test_lowerings_that_exclude_each_other() -> None:
     node = case(aten.embedding.default, randn(16, 8), ints(16, 4, 8))
     vocab = next(r for r in axis_rules(node, 2).rules if r.lowering == "vocab_embedding")
     other = AxisRule(("R", "R"), ("R",), "mean_partial")
-    assert compatible((vocab, vocab))
-    assert not compatible((vocab, other))
+    assert compatible((vocab, vocab), (2, 2))
+    assert not compatible((vocab, other), (2, 2))
     ctx = Context((2, 2))
     with pytest.raises(PlanError, match="mean_partial and vocab_embedding at once"):
         lower(ctx, node, (vocab, other), [ctx.graph.placeholder("w"), ctx.graph.placeholder("i")])
+
+
+def test_groups_of_a_convolution_are_not_cut_through() -> None:
+    options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 4)
+    node = case(aten.convolution.default, randn(4, 16, 4, 4), randn(16, 4, 3, 3), None, *options)
+    by_group = AxisRule(("S(1)", "S(0)"), ("S(1)",), units=4)
+    assert by_group in axis_rules(node, 4).rules
+    assert not [rule for rule in axis_rules(node, 8).rules if rule.units]
+    assert compatible((by_group, by_group), (2, 2))
+    assert not compatible((by_group, by_group), (4, 2))
+    ctx = Context((4, 2))
+    with pytest.raises(PlanError, match="4 groups, which 8 parts do not divide"):
+        lower(ctx, node, (by_group, by_group), [ctx.graph.placeholder("x"), ctx.graph.placeholder("w")])
+
+
+def test_batch_norm_declares_what_it_exchanges() -> None:
+    arguments = (randn(4, 8, 4, 4), randn(8), randn(8), randn(8), randn(8), True, 0.1, 1e-5)
+    node = case(aten._native_batch_norm_legit_functional.default, *arguments)
+    by_batch = next(r for r in axis_rules(node, 2).rules if r.inputs[0] == "S(0)")
+    assert by_batch.lowering == "batch_norm"
+    assert [(c.kind, c.tensor, c.copies) for c in by_batch.collectives] == [("all_reduce", ("out", 1), 2)]
+    ctx = Context((2,))
+    lower(ctx, node, (by_batch,), [ctx.graph.placeholder("x") for _ in range(5)])
+    assert sum("all_reduce" in n.meta for n in ctx.graph.nodes) == 1
 
 
 def test_lower_refuses_what_does_not_fit() -> None:

@@ -13,6 +13,7 @@ from autopar.rules.linear import LINEAR
 from tests.rules import graphs
 from tests.rules.cases import GROUPS, aten, randn
 from tests.rules.harness import case, check, rule_pairs, sampled
+from tests.rules.image_cases import narrow_batch_norms
 
 PAIRS_PER_OP = 12
 # No CPU kernel, and no decomposition to stand in for one: the rules are those of the CPU sister.
@@ -75,6 +76,16 @@ def test_pairs_of_different_axis_sizes() -> None:
     for node in sampled(nodes, 25):
         for pair in sampled(list(rule_pairs(node, (4, 2))), 6):
             check(node, pair, (4, 2))
+
+
+def test_batch_norm_in_mixed_precision() -> None:
+    """Summands in bfloat16 round too much to compare, so only the rules with lowerings of their own are run."""
+    torch.manual_seed(0)
+    for node in narrow_batch_norms():
+        rules = [rule for rule in axis_rules(node, 4).rules if rule.lowering != "local"]
+        assert rules
+        for rule in rules:
+            check(node, (rule,), (4,))
 
 
 def test_a_wrong_rule_is_caught() -> None:

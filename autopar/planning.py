@@ -2,13 +2,15 @@
 
 For every mesh shape that the device count allows, the problem is stated and solved under
 the memory limit; the best plan wins, and the smallest of the proven bounds bounds them
-all. The winner is emitted and its memory simulated tensor by tensor; should that exceed
+all. A mesh whose bound shows that it cannot beat the best plan so far is not searched.
+The winner is emitted and its memory simulated tensor by tensor; should that exceed
 the limit (the solver's memory model is coarser), the solver is asked for the next leaner
 plan until it fits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ from autopar.plan_types import Decisions
 from autopar.plans import Candidate
 from autopar.pricing import Price, price
 from autopar.sharding import Pins, build_problem
-from autopar.solver import InfeasibleProblem, Solution, evaluate, solve
+from autopar.solver import InfeasibleProblem, NothingCheaper, Search, Solution, evaluate
 from autopar.trace import Trace
 
 Progress = Callable[[str], None]
@@ -34,6 +36,7 @@ MemoryOf = Callable[[Decisions, tuple[int, ...], CostModel], MemoryEstimate]
 DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
+_LARGE, _LARGE_GAP = 3000, 1e-3  # distinct choices; what is proven of problems beyond
 _MAX_LEANER = 24
 _FREE_SHARE = 0.6  # of the time limit; the rest is for the usual layouts, should nothing be proven by then
 _MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
@@ -123,20 +126,15 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     meshes = _meshes(request, settings)
     limit_s = settings.time_limit_s * (_FREE_SHARE if settings.free else 1.0)
     tried: list[_Tried] = []
-    for index, mesh in enumerate(meshes):
+    order = _most_promising_first(_stated(trace, meshes, request, settings), began + limit_s)
+    for index, one in enumerate(order):
         now = time.perf_counter()
-        share = max(0.0, began + limit_s - now) / (len(meshes) - index)
-        try:
-            one = _Tried(trace, mesh, request, settings)
-        except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
-            if not tried and mesh == meshes[-1]:
-                raise
-            continue
-        one.solve(now + share)
+        share = max(0.0, began + limit_s - now) / (len(order) - index)
+        one.solve(now + share, _fastest(tried))
         tried.append(one)
         if settings.progress:
-            text = "does not fit" if one.decisions is None else f"{one.objective_s * 1e3:.3f} ms"
-            settings.progress(f"mesh {'x'.join(map(str, mesh)) or '1'}: {text} ({index + 1} of {len(meshes)})")
+            name = "x".join(map(str, one.mesh)) or "1"
+            settings.progress(f"mesh {name}: {one.outcome()} ({index + 1} of {len(order)})")
     usual = [] if not settings.free or _settled(tried) else _usual(trace, settings, began + settings.time_limit_s)
     best = _fastest_that_fits([*tried, *usual], began + settings.time_limit_s)
     if best is None:
@@ -144,10 +142,37 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     return _proven(best, tried, time.perf_counter() - began)
 
 
+def _stated(
+    trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings
+) -> list[_Tried]:
+    found: list[_Tried] = []
+    for mesh in meshes:
+        try:
+            found.append(_Tried(trace, mesh, request, settings))
+        except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
+            if not found and mesh == meshes[-1]:
+                raise
+    return found
+
+
+def _most_promising_first(stated: list[_Tried], deadline: float) -> list[_Tried]:
+    """Meshes by what a first look proves of them: what the best one finds may settle all others."""
+    if len(stated) == 1:
+        return stated
+    paid_s: Any = None
+    for index, one in enumerate(stated):
+        now = time.perf_counter()
+        share = 2 if paid_s is None else 2 * (len(stated) - index)  # the first look finds the prices for all
+        one.look(paid_s, now + max(0.0, deadline - now) / share)
+        if paid_s is None:
+            paid_s = one.search.paid_s
+    return sorted(stated, key=lambda one: one.search.bound_s)
+
+
 def _settled(tried: list[_Tried]) -> bool:
     """Whether there is nothing to gain from trying more: the best plan is proven, or nothing fits."""
     best = min(t.objective_s for t in tried)
-    return best == float("inf") or all(t.bound_s is None or best - t.bound_s <= _GAP * best for t in tried)
+    return best == float("inf") or not any(t.bound_s is not None and t.beats(best) for t in tried)
 
 
 def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tried]:
@@ -169,16 +194,25 @@ def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tri
     return found
 
 
+def _fastest(tried: list[_Tried]) -> _Tried | None:
+    return min((t for t in tried if t.decisions is not None), key=lambda t: t.objective_s, default=None)
+
+
 def _fastest_that_fits(tried: list[_Tried], deadline: float) -> _Tried | None:
-    """Simulate the memory of the fastest plan; if it does not fit, ask for its next leaner one, and so on."""
+    """Simulate the memory of the fastest plan; if it does not fit, ask for its next leaner one, and so on.
+
+    Leaner is slower, so meshes that could not beat the plan that did not fit may be worth a search now.
+    """
     while True:
-        candidates = [t for t in tried if t.decisions is not None]
-        if not candidates:
-            return None
-        best = min(candidates, key=lambda t: t.objective_s)
-        if best.fits():
+        best = _fastest(tried)
+        limit_s = float("inf") if best is None else best.objective_s
+        reopened = [t for t in tried if t.cut_off and t.cutoff_s < limit_s and t.beats(limit_s)]
+        if reopened:
+            reopened[0].solve(deadline, best)
+        elif best is None or best.fits():
             return best
-        best.lean(deadline)
+        else:
+            best.lean(deadline)
 
 
 def _proven(best: _Tried, tried: list[_Tried], solve_s: float) -> SearchResult:
@@ -188,7 +222,7 @@ def _proven(best: _Tried, tried: list[_Tried], solve_s: float) -> SearchResult:
     objective = priced.step_time_s
     bound = min([objective, *(t.bound_s for t in tried if t.bound_s is not None)])
     gap = (objective - bound) / objective if objective else 0.0
-    status = "optimal" if gap <= _GAP * 1.01 else "feasible"
+    status = "optimal" if gap <= max(t.gap for t in tried) * 1.01 else "feasible"
     found = MeshResult(best.mesh, best.decisions, priced, best.memory, best.stated.unruled)
     rows = tuple(Candidate(t.mesh, t.status, t.objective_s if t.decisions else None, t.bound_s) for t in tried)
     return SearchResult(found, rows, bound, gap, status, solve_s)
@@ -198,7 +232,8 @@ class _Tried:
     """The search on one mesh.
 
     decisions: of the best plan so far, None if nothing fits; then `needed_bytes` would.
-    bound_s: no plan on this mesh is faster, whatever the memory model says.
+    bound_s: no plan on this mesh is faster, whatever the memory model says. gap: relative, what a search here
+    proves. cut_off: the bound showed that there is no better plan than the one known; none was looked for.
     """
 
     def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
@@ -219,21 +254,63 @@ class _Tried:
         self.binding: str | None = None
         self.solver_peak = 0
         self.left = _MAX_LEANER
+        distinct = sum(len(op.choices) for op in self.stated.problem.ops if op.twin_of is None)
+        self.gap = _GAP if distinct <= _LARGE else _LARGE_GAP
+        self.cut_off, self.cutoff_s = False, float("inf")
+        self.search, self.looked = self._search(), False
 
-    def solve(self, deadline: float) -> None:
-        """The fastest plan within `capacity`, by the solver's memory model."""
-        problem = replace(self.stated.problem, capacity_bytes=self.capacity)
+    def _search(self) -> Search:
+        return Search(replace(self.stated.problem, capacity_bytes=self.capacity), gap=self.gap)
+
+    def look(self, paid_s: Any, deadline: float) -> None:
+        """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops."""
+        with contextlib.suppress(InfeasibleProblem):  # raised again when it is solved
+            self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()))
+            self.looked = True
+
+    def solve(self, deadline: float, known: _Tried | None = None) -> None:
+        """The fastest plan within `capacity`, by the solver's memory model.
+
+        known: only plans faster than this one's are of interest.
+        """
         self.decisions = self.memory = None
+        self.cutoff_s = float("inf") if known is None else known.objective_s
+        left_s = max(0.0, deadline - time.perf_counter())
         try:
-            result = solve(problem, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=_GAP)
+            if self.search.problem.capacity_bytes != self.capacity:
+                self.search, self.looked = self._search(), False
+            if not self.looked:
+                self.search.look(time_limit_s=left_s)
+                self.looked = True
+            result = self.search.finish(cutoff_s=self.cutoff_s, time_limit_s=left_s)
         except InfeasibleProblem as error:
             self._take_leanest(error)
             return
-        self.bound_s = result.bound_s if self.bound_s is None else self.bound_s
+        except NothingCheaper as found:
+            self.objective_s, self.status, self.cut_off = float("inf"), "cut off", True
+            self._take_bound(found.bound_s)
+            return
+        self.cut_off = False
+        self._take_bound(result.bound_s)
         self.objective_s, self.status = result.objective_s, result.status
         self.solver_peak = result.peak_bytes
         self.decisions = self.stated.decisions(result.solution)
         self.estimate = self._estimate(result.solution)
+
+    def _take_bound(self, bound_s: float) -> None:
+        """A bound holds for the limit it was proven for: those for leaner plans say nothing of the mesh."""
+        if self.bound_s is None or self.capacity == self.settings.memory_limit_bytes:
+            self.bound_s = max(bound_s, self.bound_s or 0.0)
+
+    def beats(self, limit_s: float) -> bool:
+        """Whether a plan here may be faster than that."""
+        return self.bound_s is None or self.bound_s < limit_s * (1 - self.gap)
+
+    def outcome(self) -> str:
+        """One phrase for a person who waits."""
+        if self.cut_off:
+            return f"not faster (at least {(self.bound_s or 0.0) * 1e3:.3f} ms)"
+        return "does not fit" if self.decisions is None else f"{self.objective_s * 1e3:.3f} ms"
 
     def fits(self) -> bool:
         """Whether the program of the present decisions, simulated, stays within the limit."""
@@ -274,7 +351,7 @@ class _Tried:
         if memory.peak_bytes <= self.settings.memory_limit_bytes:
             self.decisions, self.memory, self.status = decisions, memory, "leanest"
             self.objective_s = price(self.trace, decisions, self.costs, self.settings.optimizer).step_time_s
-            self.bound_s = 0.0 if self.bound_s is None else self.bound_s
+            self.bound_s = error.bound_s if self.bound_s is None else self.bound_s
         else:
             self.needed_bytes, self.binding = memory.peak_bytes, f"{memory.phase}: {memory.node}"
 

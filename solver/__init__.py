@@ -2,8 +2,8 @@
 
 from autopar.solver.evaluate import CATEGORIES, Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.exhaustive import brute_force
-from autopar.solver.problem import Choice, InfeasibleProblem, Op, Problem, Solution, SolveResult, Value
-from autopar.solver.search import Progress, minimum_capacity, solve
+from autopar.solver.problem import Choice, InfeasibleProblem, NothingCheaper, Op, Problem, Solution, SolveResult, Value
+from autopar.solver.search import Progress, Search, minimum_capacity, solve
 
 __all__ = [
     "CATEGORIES",
@@ -11,9 +11,11 @@ __all__ = [
     "Evaluation",
     "InfeasibleProblem",
     "InvalidSolution",
+    "NothingCheaper",
     "Op",
     "Problem",
     "Progress",
+    "Search",
     "Solution",
     "SolveResult",
     "Value",

@@ -14,6 +14,7 @@ def check_problem(problem: Problem) -> None:
     for value in problem.values:
         _check_value(value)
     made: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for o, op in enumerate(problem.ops):
         unmade = [v for v in op.operands if v not in made]
         if unmade:
@@ -22,7 +23,7 @@ def check_problem(problem: Problem) -> None:
         if again or len(set(op.results)) < len(op.results):
             raise ValueError(f"op {op.name!r} makes {op.results}, not new values of the problem: correct its results")
         made.update(op.results)
-        _check_op(problem, o, op)
+        _check_op(problem, o, op, seen)
     if len(made) < len(problem.values):
         missing = next(v for v in range(len(problem.values)) if v not in made)
         raise ValueError(f"no op makes value {problem.values[missing].name!r}: remove it or add its op")
@@ -38,11 +39,14 @@ def _check_value(value: Value) -> None:
         raise ValueError(f"value {value.name!r} has a state of negative size: correct state_bytes")
 
 
-def _check_op(problem: Problem, o: int, op: Op) -> None:
+def _check_op(problem: Problem, o: int, op: Op, seen: set[tuple[int, ...]]) -> None:
     if not op.choices:
         raise ValueError(f"op {op.name!r} has no choice: give it at least one")
-    for choice in op.choices:
-        _check_choice(problem, op, choice)
+    sizes = [len(problem.values[v].state_bytes) for v in (*op.operands, *op.results)]
+    if (id(op.choices), *sizes) not in seen:  # identical layers share their choices
+        seen.add((id(op.choices), *sizes))
+        for choice in op.choices:
+            _check_choice(problem, op, choice)
     if op.must_rerun and op.recompute_time is None:
         raise ValueError(f"op {op.name!r} must run again but has no recompute_time")
     if op.recompute_time is not None and not o < problem.forward_ops <= op.recompute_time < len(problem.ops):
@@ -66,8 +70,10 @@ def _check_op(problem: Problem, o: int, op: Op) -> None:
 
 def _like(op: Op, twin: Op) -> bool:
     """Whether two ops offer the same choices, at whatever cost."""
-    alike = [(c.uses, c.makes) for c in op.choices] == [(c.uses, c.makes) for c in twin.choices]
-    return alike and (op.recompute_time is None) == (twin.recompute_time is None)
+    same = op.choices is twin.choices  # most often
+    if not same and [(c.uses, c.makes) for c in op.choices] != [(c.uses, c.makes) for c in twin.choices]:
+        return False
+    return (op.recompute_time is None) == (twin.recompute_time is None)
 
 
 def _check_choice(problem: Problem, op: Op, choice: Choice) -> None:

@@ -84,30 +84,37 @@ class _Pricing:
     def __init__(self, problem: Problem, solution: Solution, lives: tuple[ValueLife, ...]) -> None:
         self.problem, self.solution, self.lives = problem, solution, lives
         self.times = len(problem.ops)
-        self.lines = {name: np.zeros(self.times, dtype=np.int64) for name in CATEGORIES}
+        self.steps = {name: [0] * (self.times + 1) for name in CATEGORIES}  # up at the first time, down after the last
+        self.copies: dict[int, set[int]] = {}
+        for v, state in solution.kept_copies:
+            self.copies.setdefault(v, set()).add(state)
         self.own_s = self.later_s = 0.0
 
     def run(self) -> Evaluation:
         self._check_decisions()
         ops, solution = self.problem.ops, self.solution
         picked = [op.choices[c] for op, c in zip(ops, solution.choices, strict=True)]
-        self.lines["constant"] += self.problem.constant_bytes
+        always = (0, self.times - 1) if self.times else None
+        self._alive("constant", always, self.problem.constant_bytes)
         for o, choice in enumerate(picked):
-            self.lines["persistent"] += choice.persistent_bytes
-            self.lines["workspace"][o] += choice.workspace_bytes
+            self._alive("persistent", always, choice.persistent_bytes)
+            self._alive("workspace", (o, o), choice.workspace_bytes)
         for o in sorted(solution.recomputed):
-            self.lines["workspace"][ops[o].recompute_time] += picked[o].workspace_bytes
+            at = ops[o].recompute_time
+            assert at is not None
+            self._alive("workspace", (at, at), picked[o].workspace_bytes)
         for v in range(len(self.problem.values)):
             self._price_value(v)
         compute_s = sum(choice.cost_s for choice in picked)
         recompute_s = sum(picked[o].cost_s for o in sorted(solution.recomputed))
+        lines = {name: np.cumsum(np.array(steps, dtype=np.int64))[:-1] for name, steps in self.steps.items()}
         memory = np.zeros(self.times, dtype=np.int64)
-        for line in self.lines.values():
+        for line in lines.values():
             memory += line
         peak_time = int(np.argmax(memory)) if self.times else 0
         peak = int(memory[peak_time]) if self.times else self.problem.constant_bytes
         cost_s = compute_s + recompute_s + self.own_s + self.later_s
-        return Evaluation(cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, self.lines, peak, peak_time)
+        return Evaluation(cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, lines, peak, peak_time)
 
     def _check_decisions(self) -> None:
         ops, solution = self.problem.ops, self.solution
@@ -151,7 +158,7 @@ class _Pricing:
             self.own_s += self._conversion_s(v, made, state)
             if counted:
                 self._alive("copies", life.own_copy, value.copy_bytes(made, state))
-        copies = {state for value_index, state in solution.kept_copies if value_index == v}
+        copies = self.copies.get(v, set())
         for state in copies:
             if state not in own:
                 raise InvalidSolution(f"value {value.name!r} keeps a copy in state {state} that forward never makes")
@@ -198,4 +205,5 @@ class _Pricing:
 
     def _alive(self, category: str, span: Span | None, nbytes: int) -> None:
         if span is not None:
-            self.lines[category][span[0] : span[1] + 1] += nbytes
+            self.steps[category][span[0]] += nbytes
+            self.steps[category][span[1] + 1] -= nbytes

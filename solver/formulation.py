@@ -49,7 +49,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import Span, Use, ValueLife
+from autopar.solver.lifetimes import Span, Use, ValueLife, value_kinds
 from autopar.solver.linear import Floats, Ints, LinearModel
 from autopar.solver.problem import Problem
 
@@ -109,8 +109,7 @@ class Formulation:
         self._add_choices()
         if memory:
             self._add_reruns()
-        self._rows_of_kind: dict[tuple[object, ...], ValueRows] = {}
-        self.values = [self._value_rows(v, life) for v, life in enumerate(lives)]
+        self.values = self._value_rows()
 
     # -- ops ---------------------------------------------------------------------
 
@@ -158,31 +157,20 @@ class Formulation:
 
     # -- values ------------------------------------------------------------------
 
-    def _value_rows(self, v: int, life: ValueLife) -> ValueRows:
-        """The rows of a value: its own, or those of the value that does the same in an identical layer."""
-        kind = self._kind(v, life)
-        if kind not in self._rows_of_kind:
-            self._rows_of_kind[kind] = self._add_value(v, life)
-            return self._rows_of_kind[kind]
-        rows = self._rows_of_kind[kind]
-        rows.lives.append(life)
-        for q, column in rows.keep.items():
-            self.model.hold(column, life.kept, self.problem.values[v].state_bytes[q])
-        return rows
-
-    def _kind(self, v: int, life: ValueLife) -> tuple[object, ...]:
-        """Equal for values that twins make and whose uses, one by one, are by twins."""
-        value = self.problem.values[v]
-        uses = [
-            tuple((self._first_twin(u.op), u.slot, u.rerun, u.early, u.alias) for u in some)
-            for some in (life.own_uses, life.later_uses)
-        ]
-        flags = (life.forward, life.needs_keeping, value.always_available, value.live_out)
-        return (self._first_twin(life.made_by), life.result, *uses, value.state_bytes, id(value.convert_s), flags)
-
-    def _first_twin(self, o: int) -> int:
-        twin = self.problem.ops[o].twin_of
-        return o if twin is None else twin
+    def _value_rows(self) -> list[ValueRows]:
+        """The rows of every value: its own, or those of the value that does the same in an identical layer."""
+        leader = {v: members[0] for members in value_kinds(self.problem, self.lives).values() for v in members}
+        found: list[ValueRows] = []
+        for v, life in enumerate(self.lives):
+            if leader[v] == v:
+                found.append(self._add_value(v, life))
+                continue
+            rows = found[leader[v]]
+            rows.lives.append(life)
+            for q, column in rows.keep.items():
+                self.model.hold(column, life.kept, self.problem.values[v].state_bytes[q])
+            found.append(rows)
+        return found
 
     def _add_value(self, v: int, life: ValueLife) -> ValueRows:
         value = self.problem.values[v]
@@ -237,6 +225,10 @@ class Formulation:
         for choice in op.choices:
             size[choice.uses[0]] = 0 if result.always_available else result.state_bytes[choice.makes[0]]
         return size
+
+    def owners(self) -> list[tuple[int, ValueRows]]:
+        """The values that have rows of their own, with these."""
+        return [(v, rows) for v, rows in enumerate(self.values) if rows.owner == v]
 
     # -- groups of conversions ---------------------------------------------------
 

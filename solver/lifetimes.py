@@ -35,6 +35,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from autopar.solver.problem import Op, Problem
 
 Span = tuple[int, int]  # first and last time, both included
@@ -97,6 +100,31 @@ def lifetimes(problem: Problem) -> tuple[ValueLife, ...]:
                 early = again is not None and again > op.recompute_time
                 later[v].append(Use(o, slot, op.recompute_time, True, early))
     return tuple(_life(problem, v, makers[v], own[v], later[v]) for v in range(len(problem.values)))
+
+
+def roots(problem: Problem) -> npt.NDArray[np.int64]:
+    """Per op, the first of those whose choice it shares: of its twins, and of what it is tied to."""
+    found = np.arange(len(problem.ops))
+    for o, op in enumerate(problem.ops):
+        leader = op.twin_of if op.twin_of is not None else op.tied_to
+        if leader is not None:
+            found[o] = found[leader]
+    return found
+
+
+def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> dict[tuple[object, ...], list[int]]:
+    """The values that do the same in identical layers, together: made by twins and used, one by one, by twins."""
+    first = [o if op.twin_of is None else op.twin_of for o, op in enumerate(problem.ops)]
+    found: dict[tuple[object, ...], list[int]] = {}
+    for v, (value, life) in enumerate(zip(problem.values, lives, strict=True)):
+        uses = [
+            tuple((first[u.op], u.slot, u.rerun, u.early, u.alias) for u in some)
+            for some in (life.own_uses, life.later_uses)
+        ]
+        flags = (life.forward, life.needs_keeping, value.always_available, value.live_out)
+        kind = (first[life.made_by], life.result, *uses, value.state_bytes, id(value.convert_s), flags)
+        found.setdefault(kind, []).append(v)
+    return found
 
 
 def distinct_slots(op: Op) -> list[int]:

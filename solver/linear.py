@@ -123,13 +123,6 @@ class LinearModel:
         steps = np.bincount(first, held, self.times + 1) - np.bincount(last + 1, held, self.times + 1)
         return np.cumsum(steps)[: self.times]
 
-    def memory_cost(self, paid: Floats) -> Floats:
-        """[columns] what the bytes of each cost, if one byte costs paid[t] from time 0 up to t."""
-        columns, first, last, nbytes = self._holds()
-        if not len(columns):
-            return np.zeros(len(self.cost))
-        return np.bincount(columns, nbytes * (paid[last + 1] - paid[first]), len(self.cost)).astype(np.float64)
-
 
 @dataclass(frozen=True)
 class LpResult:
@@ -158,10 +151,6 @@ class LiveLp:
         self.sync()
         n = len(self.model.cost)
         self.highs.changeColsCost(n, np.arange(n, dtype=np.int32), costs)
-
-    def set_upper(self, column: int, upper: float) -> None:
-        self.sync()
-        self.highs.changeColBounds(column, 0.0, upper)
 
     def sync(self) -> None:
         """Hand new columns and rows to HiGHS."""

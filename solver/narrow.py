@@ -1,12 +1,11 @@
-"""Under a memory limit, most choices of most ops can be left aside, and this finds out which.
+"""Most choices of most ops can be left aside, and this finds out which.
 
-The LP of a large problem with memory rows is slow, while two neighbours of it are fast:
-the same LP with few choices, and the LP of all choices without memory rows but with a
-price on every byte at every time. So they take turns (Dantzig-Wolfe, with choices as
-columns): the first says what memory is worth at each time, the second which choices are
-worth having at these prices. By Lagrangian duality the second is also a lower bound on
-any solution within the limit, and its reduced costs tell which choices none better than
-a known one can use.
+The LP of a large problem is slow, while two neighbours of it are fast: the same LP with few
+choices, and the dual ascent over all choices at a price on every byte at every time
+(`solver.ascent`). So they take turns (Dantzig-Wolfe, with choices as columns): the first
+says what memory is worth at each time, the second which choices are worth having at these
+prices. By Lagrangian duality the second is also a lower bound on any solution within the
+limit, and its margins tell which choices none better than a known one can use.
 """
 
 from __future__ import annotations
@@ -16,18 +15,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import ValueLife, lifetimes
-from autopar.solver.linear import Ints
-from autopar.solver.problem import Problem, Solution
-from autopar.solver.stage import Clock, Relaxation, Stage
+from autopar.solver.ascent import Ascent, DualAscent
+from autopar.solver.lifetimes import ValueLife
+from autopar.solver.linear import Floats, Ints
+from autopar.solver.problem import Choice, Problem, Solution
+from autopar.solver.stage import COST_UNITS, Clock, Relaxation, Stage
 
 Allowed = list[npt.NDArray[np.bool_]]  # per op, which choices; the same for tied ops
 
-NEAR = 1e-4  # of the bound: choices that lose less than this come in
-MOST_NEAR = 6  # per op and round
-USED = 1e-6  # an LP takes a choice
-CLOSE = 2e-5  # of the bound: the two LPs agree
+NEAR = 1e-3  # of the bound: choices with a margin below this come in
+MOST_NEAR = 3  # per op and round
+CLOSE = 2e-5  # of the bound: the two bounds agree
 MOST_ROUNDS = 12
+SWEEPS = 40
+MOST_MEMORY_COSTS = 3.0  # of the bound: what all memory together can sensibly be worth
 ZERO = 1e-6  # no excess, model units
 
 
@@ -43,54 +44,56 @@ class Restricted:
         return replace(solution, choices=tuple(int(p[c]) for p, c in zip(self.picks, solution.choices, strict=True)))
 
 
-def restrict(problem: Problem, allowed: Allowed) -> Restricted:
-    picks = [np.nonzero(a)[0] for a in allowed]
-    ops = tuple(
-        replace(op, choices=tuple(op.choices[c] for c in pick)) for op, pick in zip(problem.ops, picks, strict=True)
-    )
-    smaller = replace(problem, ops=ops)
-    return Restricted(smaller, lifetimes(smaller), picks)
+def restrict(problem: Problem, lives: tuple[ValueLife, ...], allowed: Allowed) -> Restricted:
+    picks, ops = [], []
+    known: dict[tuple[int, bytes], tuple[Ints, tuple[Choice, ...]]] = {}
+    for op, some in zip(problem.ops, allowed, strict=True):
+        key = (id(op.choices), some.tobytes())  # identical layers go on sharing their choices
+        if key not in known:
+            pick = np.nonzero(some)[0]
+            known[key] = (pick, tuple(op.choices[c] for c in pick))
+        picks.append(known[key][0])
+        ops.append(replace(op, choices=known[key][1]))
+    return Restricted(replace(problem, ops=tuple(ops)), lives, picks)
 
 
-def nearest(stage: Stage, relaxed: Relaxation) -> Allowed:
-    """Per op, the choices that an LP takes, and those of least reduced cost."""
-    assert relaxed.result is not None
+def nearest(ascent: Ascent) -> Allowed:
+    """Per op, its choices of least margin."""
     allowed = []
-    for columns in stage.form.x:
-        reduced = relaxed.result.reduced[columns]
-        near = np.zeros(len(columns), dtype=bool)
-        near[np.argsort(reduced, kind="stable")[:MOST_NEAR]] = True
-        near &= reduced <= NEAR * max(relaxed.bound, 1.0)
-        allowed.append(near | (relaxed.result.values[columns] > USED))
+    for margins in ascent.margins:
+        near = np.zeros(len(margins), dtype=bool)
+        near[np.argsort(margins, kind="stable")[:MOST_NEAR]] = True
+        allowed.append(near & (margins <= max(NEAR * max(ascent.bound, 1.0), margins.min())))
     return allowed
 
 
-def within(stage: Stage, relaxed: Relaxation, slack: float) -> Allowed:
-    """Per op, the choices that a solution cheaper than the LP's bound + slack can take."""
-    assert relaxed.result is not None
-    return [relaxed.result.reduced[columns] <= slack + 1e-6 for columns in stage.form.x]
+def within(ascent: Ascent, slack: float) -> Allowed:
+    """Per op, the choices that a solution cheaper than the bound + slack can take."""
+    return [margins <= slack + 1e-6 for margins in ascent.margins]
 
 
 @dataclass(frozen=True)
 class Narrowed:
     """Where the turns ended.
 
-    bound: proven, model units. priced: the priced LP over all choices, with that bound (None if
-    the clock ran out). stage / relaxed: the limited LP over the choices of `restricted`.
+    bound: proven, model units. priced: the ascent over all choices with that bound (None where all choices
+    came in at once, or the clock ran out). stage / relaxed: the limited LP over the choices of `restricted`.
+    paid: what it says a byte costs, from time 0 up to t.
     """
 
     restricted: Restricted
     stage: Stage
     relaxed: Relaxation
-    priced: Relaxation | None
+    priced: Ascent | None
     bound: float
+    paid: Floats | None = None
 
 
 class Narrowing:
-    """The turns of the two LPs. excess: for the least bytes beyond the limit, instead of the least cost.
+    """The turns of LP and ascent. excess: for the least bytes beyond the limit, instead of the least cost.
 
-    groups: conversions to start with; those that turn out to matter are added to the set.
-    whole: for problems so small that all choices may come in at once, and no turns are taken.
+    limit_bytes: None where memory is free. groups: conversions to start with; those that turn out to matter are
+    added to the set. whole: for problems so small that all choices may come in at once, and no turns are taken.
     """
 
     def __init__(
@@ -99,45 +102,57 @@ class Narrowing:
         lives: tuple[ValueLife, ...],
         clock: Clock,
         cost_scale: float,
-        limit_bytes: int,
+        limit_bytes: int | None,
         byte_reference: float,
         *,
         excess: bool,
         groups: set[tuple[int, int, int]],
         whole: bool,
     ) -> None:
-        self.problem, self.clock, self.cost_scale = problem, clock, cost_scale
+        self.problem, self.lives, self.clock, self.cost_scale = problem, lives, clock, cost_scale
         self.limit_bytes, self.byte_reference, self.excess = limit_bytes, byte_reference, excess
-        self.groups = groups
-        self.oracle: Stage | None = None
-        if not whole:
-            self.oracle = self._stage(problem, lives)
-            self.oracle.add_groups(sorted(groups))
+        self.groups, self.whole = groups, whole
+        self._graph: DualAscent | None = None
 
-    def run(self, allowed: Allowed) -> Narrowed:
-        """Take turns from these choices (which are extended in place) until the LPs agree or time is out."""
-        bound, best = 0.0, None
+    def run(self, allowed: Allowed, *, enough: float = np.inf) -> Narrowed:
+        """Take turns from these choices (which are extended in place) until LP and ascent agree, time is out, or
+        the bound reaches `enough`."""
+        bound: float = 0.0
+        best: Ascent | None = None
         for turn in range(MOST_ROUNDS):
             now = self.limited(allowed)
             if now.relaxed.status != "optimal" or now.relaxed.result is None:
                 return replace(now, priced=best, bound=bound)
-            if self.oracle is None or (self._stop_at_zero and now.relaxed.result.objective <= ZERO):
-                return replace(now, bound=max(0.0, now.relaxed.bound) if self.oracle is None else 0.0)
-            priced = self._price_memory(self.oracle, now.stage, now.relaxed)
+            if self.whole or (self._stop_at_zero and now.relaxed.result.objective <= ZERO):
+                return replace(now, bound=max(0.0, now.relaxed.bound) if self.whole else 0.0)
+            priced = self.ascend(self._sensible(now, bound), enough)
             if priced.bound > bound or best is None:
                 bound, best = max(bound, priced.bound), priced
             agree = now.relaxed.bound - bound <= CLOSE * max(now.relaxed.bound, 1.0)
-            if priced.result is None or agree or self.clock.out() or turn == MOST_ROUNDS - 1:
+            if agree or bound >= enough or self.clock.out() or turn == MOST_ROUNDS - 1:
                 break
-            fresh = [a | b for a, b in zip(nearest(self.oracle, priced), allowed, strict=True)]
+            fresh = [a | b for a, b in zip(nearest(priced), allowed, strict=True)]
             if all((a == b).all() for a, b in zip(fresh, allowed, strict=True)):
                 break
             allowed[:] = fresh
-        return replace(now, priced=best if best is not None and best.result is not None else None, bound=bound)
+        return replace(now, priced=best, bound=bound)
+
+    def _sensible(self, now: Narrowed, bound: float) -> Floats:
+        """The LP's prices of memory. If its few choices do not fit, these are penalties, and are scaled down."""
+        assert now.paid is not None
+        most = MOST_MEMORY_COSTS * max(bound, COST_UNITS)
+        credit = float(now.paid[-1]) * now.stage.model.limit
+        return now.paid if self.excess or credit <= most else now.paid * (most / credit)
+
+    def ascend(self, paid: Floats, enough: float = np.inf, sweeps: int = SWEEPS) -> Ascent:
+        """The bound over all choices at these memory prices."""
+        if self._graph is None:
+            self._graph = DualAscent(replace(self.problem, capacity_bytes=self.limit_bytes), self.lives)
+        return self._graph.run(0.0 if self.excess else self.cost_scale, paid, sweeps, enough=enough)
 
     def limited(self, allowed: Allowed) -> Narrowed:
         """The limited LP over these choices; nothing is proven yet for the others."""
-        restricted = restrict(self.problem, allowed)
+        restricted = restrict(self.problem, self.lives, allowed)
         stage = self._stage(restricted.problem, restricted.lives)
         stage.add_groups(sorted(self.groups))
         relaxed = stage.relax(stop_at_zero=self._stop_at_zero)
@@ -145,11 +160,12 @@ class Narrowing:
             stage.add_all_groups()
             relaxed = stage.relax(stop_at_zero=self._stop_at_zero)
         self.groups.update(stage.groups())
-        return Narrowed(restricted, stage, relaxed, None, 0.0)
+        paid = None if relaxed.result is None else stage.prices(relaxed.result).paid
+        return Narrowed(restricted, stage, relaxed, None, 0.0, paid)
 
     @property
     def _stop_at_zero(self) -> bool:
-        return self.excess and self.limit_bytes > 0
+        return self.excess and bool(self.limit_bytes)
 
     def _stage(self, problem: Problem, lives: tuple[ValueLife, ...]) -> Stage:
         return Stage(
@@ -161,12 +177,3 @@ class Narrowing:
             byte_reference=self.byte_reference,
             excess=self.excess,
         )
-
-    def _price_memory(self, oracle: Stage, stage: Stage, relaxed: Relaxation) -> Relaxation:
-        """The LP over all choices at the memory prices of a limited LP; its bound counts what the limit gives back."""
-        assert relaxed.result is not None
-        paid = stage.prices(relaxed.result).paid
-        oracle.byte_prices = paid
-        priced = oracle.relax()
-        self.groups.update(oracle.groups())
-        return replace(priced, bound=priced.bound - float(paid[-1]) * oracle.model.limit)

@@ -33,9 +33,7 @@ class Prices:
     cost_scale: float
 
     @staticmethod
-    def of(form: Formulation, duals: Floats, cost_scale: float, paid: Floats | None = None) -> Prices:
-        if paid is not None:
-            return Prices(duals, paid, cost_scale)
+    def of(form: Formulation, duals: Floats, cost_scale: float) -> Prices:
         at = np.zeros(form.model.times)
         for time, row in form.model.memory_rows.items():
             if row < len(duals):
@@ -67,9 +65,7 @@ def price(form: Formulation, prices: Prices, threshold: float) -> Found:
     own: list[tuple[int, int, int]] = []
     later: list[tuple[int, int, int]] = []
     total = 0.0
-    for v, rows in enumerate(form.values):
-        if rows.owner != v:
-            continue
+    for v, rows in form.owners():
         for gains, there, found in _gains(form, v, rows, prices):
             missing = np.where(there[rows.sources], -np.inf, gains)
             total += float(np.maximum(missing, 0.0).sum(axis=1).max(initial=0.0))

@@ -147,6 +147,8 @@ class SolveResult:
     objective_s / bound_s: cost of the solution, and a proven lower bound on any solution.
     gap: (objective - bound) / objective, as proven by the solver, never assumed.
     peak_bytes / peak_time: highest point of the memory time line.
+    paid_s: [times + 1] what the LP says a byte costs, in seconds, from time 0 up to t: the shadow prices of memory,
+        summed up. None where memory was no matter.
     """
 
     solution: Solution
@@ -158,13 +160,23 @@ class SolveResult:
     peak_time: int
     solve_s: float
     stats: dict[str, float] = field(default_factory=dict)
+    paid_s: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+class NothingCheaper(Exception):
+    """No solution found that is cheaper than the cutoff. bound_s: proven, for any solution (inf: nothing fits)."""
+
+    def __init__(self, bound_s: float) -> None:
+        super().__init__(f"no solution costs less than {bound_s:.6g} s")
+        self.bound_s = bound_s
 
 
 class InfeasibleProblem(Exception):
     """No solution fits.
 
     If memory is what binds: `needed_bytes` is the smallest capacity for which one was found (proven to
-    `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most.
+    `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most. `bound_s`: no solution is
+    cheaper, however much memory there is.
     """
 
     def __init__(
@@ -174,9 +186,11 @@ class InfeasibleProblem(Exception):
         bound_bytes: int | None = None,
         peak_time: int | None = None,
         leanest: Solution | None = None,
+        bound_s: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.bound_bytes = bound_bytes
         self.peak_time = peak_time
         self.leanest = leanest
+        self.bound_s = bound_s

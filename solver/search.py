@@ -1,26 +1,31 @@
 """`solve`: the cheapest solution that fits, with proof; `minimum_capacity`: the least memory that any needs.
 
-First with memory free: that model is far smaller, and if its optimum fits it is the answer
-(its bound holds in any case). Then with memory limited, starting from what was learnt.
+First with memory free: if that optimum fits it is the answer (its bound holds in any case).
+Then with memory limited, starting from what was learnt. A caller that holds a solution of
+another problem for the same work (another mesh) gives its cost as a cutoff, and what memory
+was worth there: most often a first ascent at these prices then shows that there is nothing
+to find here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autopar.solver.check import check_problem
 from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.lifetimes import lifetimes
+from autopar.solver.linear import Floats
 from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, nearest, within
-from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
+from autopar.solver.problem import InfeasibleProblem, NothingCheaper, Problem, Solution, SolveResult
 from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound
 
 NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
+LOOK_SWEEPS = 10
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
 MODEST = 600  # choices in all: beyond, finding out what fits gets more time
@@ -50,14 +55,23 @@ def solve(
     time_limit_s: float | None = None,
     gap: float = 1e-4,
     progress: Callable[[Progress], None] | None = None,
+    cutoff_s: float = math.inf,
+    paid_s: Floats | None = None,
 ) -> SolveResult:
     """The cheapest solution within the capacity, to a relative `gap`.
 
     With a time limit the best solution found by then is returned, with the bound that was
-    proven; finding a first one may take longer than the limit. Raises InfeasibleProblem.
+    proven; without a cutoff, finding a first one may take longer than the limit.
+
+    cutoff_s: only solutions cheaper than this (by more than the gap) are of interest. paid_s:
+    prices of memory to start from (see `SolveResult.paid_s`), a guess that only saves time.
+
+    Raises InfeasibleProblem; with a cutoff, NothingCheaper.
     """
-    check_problem(problem)
-    return _Search(problem, Clock(time_limit_s), gap, progress).run()
+    search = Search(problem, gap=gap, progress=progress)
+    search.look(paid_s, time_limit_s=time_limit_s)
+    left_s = None if time_limit_s is None else time_limit_s - search.clock.elapsed_s()
+    return search.finish(cutoff_s=cutoff_s, time_limit_s=left_s)
 
 
 def minimum_capacity(
@@ -67,15 +81,22 @@ def minimum_capacity(
 
     gap: relative, good enough; with a time limit, what was found and proven by then.
     """
-    check_problem(problem)
-    search = _Search(problem, Clock(time_limit_s), 0.0, None)
-    search.solve_free(needed=False)
+    search = Search(problem, gap=0.0)
+    search.clock = Clock(time_limit_s)
+    search.look_around()
     return search.least_memory(search.clock, gap)
 
 
-class _Search:
-    def __init__(self, problem: Problem, clock: Clock, gap: float, progress: Callable[[Progress], None] | None) -> None:
-        self.problem, self.clock, self.gap, self.progress = problem, clock, gap, progress
+class Search:
+    """The search on one problem, in two steps: a look, and the rest if the look says that it is worth it.
+
+    bound_s: what is proven so far. best: the cheapest solution so far that fits.
+    """
+
+    def __init__(self, problem: Problem, *, gap: float, progress: Callable[[Progress], None] | None = None) -> None:
+        check_problem(problem)
+        self.problem, self.gap, self.progress = problem, gap, progress
+        self.clock, self.cutoff_s = Clock(None), math.inf
         self.lives = lifetimes(problem)
         cheapest = sum(min(c.cost_s for c in op.choices) for op in problem.ops)
         dearest = sum(max(c.cost_s for c in op.choices) for op in problem.ops)
@@ -86,34 +107,63 @@ class _Search:
         self.free_peak = 1
         self.groups: set[tuple[int, int, int]] = set()
         self.allowed: Allowed = []
+        self.turns: Narrowed | None = None
         self.stats: dict[str, float] = {}
+        self.limit = problem.capacity_bytes
+        if self.limit is None and any(op.must_rerun for op in problem.ops):
+            self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again
+        self._narrowed = self._narrowing(self.limit, excess=False)
 
     # -- the whole ---------------------------------------------------------------
 
-    def run(self) -> SolveResult:
-        limit = self.problem.capacity_bytes
-        if limit is None and any(op.must_rerun for op in self.problem.ops):
-            limit = NO_LIMIT  # where memory is free the model knows nothing of running again
-        self.solve_free(needed=limit is None)
-        if not self._closed() and limit is not None:
-            self._solve_limited(limit)
+    @property
+    def paid_s(self) -> Floats | None:
+        """What the last LP says memory is worth, see `SolveResult.paid_s`; None before there was one that fits."""
+        if self.turns is None or self.turns.paid is None or self.turns.relaxed.excess > EXCEEDED:
+            return None
+        return self.turns.paid / self.cost_scale
+
+    def look(self, paid_s: Floats | None = None, *, time_limit_s: float | None = None) -> None:
+        """Raise the bound as far as that is cheap. paid_s: prices of memory that are known from elsewhere; without
+        them, or if the problem is small, they are found too. Raises InfeasibleProblem if no assignment has its
+        conversions."""
+        self._set_clock(time_limit_s)
+        if self.limit is not None and paid_s is not None and not self._is_small():
+            there = self._narrowed.ascend(paid_s * self.cost_scale, self._enough(), sweeps=LOOK_SWEEPS)
+            self._raise_bound(there.bound)
+            self.allowed = nearest(there)
+            self._report("at known prices of memory")
+            return
+        self.look_around()
+        if not self._closed() and not self._is_small():
+            self._take_turns()
+
+    def finish(self, *, cutoff_s: float = math.inf, time_limit_s: float | None = None) -> SolveResult:
+        """The cheapest solution; see `solve`. After `look`."""
+        self.cutoff_s = cutoff_s
+        self._set_clock(time_limit_s)
+        if not self._closed():
+            self._solve(self.limit)
         return self._result()
 
-    def solve_free(self, *, needed: bool) -> None:
-        """With memory free. Only its LP, rounded, if the solution itself is not `needed`."""
-        stage = Stage(self.problem, self.lives, Clock(None), self.cost_scale, limit_bytes=None)
-        relaxed = self._relax_always_feasible(stage)
-        stage.clock = self.clock
-        assert relaxed.result is not None
-        self._raise_bound(relaxed.bound)
-        self._offer_rounded(stage, relaxed, self._accept)
+    def _set_clock(self, limit_s: float | None) -> None:
+        self.clock = self._narrowed.clock = Clock(limit_s)
+
+    def look_around(self) -> None:
+        """With memory free, relaxed and rounded: a bound, choices to start with, and perhaps the answer."""
+        narrowing = self._narrowing(None, excess=False, clock=Clock(None))
+        if self._is_small():
+            self.allowed = self._everything()
+        else:
+            free = narrowing.ascend(np.zeros(len(self.problem.ops) + 1))
+            self._raise_bound(free.bound)
+            self.allowed = nearest(free)
+        now = self._relax_always_feasible(narrowing)
+        if self._is_small():
+            self._raise_bound(now.relaxed.bound)
+        self._offer_rounded(now.stage, now.relaxed, self._accepting(now.restricted))
+        self._note("free", now.stage)
         self._report("memory free, relaxed")
-        if needed and not self._closed():
-            self._raise_bound(stage.search(relaxed, self._accept, self._cutoff(), self.gap))
-            self._report("memory free")
-        self._note("free", stage)
-        self.groups = set(stage.groups())
-        self.allowed = self._everything() if self._is_small() else nearest(stage, relaxed)
 
     def _is_small(self) -> bool:
         return self._size() <= SMALL
@@ -124,32 +174,43 @@ class _Search:
     def _everything(self) -> Allowed:
         return [np.ones(len(op.choices), dtype=bool) for op in self.problem.ops]
 
-    def _relax_always_feasible(self, stage: Stage) -> Relaxation:
-        """Relax a stage whose LP can only be infeasible for want of conversions."""
-        relaxed = stage.relax()
-        if relaxed.status == "infeasible":
-            stage.add_all_groups()
-            relaxed = stage.relax()
-        if relaxed.status == "infeasible":
+    def _relax_always_feasible(self, narrowing: Narrowing) -> Narrowed:
+        """The LP with memory free, which can only be infeasible for want of conversions (or of choices)."""
+        now = narrowing.limited(self.allowed)
+        if now.relaxed.status == "infeasible" and not self._is_whole():
+            self.allowed = self._everything()
+            now = narrowing.limited(self.allowed)
+        if now.relaxed.status == "infeasible":
+            now.stage.add_all_groups()
+            now = replace(now, relaxed=now.stage.relax())
+        if now.relaxed.status == "infeasible":
             raise InfeasibleProblem(NO_ASSIGNMENT)
-        return relaxed
+        return now
 
-    # -- memory limited ----------------------------------------------------------
+    # -- turns, then integers ------------------------------------------------------
 
-    def _solve_limited(self, limit: int) -> None:
-        narrowing = self._narrowing(limit, excess=False)
-        found = narrowing.run(self.allowed)
-        if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED:
+    def _solve(self, limit: int | None) -> None:
+        """The cheapest within `limit` (None: memory is free)."""
+        narrowing = self._narrowed
+        found = self.turns or self._take_turns()
+        if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED and not self._has_cutoff():
+            assert limit is not None
             self._check_feasible(limit)
-        self._raise_bound(found.bound)
-        self._report("memory limited, relaxed")
+        if self._closed():
+            return
         proven = self._search_in(found)
         self._raise_bound(proven if found.priced is None and self._is_whole() else min(proven, found.bound))
-        self._report("memory limited")
+        self._report("in integers")
         if found.priced is not None:
             self._widen(narrowing, found, proven)
-        if self.best is None:
+        if self.best is None and not self._has_cutoff() and limit is not None:
             self._find_any(limit)
+
+    def _take_turns(self) -> Narrowed:
+        self.turns = self._narrowed.run(self.allowed, enough=self._enough())
+        self._raise_bound(self.turns.bound)
+        self._report("relaxed")
+        return self.turns
 
     def _is_whole(self) -> bool:
         return all(a.all() for a in self.allowed)
@@ -159,18 +220,18 @@ class _Search:
 
         proven: bound on the solutions that use the choices let in so far.
         """
-        assert narrowing.oracle is not None and found.priced is not None
+        assert found.priced is not None
         slack = FIRST_WIDENING * found.bound
         while not self._closed() and not self.clock.out():
-            if self.best is not None:
+            if self._cutoff() < np.inf:
                 slack = self._cutoff() - found.bound
-            wider = within(narrowing.oracle, found.priced, slack)
+            wider = within(found.priced, slack)
             if not all((a | ~b).all() for a, b in zip(self.allowed, wider, strict=True)):
                 self.allowed[:] = [a | b for a, b in zip(self.allowed, wider, strict=True)]
                 proven = self._search_in(narrowing.limited(self.allowed))
             self._raise_bound(min(proven, math.inf if self._is_whole() else found.bound + slack))
-            self._report("memory limited")
-            if self._is_whole() or (self.best is not None and slack >= self._cutoff() - found.bound):
+            self._report("in integers")
+            if self._is_whole() or slack >= self._cutoff() - found.bound:
                 break
             slack = slack * WIDENING_GROWTH if slack < found.bound else math.inf
 
@@ -188,13 +249,12 @@ class _Search:
         return bound
 
     def _accepting(self, restricted: Restricted) -> Accept:
-        def accept(solution: Solution, _: Evaluation) -> None:
-            original = restricted.original(solution)
-            self._accept(original, evaluate(self.problem, original, self.lives))
+        def accept(solution: Solution, found: Evaluation) -> None:
+            self._accept(restricted.original(solution), found)
 
         return accept
 
-    def _narrowing(self, limit: int, *, excess: bool, clock: Clock | None = None) -> Narrowing:
+    def _narrowing(self, limit: int | None, *, excess: bool, clock: Clock | None = None) -> Narrowing:
         # a limit far below what any solution takes would make the numbers of memory rows explode
         reference = max(float(limit), self.free_peak / 16) if limit else float(self.free_peak)
         return Narrowing(
@@ -268,14 +328,20 @@ class _Search:
         return found.stage.search(found.relaxed, accept, np.inf, gap)
 
     def _raise_infeasible(self) -> None:
+        """Raise with the least memory that was found, unless that does fit after all."""
         left = self.clock.left_s()
         longest = self._explain_s()
         clock = Clock(longest if left is None else min(max(left, longest / 2), longest))
         # afresh, so that the answer does not depend on the limit that was asked for
-        anew = _Search(self.problem, clock, self.gap, None)
-        anew.solve_free(needed=False)
+        anew = Search(self.problem, gap=self.gap)
+        anew.clock = clock
+        anew.look_around()
         needed, bound, solution = anew.least_memory(clock, 0.0 if self._size() <= TINY else EXPLAIN_GAP)
-        at = evaluate(self.problem, solution, self.lives).peak_time
+        found = evaluate(self.problem, solution, self.lives)
+        self._accept(solution, found)
+        if self.best is not None:
+            return
+        at = found.peak_time
         raise InfeasibleProblem(
             f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "
             f"(at op {self.problem.ops[at].name!r}); raise the capacity to that",
@@ -283,6 +349,7 @@ class _Search:
             bound,
             at,
             solution,
+            anew.bound_s,
         )
 
     # -- incumbent and bound -----------------------------------------------------
@@ -308,13 +375,24 @@ class _Search:
                 continue
 
     def _cutoff(self) -> float:
-        return np.inf if self.best is None else self.best[1].cost_s * self.cost_scale
+        """What a solution must cost less than to be of interest, in model units."""
+        best_s = math.inf if self.best is None else self.best[1].cost_s
+        return min(best_s, self.cutoff_s) * self.cost_scale
+
+    def _has_cutoff(self) -> bool:
+        return self.cutoff_s < math.inf
+
+    def _enough(self) -> float:
+        """A bound, in model units, that leaves nothing of interest."""
+        return self._cutoff() * (1 - self.gap)
 
     def _raise_bound(self, bound: float) -> None:
         self.bound_s = max(self.bound_s, bound / self.cost_scale)
 
     def _closed(self) -> bool:
-        return self.best is not None and self._gap(self.best[1].cost_s) <= self.gap
+        return self.bound_s * self.cost_scale >= self._enough() or (
+            self.best is not None and self._gap(self.best[1].cost_s) <= self.gap
+        )
 
     def _gap(self, cost_s: float) -> float:
         gap = max(0.0, cost_s - self.bound_s) / cost_s if cost_s > 0 else 0.0
@@ -331,7 +409,8 @@ class _Search:
         self.stats[f"{name}_rows"] = float(len(stage.model.row_low))
 
     def _result(self) -> SolveResult:
-        assert self.best is not None
+        if self.best is None or self.best[1].cost_s >= self.cutoff_s:
+            raise NothingCheaper(self.bound_s)
         solution, found = self.best
         again = evaluate(self.problem, solution, self.lives)
         limit = self.problem.capacity_bytes
@@ -340,7 +419,6 @@ class _Search:
         bound = min(self.bound_s, found.cost_s)
         gap = self._gap(found.cost_s)
         status = "optimal" if gap <= self.gap else "feasible"
+        peak = (found.peak_bytes, found.peak_time)
         seconds = self.clock.elapsed_s()
-        return SolveResult(
-            solution, status, found.cost_s, bound, gap, found.peak_bytes, found.peak_time, seconds, self.stats
-        )
+        return SolveResult(solution, status, found.cost_s, bound, gap, *peak, seconds, self.stats, self.paid_s)

@@ -89,14 +89,13 @@ class Stage:
         limit = 0.0 if limit_bytes is None else float(limit_bytes - problem.constant_bytes)
         self.model = LinearModel(len(problem.ops), BYTE_UNITS / max(byte_reference, 1.0), limit)
         self.form = Formulation(problem, lives, self.model, cost_scale, memory=limit_bytes is not None)
-        self.byte_prices: Floats | None = None  # [times + 1] instead of memory rows: see `Prices.paid`
         self.live = LiveLp(self.model)
         self.stats = {"lp_solves": 0.0, "mips": 0.0, "mip_columns": 0.0}
         self._add_first_groups()
 
     def _add_first_groups(self) -> None:
         """For every source its cheapest targets, for every target its cheapest sources: enough to start with."""
-        for v, rows in enumerate(self.form.values):
+        for v, rows in self.form.owners():
             wanted = sorted({int(p) for u in (*rows.own, *rows.later) for p in np.nonzero(u.wanted >= 0)[0]})
             cost = np.where(rows.own_there, np.inf, self.problem.values[v].convert_s)
             if not wanted:
@@ -116,13 +115,13 @@ class Stage:
                 self.form.add_later(v, q, p)
 
     def add_all_groups(self) -> None:
-        for v, rows in enumerate(self.form.values):
+        for v, rows in self.form.owners():
             self.add_groups((v, q, p) for q in rows.sources for p in range(len(rows.own_there)))
 
     def groups(self) -> list[tuple[int, int, int]]:
         """All (value, from, to) that are in the model."""
         found: list[tuple[int, int, int]] = []
-        for v, rows in enumerate(self.form.values):
+        for v, rows in self.form.owners():
             there = (rows.own_there | rows.later_there) & np.isfinite(self.problem.values[v].convert_s)
             np.fill_diagonal(there, False)
             found.extend((v, q, int(p)) for q in rows.sources for p in np.nonzero(there[q])[0])
@@ -133,15 +132,12 @@ class Stage:
     def costs(self) -> Floats:
         """[columns] the objective of this stage."""
         costs = np.zeros(len(self.model.cost)) if self.excess else np.asarray(self.model.cost)
-        if self.byte_prices is not None:
-            return costs + self.model.memory_cost(self.byte_prices)
         costs[self.model.excess] = 1.0 if self.excess else PENALTY
         return costs
 
     def relax(self, *, stop_at_zero: bool = False) -> Relaxation:
         """Solve the LP relaxation over all groups and all memory rows. stop_at_zero: an objective of 0 will do."""
         bound = -np.inf
-        self.live.set_upper(self.model.excess, np.inf if self.byte_prices is None else 0.0)
         while True:
             self.live.set_costs(self.costs())
             result = self.live.solve(self.clock.left_s())
@@ -162,11 +158,11 @@ class Stage:
                 self.model.add_memory_row(at)
 
     def prices(self, result: LpResult) -> Prices:
-        return Prices.of(self.form, result.duals, 0.0 if self.excess else self.cost_scale, self.byte_prices)
+        return Prices.of(self.form, result.duals, 0.0 if self.excess else self.cost_scale)
 
     def _violated(self, line: Floats, excess: float) -> list[int]:
         """Times whose memory goes beyond the limit (plus excess) and that are not rows yet: the highest peaks."""
-        if self.limit_bytes is None or self.byte_prices is not None or not len(line):
+        if self.limit_bytes is None or not len(line):
             return []
         limit = self.model.limit + excess / self.model.byte_scale
         over = line > limit + 1e-6 / self.model.byte_scale

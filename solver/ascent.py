@@ -1,0 +1,233 @@
+"""A lower bound on any solution at given prices of memory, fast: dual ascent instead of an LP.
+
+At a price on every byte at every time, the memory limit is one number (what the limit gives
+back), and the problem is a graph: ops are nodes with *labels* (a choice, and whether the op
+runs again), and every value is a factor that ties the op that makes it to the ops that use
+it. What a factor costs (conversions, each shared by the uses that want the same state; keeping,
+copying or making again for the backward pass) is found exactly, by dynamic programming over
+sets of uses. Messages between ops and factors shift cost from one to the other without
+changing the sum; the sum of all minima is a bound on every solution, whatever the messages
+are. Sequential message passing raises it (Kolmogorov, "A new look at reweighted message
+passing", 2015, section 4), sweep by sweep, to about the bound of the LP relaxation.
+
+Along with the bound come *margins*: how much dearer than the bound any solution is that takes
+a certain choice of a certain op. Choices with a margin beyond what an incumbent leaves open
+can be left out of the integer program.
+
+All costs are in model units: `cost_scale` per second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.solver.factors import IMPOSSIBLE, Factor, factors_of
+from autopar.solver.lifetimes import Span, ValueLife, roots
+from autopar.solver.linear import Floats, Ints
+from autopar.solver.problem import Op, Problem
+
+CONVERGED = 3e-5  # of the bound: a sweep that gains less is the last
+
+
+@dataclass
+class Held:
+    """Bytes that labels hold over the same spans: nbytes [labels], the spans of all twins as arrays."""
+
+    nbytes: Floats
+    first: list[int]
+    last: list[int]
+
+    def cost(self, paid: Floats) -> Floats:
+        spans = paid[np.asarray(self.last) + 1] - paid[np.asarray(self.first)]
+        return self.nbytes * float(spans.sum())
+
+
+@dataclass
+class Node:
+    """An op and all ops that take the same choice, with labels (choice, runs again).
+
+    choice, again: [labels]. seconds, cost: [labels] of their own; cost counts memory at the present prices.
+    held: what they hold, by role. links: (factor, position in it, domain index of every label).
+    """
+
+    choice: Ints
+    again: npt.NDArray[np.bool_]
+    seconds: Floats
+    cost: Floats
+    held: dict[object, Held] = field(default_factory=dict)
+    links: list[tuple[int, int, Ints]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """bound: model units, the price that the limit gives back already taken off. margins: per op of the
+    problem and choice; ops that share their choice share the array."""
+
+    bound: float
+    margins: list[Floats]
+
+
+class DualAscent:
+    """The graph of a problem, stated once and run at any prices."""
+
+    def __init__(self, problem: Problem, lives: tuple[ValueLife, ...]) -> None:
+        self.problem = problem
+        self.root = roots(problem)
+        self.nodes: dict[int, Node] = {}
+        self._arrays: dict[int, _ChoiceArrays] = {}
+        for o, op in enumerate(problem.ops):
+            self._add_op(o, op, lives)
+        self.factors = factors_of(problem, lives, self.root)
+        for f, factor in enumerate(self.factors):
+            self._link(f, factor)
+        self.order = sorted(self.nodes)
+        self.paid = np.zeros(len(problem.ops) + 1)
+
+    # -- stating -----------------------------------------------------------------
+
+    def _add_op(self, o: int, op: Op, lives: tuple[ValueLife, ...]) -> None:
+        found, root = self._arrays_of(op), int(self.root[o])
+        if root == o:
+            index = np.arange(len(op.choices))
+            modes = [False] if op.recompute_time is None else [True] if op.must_rerun else [False, True]
+            again = np.repeat(np.array(modes), len(index))
+            self.nodes[o] = Node(np.tile(index, len(modes)), again, np.zeros(len(again)), np.zeros(len(again)))
+        node = self.nodes[root]
+        times = np.where(node.again, 2.0, 1.0)
+        node.seconds += found.cost_s[node.choice] * times
+        self._hold(node, "persistent", found.persistent, (0, len(self.problem.ops) - 1))
+        self._hold(node, "workspace", found.workspace, (o, o))
+        for r, (v, states) in enumerate(zip(op.results, found.makes, strict=True)):
+            self._hold(node, ("base", r), self._bytes(v)[states], lives[v].base)
+        if op.recompute_time is not None:
+            self._hold(node, "workspace again", found.workspace, (op.recompute_time,) * 2, again=True)
+            for r, (v, states) in enumerate(zip(op.results, found.makes, strict=True)):
+                self._hold(node, ("rerun", r), self._bytes(v)[states], lives[v].rerun, again=True)
+
+    def _hold(self, node: Node, role: object, nbytes: Floats, span: Span | None, *, again: bool = False) -> None:
+        if span is None or not nbytes.any():
+            return
+        key = (role, nbytes.tobytes())
+        if key not in node.held:
+            held = nbytes[node.choice]
+            node.held[key] = Held(np.where(node.again, held, 0.0) if again else held, [], [])
+        node.held[key].first.append(span[0])
+        node.held[key].last.append(span[1])
+
+    def _bytes(self, v: int) -> Floats:
+        return np.asarray(self.problem.values[v].state_bytes, dtype=np.float64)
+
+    def _arrays_of(self, op: Op) -> _ChoiceArrays:
+        key = id(op.choices)  # identical layers share the very tuple
+        if key not in self._arrays:
+            self._arrays[key] = _ChoiceArrays(op)
+        return self._arrays[key]
+
+    def _link(self, f: int, factor: Factor) -> None:
+        maker = self.problem.ops[factor.made_by]
+        node = self.nodes[int(self.root[factor.made_by])]
+        made = self._arrays_of(maker).makes[factor.result][node.choice]
+        node.links.append((f, -1, factor.maker_index(made, node.again)))
+        for position, use in enumerate(factor.uses):
+            node = self.nodes[int(self.root[use.op])]
+            wanted = self._arrays_of(self.problem.ops[use.op]).uses[use.slot][node.choice]
+            node.links.append((f, position, factor.use_index(position, wanted, node.again)))
+        factor.possible = [self._possible(f, i) for i in range(-1, len(factor.uses))]
+
+    def _possible(self, f: int, position: int) -> npt.NDArray[np.bool_]:
+        factor = self.factors[f]
+        op = factor.made_by if position < 0 else factor.uses[position].op
+        possible = np.zeros(factor.domain(position), dtype=bool)
+        for g, i, index in self.nodes[int(self.root[op])].links:
+            if g == f and i == position:
+                possible[index] = True
+        return possible
+
+    # -- ascending ---------------------------------------------------------------
+
+    def run(self, cost_scale: float, paid: Floats, sweeps: int, *, enough: float = np.inf) -> Ascent:
+        """Sweep until the bound stands still, or `sweeps` times, or until it reaches `enough` (model units).
+
+        paid: [times + 1] price of one byte from time 0 up to, not including, t (zeros: memory is free).
+        """
+        self.paid = paid
+        for node in self.nodes.values():
+            node.cost = cost_scale * node.seconds + sum(held.cost(paid) for held in node.held.values())
+        for factor in self.factors:
+            factor.set_prices(cost_scale, paid)
+        credit = float(paid[-1]) * self._limit()
+        best = before = now = self.bound()
+        margins: dict[int, Floats] = {}
+        for turn in range(sweeps):
+            before = now
+            margins = self._sweep(forward=turn % 2 == 0)
+            now = self.bound()
+            best = max(best, now)
+            if best - credit >= enough or (turn > 1 and now - before < CONVERGED * abs(best)):
+                break
+        return Ascent(best - credit, self._by_op(margins, best - before))
+
+    def _by_op(self, margins: dict[int, Floats], slack: float) -> list[Floats]:
+        """Margins per choice; they are counted from the bound before the last sweep, `slack` lower."""
+        found = {}
+        for root, node in self.nodes.items():
+            least = np.full(len(self.problem.ops[root].choices), IMPOSSIBLE)
+            np.minimum.at(least, node.choice, margins[root])
+            found[root] = np.maximum(least - slack, 0.0)
+        return [found[int(r)] for r in self.root]
+
+    def _limit(self) -> float:
+        assert self.problem.capacity_bytes is not None or not self.paid[-1]
+        return float((self.problem.capacity_bytes or 0) - self.problem.constant_bytes)
+
+    def bound(self) -> float:
+        """The sum of all minima: no solution costs less (limit's price not taken off)."""
+        total = sum(factor.least() for factor in self.factors)
+        for node in self.nodes.values():
+            rest = node.cost.copy()
+            for f, position, index in node.links:
+                rest -= self.factors[f].message(position)[index]
+            total += float(rest.min())
+        return total
+
+    def _sweep(self, *, forward: bool) -> dict[int, Floats]:
+        """Pass messages along the order of ops, or against it; the margins of all labels."""
+        margins = {}
+        for o in self.order if forward else reversed(self.order):
+            node = self.nodes[o]
+            collected = [self.factors[f].marginal(position) for f, position, _ in node.links]
+            whole = node.cost.copy()
+            for (_, _, index), marginal in zip(node.links, collected, strict=True):
+                whole += marginal[index]
+            onward = [self._leads_on(f, o, forward) for f, _, _ in node.links]
+            back = [self._leads_on(f, o, not forward) for f, _, _ in node.links]
+            weight = 1.0 / max(sum(onward), sum(back), 1)
+            least = whole.min()
+            margins[o] = whole - least
+            for (f, position, index), marginal, leads in zip(node.links, collected, onward, strict=True):
+                message = np.full(len(marginal), IMPOSSIBLE)
+                if leads:
+                    np.minimum.at(message, index, whole)
+                    message[index] = weight * (message[index]) - marginal[index]
+                else:
+                    message[index] = -marginal[index]
+                self.factors[f].send(position, message)
+        return margins
+
+    def _leads_on(self, f: int, o: int, forward: bool) -> bool:
+        first, last = self.factors[f].ends
+        return last > o if forward else first < o
+
+
+class _ChoiceArrays:
+    """The choices of an op as arrays."""
+
+    def __init__(self, op: Op) -> None:
+        self.cost_s = np.array([c.cost_s for c in op.choices])
+        self.persistent = np.array([float(c.persistent_bytes) for c in op.choices])
+        self.workspace = np.array([float(c.workspace_bytes) for c in op.choices])
+        self.uses = np.array([c.uses for c in op.choices], dtype=np.int64).reshape(len(op.choices), -1).T
+        self.makes = np.array([c.makes for c in op.choices], dtype=np.int64).reshape(len(op.choices), -1).T

@@ -142,9 +142,7 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     return _proven(best, tried, time.perf_counter() - began)
 
 
-def _stated(
-    trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings
-) -> list[_Tried]:
+def _stated(trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings) -> list[_Tried]:
     found: list[_Tried] = []
     for mesh in meshes:
         try:

@@ -22,11 +22,12 @@ from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
 from autopar.layout import axis_roles, layout_keys
 from autopar.memory_types import MemoryEstimate
+from autopar.mesh_search import DEFAULT_TIME_LIMIT_S, SearchSettings
 from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
 from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
-from autopar.planning import DEFAULT_TIME_LIMIT_S, SearchResult, SearchSettings, search
+from autopar.planning import SearchResult, search
 from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.precision import MODEL, checked_precision
 from autopar.runtime.execute import RankProgram

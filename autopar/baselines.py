@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.errors import Infeasible, PinError
-from autopar.planning import SearchSettings, search, usual_layouts
+from autopar.mesh_search import SearchSettings
+from autopar.planning import search, usual_layouts
 from autopar.trace import Trace
 
 

@@ -10,63 +10,21 @@ plan until it fits.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from autopar.cluster import ClusterSpec
-from autopar.cost.model import CostModel
-from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, Infeasible, PinError
 from autopar.memory_types import MemoryEstimate
-from autopar.pins import Forbidden, PinRequest, parse_pins, resolve_pins
-from autopar.placements import State
+from autopar.mesh_search import MeshSearch, SearchSettings
+from autopar.pins import PinRequest, parse_pins
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate
 from autopar.pricing import Price, price
-from autopar.sharding import Pins, build_problem
-from autopar.solver import InfeasibleProblem, NothingCheaper, Search, Solution, evaluate
 from autopar.trace import Trace
 
-Progress = Callable[[str], None]
-MemoryOf = Callable[[Decisions, tuple[int, ...], CostModel], MemoryEstimate]
-
-DEFAULT_TIME_LIMIT_S = 60.0
-
-_GAP = 1e-4
-_LARGE, _LARGE_GAP = 3000, 1e-3  # distinct choices; what is proven of problems beyond
-_MAX_LEANER = 24
 _FREE_SHARE = 0.6  # of the time limit; the rest is for the usual layouts, should nothing be proven by then
-_MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What the search is asked for.
-
-    memory_of: simulated memory of the program that decisions give (the code generator knows).
-    fixed_params: parameter states that must stay (a program that is already running).
-    forbidden: decisions that must not be taken again (see `autopar.explaining`).
-    """
-
-    cluster: ClusterSpec
-    optimizer: OptimizerSpec
-    memory_limit_bytes: int
-    memory_of: MemoryOf
-    pin: Mapping[str, Any] | None = None
-    time_limit_s: float = DEFAULT_TIME_LIMIT_S
-    fixed_params: Mapping[str, State] | None = None
-    fixed_mesh: tuple[int, ...] | None = None
-    forbidden: Forbidden | None = None
-    progress: Progress | None = None
-
-    @property
-    def free(self) -> bool:
-        """Whether the search may end in any layout, the usual ones among them."""
-        conditions = (self.fixed_params, self.fixed_mesh, self.forbidden)
-        return not self.pin and all(c is None for c in conditions) and self.cluster.devices > 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +83,7 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     _check_batch(request, trace)
     meshes = _meshes(request, settings)
     limit_s = settings.time_limit_s * (_FREE_SHARE if settings.free else 1.0)
-    tried: list[_Tried] = []
+    tried: list[MeshSearch] = []
     order = _most_promising_first(_stated(trace, meshes, request, settings), began + limit_s)
     for index, one in enumerate(order):
         now = time.perf_counter()
@@ -142,18 +100,20 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     return _proven(best, tried, time.perf_counter() - began)
 
 
-def _stated(trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings) -> list[_Tried]:
-    found: list[_Tried] = []
+def _stated(
+    trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings
+) -> list[MeshSearch]:
+    found: list[MeshSearch] = []
     for mesh in meshes:
         try:
-            found.append(_Tried(trace, mesh, request, settings))
+            found.append(MeshSearch(trace, mesh, request, settings))
         except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
             if not found and mesh == meshes[-1]:
                 raise
     return found
 
 
-def _most_promising_first(stated: list[_Tried], deadline: float) -> list[_Tried]:
+def _most_promising_first(stated: list[MeshSearch], deadline: float) -> list[MeshSearch]:
     """Meshes by what a first look proves of them: what the best one finds may settle all others."""
     if len(stated) == 1:
         return stated
@@ -167,13 +127,13 @@ def _most_promising_first(stated: list[_Tried], deadline: float) -> list[_Tried]
     return sorted(stated, key=lambda one: one.search.bound_s)
 
 
-def _settled(tried: list[_Tried]) -> bool:
+def _settled(tried: list[MeshSearch]) -> bool:
     """Whether there is nothing to gain from trying more: the best plan is proven, or nothing fits."""
     best = min(t.objective_s for t in tried)
     return best == float("inf") or not any(t.bound_s is not None and t.beats(best) for t in tried)
 
 
-def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tried]:
+def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[MeshSearch]:
     """The usual layouts, solved under their pins: smaller problems, so that a search that ran out of time is never
     worse than what people would configure by hand."""
     pins = [pin for _, variants in usual_layouts(settings.cluster) for pin in variants]
@@ -186,17 +146,17 @@ def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[_Tri
             continue
         now = time.perf_counter()
         assert request.mesh is not None
-        one = _Tried(trace, request.mesh, request, settings)
+        one = MeshSearch(trace, request.mesh, request, settings)
         one.solve(now + max(0.0, deadline - now) / (len(pins) - index))
         found.append(one)
     return found
 
 
-def _fastest(tried: list[_Tried]) -> _Tried | None:
+def _fastest(tried: list[MeshSearch]) -> MeshSearch | None:
     return min((t for t in tried if t.decisions is not None), key=lambda t: t.objective_s, default=None)
 
 
-def _fastest_that_fits(tried: list[_Tried], deadline: float) -> _Tried | None:
+def _fastest_that_fits(tried: list[MeshSearch], deadline: float) -> MeshSearch | None:
     """Simulate the memory of the fastest plan; if it does not fit, ask for its next leaner one, and so on.
 
     Leaner is slower, so meshes that could not beat the plan that did not fit may be worth a search now.
@@ -213,7 +173,7 @@ def _fastest_that_fits(tried: list[_Tried], deadline: float) -> _Tried | None:
             best.lean(deadline)
 
 
-def _proven(best: _Tried, tried: list[_Tried], solve_s: float) -> SearchResult:
+def _proven(best: MeshSearch, tried: list[MeshSearch], solve_s: float) -> SearchResult:
     assert best.decisions is not None and best.memory is not None
     priced = price(best.trace, best.decisions, best.costs, best.settings.optimizer)
     _check_price(priced, best)
@@ -224,134 +184,6 @@ def _proven(best: _Tried, tried: list[_Tried], solve_s: float) -> SearchResult:
     found = MeshResult(best.mesh, best.decisions, priced, best.memory, best.stated.unruled)
     rows = tuple(Candidate(t.mesh, t.status, t.objective_s if t.decisions else None, t.bound_s) for t in tried)
     return SearchResult(found, rows, bound, gap, status, solve_s)
-
-
-class _Tried:
-    """The search on one mesh.
-
-    decisions: of the best plan so far, None if nothing fits; then `needed_bytes` would.
-    bound_s: no plan on this mesh is faster, whatever the memory model says. gap: relative, what a search here
-    proves. cut_off: the bound showed that there is no better plan than the one known; none was looked for.
-    """
-
-    def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
-        self.trace, self.mesh, self.settings = trace, mesh, settings
-        self.costs = CostModel(settings.cluster, mesh)
-        pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
-        pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins)
-        self.capacity = settings.memory_limit_bytes
-        self.decisions: Decisions | None = None
-        self.memory: MemoryEstimate | None = None
-        self.estimate: MemoryEstimate | None = None
-        self.objective_s, self.status = float("inf"), "infeasible"
-        self.bound_s: float | None = None
-        self.needed_bytes: int | None = None
-        self.needed_account: int | None = None  # the same by the solver's account, which is on the safe side
-        self.needed_bound: int | None = None  # what it proved of that
-        self.binding: str | None = None
-        self.solver_peak = 0
-        self.left = _MAX_LEANER
-        distinct = sum(len(op.choices) for op in self.stated.problem.ops if op.twin_of is None)
-        self.gap = _GAP if distinct <= _LARGE else _LARGE_GAP
-        self.cut_off, self.cutoff_s = False, float("inf")
-        self.search, self.looked = self._search(), False
-
-    def _search(self) -> Search:
-        return Search(replace(self.stated.problem, capacity_bytes=self.capacity), gap=self.gap)
-
-    def look(self, paid_s: Any, deadline: float) -> None:
-        """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops."""
-        with contextlib.suppress(InfeasibleProblem):  # raised again when it is solved
-            self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()))
-            self.looked = True
-
-    def solve(self, deadline: float, known: _Tried | None = None) -> None:
-        """The fastest plan within `capacity`, by the solver's memory model.
-
-        known: only plans faster than this one's are of interest.
-        """
-        self.decisions = self.memory = None
-        self.cutoff_s = float("inf") if known is None else known.objective_s
-        left_s = max(0.0, deadline - time.perf_counter())
-        try:
-            if self.search.problem.capacity_bytes != self.capacity:
-                self.search, self.looked = self._search(), False
-            if not self.looked:
-                self.search.look(time_limit_s=left_s)
-                self.looked = True
-            result = self.search.finish(cutoff_s=self.cutoff_s, time_limit_s=left_s)
-        except InfeasibleProblem as error:
-            self._take_leanest(error)
-            return
-        except NothingCheaper as found:
-            self.objective_s, self.status, self.cut_off = float("inf"), "cut off", True
-            self._take_bound(found.bound_s)
-            return
-        self.cut_off = False
-        self._take_bound(result.bound_s)
-        self.objective_s, self.status = result.objective_s, result.status
-        self.solver_peak = result.peak_bytes
-        self.decisions = self.stated.decisions(result.solution)
-        self.estimate = self._estimate(result.solution)
-
-    def _take_bound(self, bound_s: float) -> None:
-        """A bound holds for the limit it was proven for: those for leaner plans say nothing of the mesh."""
-        if self.bound_s is None or self.capacity == self.settings.memory_limit_bytes:
-            self.bound_s = max(bound_s, self.bound_s or 0.0)
-
-    def beats(self, limit_s: float) -> bool:
-        """Whether a plan here may be faster than that."""
-        return self.bound_s is None or self.bound_s < limit_s * (1 - self.gap)
-
-    def outcome(self) -> str:
-        """One phrase for a person who waits."""
-        if self.cut_off:
-            return f"not faster (at least {(self.bound_s or 0.0) * 1e3:.3f} ms)"
-        return "does not fit" if self.decisions is None else f"{self.objective_s * 1e3:.3f} ms"
-
-    def fits(self) -> bool:
-        """Whether the program of the present decisions, simulated, stays within the limit."""
-        if self.memory is None and self.decisions is not None:
-            self.memory = self.estimate or self.settings.memory_of(self.decisions, self.mesh, self.costs)
-        return self.memory is not None and self.memory.peak_bytes <= self.settings.memory_limit_bytes
-
-    def _estimate(self, solution: Solution) -> MemoryEstimate | None:
-        """The solver's own figure, for programs too long to emit during the search; None for the others."""
-        problem = self.stated.problem
-        if len(problem.ops) <= _MOST_SIMULATED_OPS:
-            return None
-        found = evaluate(problem, solution)
-        at = found.peak_time
-        lines = {name: int(line[at]) for name, line in found.memory_by_category.items()}
-        phase = "forward" if at < problem.forward_ops else "backward"
-        return MemoryEstimate(found.peak_bytes, lines, phase, problem.ops[at].name)
-
-    def lean(self, deadline: float) -> None:
-        """The next plan that needs less memory, or none."""
-        self.left -= 1
-        if self.left <= 0 or self.status == "leanest":
-            assert self.memory is not None
-            self.decisions, self.status = None, "infeasible"
-            self.needed_bytes, self.binding = self.memory.peak_bytes, f"{self.memory.phase}: {self.memory.node}"
-            return
-        self.capacity = min(self.capacity, self.solver_peak) - 1
-        self.solve(deadline)
-
-    def _take_leanest(self, error: InfeasibleProblem) -> None:
-        """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
-        self.status = "infeasible"
-        self.needed_account, self.needed_bound = error.needed_bytes, error.bound_bytes
-        if error.leanest is None:
-            return
-        decisions = self.stated.decisions(error.leanest)
-        memory = self._estimate(error.leanest) or self.settings.memory_of(decisions, self.mesh, self.costs)
-        if memory.peak_bytes <= self.settings.memory_limit_bytes:
-            self.decisions, self.memory, self.status = decisions, memory, "leanest"
-            self.objective_s = price(self.trace, decisions, self.costs, self.settings.optimizer).step_time_s
-            self.bound_s = error.bound_s if self.bound_s is None else self.bound_s
-        else:
-            self.needed_bytes, self.binding = memory.peak_bytes, f"{memory.phase}: {memory.node}"
 
 
 def _meshes(request: PinRequest, settings: SearchSettings) -> list[tuple[int, ...]]:
@@ -373,7 +205,7 @@ def _check_batch(request: PinRequest, trace: Trace) -> None:
         raise PinError(f"the global batch of {batch} does not divide by dp={data}; change the batch or the pin")
 
 
-def _check_price(priced: Price, tried: _Tried) -> None:
+def _check_price(priced: Price, tried: MeshSearch) -> None:
     """The solver's objective must be what the plan costs when it is priced from scratch."""
     objective = tried.objective_s
     if abs(priced.step_time_s - objective) > 1e-6 * max(objective, 1e-12):
@@ -383,13 +215,7 @@ def _check_price(priced: Price, tried: _Tried) -> None:
         )
 
 
-def _with_fixed(pins: Pins, fixed: Mapping[str, State] | None) -> Pins:
-    if fixed is None:
-        return pins
-    return replace(pins, allow_param=lambda param, state: state == fixed[param.fqn])
-
-
-def _infeasible(tried: list[_Tried], settings: SearchSettings) -> Infeasible:
+def _infeasible(tried: list[MeshSearch], settings: SearchSettings) -> Infeasible:
     known = [t for t in tried if t.needed_bytes is not None]
     limit = settings.memory_limit_bytes
     if not known:

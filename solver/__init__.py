@@ -3,7 +3,8 @@
 from autopar.solver.evaluate import CATEGORIES, Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.exhaustive import brute_force
 from autopar.solver.problem import Choice, InfeasibleProblem, NothingCheaper, Op, Problem, Solution, SolveResult, Value
-from autopar.solver.search import Progress, Search, minimum_capacity, solve
+from autopar.solver.search import Progress, Search
+from autopar.solver.solve import minimum_capacity, solve
 
 __all__ = [
     "CATEGORIES",

@@ -1,4 +1,4 @@
-"""`solve`: the cheapest solution that fits, with proof; `minimum_capacity`: the least memory that any needs.
+"""`Search`: the cheapest solution that fits, with proof; and the least memory that any needs.
 
 First with memory free: if that optimum fits it is the answer (its bound holds in any case).
 Then with memory limited, starting from what was learnt. A caller that holds a solution of
@@ -47,44 +47,6 @@ class Progress:
     elapsed_s: float
     incumbent_s: float | None
     bound_s: float
-
-
-def solve(
-    problem: Problem,
-    *,
-    time_limit_s: float | None = None,
-    gap: float = 1e-4,
-    progress: Callable[[Progress], None] | None = None,
-    cutoff_s: float = math.inf,
-    paid_s: Floats | None = None,
-) -> SolveResult:
-    """The cheapest solution within the capacity, to a relative `gap`.
-
-    With a time limit the best solution found by then is returned, with the bound that was
-    proven; without a cutoff, finding a first one may take longer than the limit.
-
-    cutoff_s: only solutions cheaper than this (by more than the gap) are of interest. paid_s:
-    prices of memory to start from (see `SolveResult.paid_s`), a guess that only saves time.
-
-    Raises InfeasibleProblem; with a cutoff, NothingCheaper.
-    """
-    search = Search(problem, gap=gap, progress=progress)
-    search.look(paid_s, time_limit_s=time_limit_s)
-    left_s = None if time_limit_s is None else time_limit_s - search.clock.elapsed_s()
-    return search.finish(cutoff_s=cutoff_s, time_limit_s=left_s)
-
-
-def minimum_capacity(
-    problem: Problem, time_limit_s: float | None = None, *, gap: float = 0.0
-) -> tuple[int, int, Solution]:
-    """(needed_bytes, bound_bytes, solution): the least peak found, a proven lower bound, who attains it.
-
-    gap: relative, good enough; with a time limit, what was found and proven by then.
-    """
-    search = Search(problem, gap=0.0)
-    search.clock = Clock(time_limit_s)
-    search.look_around()
-    return search.least_memory(search.clock, gap)
 
 
 class Search:

@@ -11,9 +11,9 @@ from torch import fx
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.explaining.attribution import Attribution
+from autopar.mesh_search import SearchSettings
 from autopar.pins import MESH_KEYS
 from autopar.plan_types import NodeDecision
-from autopar.planning import SearchSettings
 from autopar.plans import Plan, PlanOptions
 from autopar.rules import axis_rules
 from autopar.trace import Trace

@@ -36,7 +36,7 @@ from autopar.verification import (
 from tests.dropout_ranks import dropout_bert
 from tests.launch import torchrun
 from tests.models import BATCH, HIDDEN, ModelAndInputs
-from tests.parity.test_simulated import cluster
+from tests.parity.simulate import cluster
 
 
 class Draws(nn.Module):

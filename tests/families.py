@@ -1,0 +1,258 @@
+"""Tiny models of many families, unmodified, with random weights: seeded, float64, no dropout, a loss of their own.
+
+Each returns (model, (args, kwargs)). The batch is 8 and every dim that a plan may cut divides by 8 where the
+family allows it. `NAMED` are the families that the project promises; `OTHERS` keep its rules general.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests import vision
+from tests.models import BATCH, HIDDEN, SEQ, VOCAB, ModelAndInputs, next_token_loss, tiny_bert, tiny_llama, tiny_mlp
+
+Family = Callable[[], ModelAndInputs]
+HEADS, WIDE = 8, 128
+IMAGE = 16
+
+_WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS}
+_TEXT = {**_WIDTHS, "vocab_size": VOCAB, "num_hidden_layers": 1, "max_position_embeddings": 64}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _tokens(high: int = VOCAB, length: int = SEQ) -> torch.Tensor:
+    return torch.randint(3, high, (BATCH, length))
+
+
+def _images(size: int = IMAGE, channels: int = 3) -> torch.Tensor:
+    return torch.randn(BATCH, channels, size, size, dtype=torch.float64)
+
+
+def _seeded(make: Family) -> ModelAndInputs:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def _transformer(kind: str, inputs: Callable[[], dict[str, Any]], **config: Any) -> Family:
+    """A model of transformers by the name of its class; its config is found by the class."""
+
+    def make() -> ModelAndInputs:
+        import transformers
+
+        cls = getattr(transformers, kind)
+        model = cls(cls.config_class(**config)).double()
+        return model, ((), inputs())
+
+    return lambda: _seeded(make)
+
+
+def _causal(kind: str, **config: Any) -> Family:
+    """A causal language model; its loss in float64, as in `tests.models.tiny_llama`."""
+
+    def make() -> ModelAndInputs:
+        ids = _tokens()
+        model, call = _transformer(kind, lambda: {"input_ids": ids, "labels": ids.clone()}, use_cache=False, **config)()
+        model.loss_function = next_token_loss  # type: ignore[assignment]
+        return model, call
+
+    return lambda: _seeded(make)
+
+
+def _masked(kind: str, padded: bool = True, **config: Any) -> Family:
+    """A masked language model, with a padding mask and labels on every fourth token."""
+
+    def inputs() -> dict[str, torch.Tensor]:
+        ids = _tokens()
+        mask = torch.ones(BATCH, SEQ, dtype=torch.long)
+        if padded:
+            mask[1::2, -4:] = 0
+        labels = torch.where((torch.arange(SEQ) % 4 == 0) & (mask == 1), ids, -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return _transformer(kind, inputs, **config)
+
+
+def _classifier(kind: str, size: int = IMAGE, **config: Any) -> Family:
+    """An image classifier of 16 classes."""
+
+    def inputs() -> dict[str, torch.Tensor]:
+        return {"pixel_values": _images(size), "labels": torch.randint(0, 16, (BATCH,))}
+
+    return _transformer(kind, inputs, num_labels=16, **config)
+
+
+def _sequences(length: int = SEQ) -> dict[str, torch.Tensor]:
+    """Source and target of a sequence-to-sequence model."""
+    source = _tokens(length=length)
+    mask = torch.ones_like(source)
+    mask[1::2, -4:] = 0
+    return {"input_ids": source, "attention_mask": mask, "labels": _tokens()}
+
+
+def _module(cls: Callable[[], nn.Module], inputs: Callable[[], tuple[torch.Tensor, ...]]) -> Family:
+    """A plain module, called with positional arguments."""
+    return lambda: _seeded(lambda: (cls().double(), (inputs(), {})))
+
+
+def _labelled_images(size: int = IMAGE) -> tuple[torch.Tensor, ...]:
+    return _images(size), torch.randint(0, 16, (BATCH,))
+
+
+def _clip() -> dict[str, Any]:
+    return {"input_ids": _tokens(), "pixel_values": _images(), "return_loss": True}
+
+
+def _speech() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(BATCH, 8, 32, dtype=torch.float64), "labels": _tokens()}
+
+
+_VISION = {**_WIDTHS, "num_hidden_layers": 1, "image_size": IMAGE, "patch_size": 4}
+_SEQ2SEQ = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": WIDE,
+    "decoder_ffn_dim": WIDE,
+    "dropout": 0.0,
+    **_TOKENS,
+}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "d_kv": 8,
+    "d_ff": WIDE,
+    "num_layers": 1,
+    "num_heads": HEADS,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+_EXPERTS = {"experts_implementation": "batched_mm"}
+
+NAMED: dict[str, Family] = {
+    "llama": lambda: tiny_llama(layers=1),
+    "qwen3": _causal("Qwen3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8),
+    "mistral": _causal("MistralForCausalLM", **_TEXT, num_key_value_heads=HEADS, sliding_window=8),
+    "gemma3": _causal(
+        "Gemma3ForCausalLM",
+        **(_TEXT | {"num_hidden_layers": 2}),
+        num_key_value_heads=HEADS,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        **_TOKENS,
+    ),
+    "phi": _causal("PhiForCausalLM", **_TEXT, num_key_value_heads=HEADS),
+    "olmo2": _causal("Olmo2ForCausalLM", **_TEXT, num_key_value_heads=HEADS),
+    "gpt2": _causal(
+        "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=HEADS, n_positions=64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "gpt_neox": _causal("GPTNeoXForCausalLM", **_TEXT),
+    "opt": _causal(
+        "OPTForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=WIDE,
+        num_hidden_layers=1, num_attention_heads=HEADS, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+    ),
+    "bert": lambda: tiny_bert(layers=1),
+    "vit": _classifier("ViTForImageClassification", **_VISION, **_NO_DROPOUT),
+    "t5": _transformer("T5ForConditionalGeneration", _sequences, **_T5),
+    "mixtral": _causal(
+        "MixtralForCausalLM", **_TEXT, num_key_value_heads=HEADS, num_local_experts=8, num_experts_per_tok=2, **_EXPERTS
+    ),
+    "mamba": _causal(
+        "MambaForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, state_size=8, num_hidden_layers=1, time_step_rank=8
+    ),
+    "resnet": _module(vision.ResNet, lambda: _labelled_images(32)),
+    "unet": _module(vision.UNet, lambda: (_images(), torch.randint(0, 1000, (BATCH,)), _images())),
+    "mlp": tiny_mlp,
+}  # fmt: skip
+
+OTHERS: dict[str, Family] = {
+    "falcon": _causal(
+        "FalconForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_kv_heads=HEADS, new_decoder_architecture=True,
+    ),
+    "bloom": _causal("BloomForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=HEADS),
+    "gptj": _causal(
+        "GPTJForCausalLM", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=HEADS, n_positions=64, rotary_dim=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "qwen2_moe": _causal(
+        "Qwen2MoeForCausalLM", **_TEXT, num_key_value_heads=HEADS, num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=64, output_router_logits=True, **_EXPERTS,
+    ),
+    "deepseek_v3": _causal(
+        "DeepseekV3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+        topk_group=1, moe_intermediate_size=32, first_k_dense_replace=0, n_shared_experts=1, **_EXPERTS,
+    ),
+    "gpt_oss": _causal(
+        "GptOssForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8, num_local_experts=8,
+        num_experts_per_tok=2, sliding_window=8, **_EXPERTS,
+    ),
+    "mamba2": _causal(
+        "Mamba2ForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, state_size=8, num_hidden_layers=1, num_heads=16,
+        head_dim=8, n_groups=8, chunk_size=8,
+    ),
+    "roberta": _masked("RobertaForMaskedLM", **_TEXT, **_NO_DROPOUT),
+    "distilbert": _masked(
+        "DistilBertForMaskedLM", vocab_size=VOCAB, dim=HIDDEN, hidden_dim=WIDE, n_layers=1, n_heads=HEADS, dropout=0.0,
+        attention_dropout=0.0, max_position_embeddings=64,
+    ),
+    "electra": _masked("ElectraForMaskedLM", **_TEXT, embedding_size=32, **_NO_DROPOUT),
+    "albert": _masked("AlbertForMaskedLM", **_TEXT, embedding_size=32, classifier_dropout_prob=0.0, **_NO_DROPOUT),
+    "deberta_v2": _masked(
+        "DebertaV2ForMaskedLM", **_TEXT, **_NO_DROPOUT, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        position_buckets=8, max_relative_positions=16,
+    ),
+    "modernbert": _masked("ModernBertForMaskedLM", **_TEXT, padded=False, global_attn_every_n_layers=2, **_TOKENS,
+        cls_token_id=1, sep_token_id=2),
+    "bart": _transformer("BartForConditionalGeneration", _sequences, **_SEQ2SEQ, max_position_embeddings=64),
+    "whisper": _transformer(
+        "WhisperForConditionalGeneration", _speech, **_SEQ2SEQ, num_mel_bins=8, max_source_positions=16,
+        max_target_positions=64, decoder_start_token_id=1,
+    ),
+    "clip": _transformer(
+        "CLIPModel", _clip, projection_dim=32, text_config={**_TEXT, **_TOKENS}, vision_config={**_VISION},
+    ),
+    "deit": _classifier("DeiTForImageClassification", **_VISION, **_NO_DROPOUT),
+    "swin": _classifier(
+        "SwinForImageClassification", image_size=32, size=32, patch_size=2, embed_dim=32, depths=[2, 1],
+        num_heads=[2, 4], window_size=4, drop_path_rate=0.0, **_NO_DROPOUT,
+    ),
+    "convnext": _classifier(
+        "ConvNextForImageClassification", size=32, image_size=32, patch_size=2, num_stages=2, hidden_sizes=[16, 32],
+        depths=[1, 1], layer_scale_init_value=0.5,
+    ),
+    "wav2vec2": _transformer(
+        "Wav2Vec2ForSequenceClassification", lambda: {
+            "input_values": torch.randn(BATCH, 320, dtype=torch.float64), "labels": torch.randint(0, 8, (BATCH,))
+        }, **_WIDTHS, num_hidden_layers=1, vocab_size=32, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 4),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, hidden_dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0,
+        apply_spec_augment=False, num_labels=8, classifier_proj_size=32,
+    ),
+    "mobilenet": _module(vision.MobileNet, lambda: _labelled_images(32)),
+    "convnet1d": _module(
+        vision.ConvNet1d,
+        lambda: (torch.randn(BATCH, 1, 128, dtype=torch.float64), torch.rand(BATCH, 8, dtype=torch.float64)),
+    ),
+    "upnet": _module(vision.UpNet, lambda: (_images(), torch.randint(0, 8, (BATCH, IMAGE, IMAGE)))),
+    "encoder_decoder": _module(vision.EncoderDecoder, lambda: (_padded(64), _tokens(64))),
+}  # fmt: skip
+
+FAMILIES = {**NAMED, **OTHERS}
+
+
+def _padded(high: int) -> torch.Tensor:
+    tokens = _tokens(high)
+    tokens[1::2, -4:] = 0
+    return tokens

@@ -1,0 +1,82 @@
+"""Every family of the compatibility table, on simulated ranks, against the eager model.
+
+The quick set has, for every family, the free plan and a pinned weight on one mesh each, by turns; the slow
+set has all plans on all meshes, and the leanest plan on two of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+import autopar
+from autopar.errors import Infeasible
+from autopar.placements import State, local_shape, replicated
+from autopar.trace import Trace
+from tests.families import FAMILIES, NAMED
+from tests.parity.simulate import Case, assert_equal_to_eager, make_case, mixed, planned
+
+MESHES = [(2,), (4,), (2, 2), (2, 4)]
+PLANS = ("free", "pinned", "mixed")
+TIME_LIMIT_S = 10.0  # parity does not need the best plan
+
+
+@cache
+def case(name: str) -> Case:
+    """Traced and trained once for all tests of a family that run in a row."""
+    return make_case(*FAMILIES[name]())
+
+
+def cases() -> Iterator[Any]:
+    """(family, plan, mesh), families together; all but two of each are slow."""
+    for index, name in enumerate(FAMILIES):
+        quick = {("free", (2, 2)), (PLANS[1 + index % 2], (2,))}
+        for plan, mesh in itertools.product(PLANS, MESHES):
+            marks = () if (plan, mesh) in quick and name in NAMED else (pytest.mark.slow,)
+            yield pytest.param(name, plan, mesh, marks=marks, id=f"{name}-{plan}-{'x'.join(map(str, mesh))}")
+
+
+def pinned(traced: Trace, mesh: tuple[int, ...]) -> dict[str, State]:
+    """The largest parameter that divides, cut along its last dim that does, on all axes."""
+    for param in sorted(traced.params, key=lambda p: -math.prod(p.shape)):
+        for dim in reversed(range(len(param.shape))):
+            state = (f"S({dim})",) * len(mesh)
+            if local_shape(param.shape, state, mesh) is not None:
+                return {param.fqn: state}
+    raise AssertionError(f"no parameter can be cut by {mesh}")
+
+
+@pytest.mark.parametrize(("name", "kind", "mesh"), list(cases()))
+def test_equal_to_one_device(name: str, kind: str, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case(name)
+    pins = {"free": {}, "pinned": pinned(of.traced, mesh), "mixed": mixed(of.traced, mesh)}[kind]
+    pin = {"mesh": list(mesh), **pins}
+    plan = planned(of, mesh, monkeypatch, pin=pin, time_limit_s=TIME_LIMIT_S)
+    assert {fqn: plan.decisions.params[fqn] for fqn in pins} == pins
+    assert cut_ops(plan), "nothing runs in parts"
+    assert_equal_to_eager(of, plan)
+
+
+def cut_ops(plan: autopar.Plan) -> list[str]:
+    """Ops of which a rank makes a part only."""
+    whole = (replicated(len(plan.mesh)), None)
+    return [name for name, d in plan.decisions.nodes.items() if any(s not in whole for s in d.result_states)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2,), (2, 2)], ids=["2", "2x2"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_the_least_memory(name: str, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case(name)
+    with pytest.raises(Infeasible) as error:
+        planned(of, mesh, monkeypatch, memory_limit_bytes=1, time_limit_s=TIME_LIMIT_S)
+    needed = error.value.needed_bytes
+    assert needed is not None
+    plan = planned(of, mesh, monkeypatch, memory_limit_bytes=needed, time_limit_s=TIME_LIMIT_S)
+    assert plan.predicted["peak_bytes"] <= needed
+    assert_equal_to_eager(of, plan)

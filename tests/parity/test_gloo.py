@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -26,6 +27,20 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
     for rank in range(RANKS):
         check(json.loads((tmp_path / f"{rank}.json").read_text()), f"on rank {rank}")
     continue_on_one_device(tmp_path / "program")
+
+
+@pytest.mark.parametrize("names", [("resnet",), pytest.param(("unet", "t5", "mixtral"), marks=pytest.mark.slow)])
+def test_families_on_four_processes(names: tuple[str, ...], tmp_path: Path) -> None:
+    ended = torchrun(Path(__file__).with_name("gloo_families.py"), RANKS, str(tmp_path), *names)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    for rank in range(RANKS):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert tuple(facts) == names
+        for name, found in facts.items():
+            for what in ("loss", "gradient", "parameter", "buffer"):
+                assert found[what] <= TOLERANCE, f"{name} on rank {rank}: {what} is off by {found[what]:.1e}"
+            assert found["buffers"] > 0 or name != "resnet", "running statistics are compared"
+            assert found["cut"] > 0 or name == "resnet", f"{name}: no parameter is cut"
 
 
 def check(facts: dict[str, dict[str, Any]], where: str) -> None:

@@ -41,9 +41,10 @@ bench: setup
 	@test -n "$(BENCHES)" || { echo "benchmarks/ holds no bench_*.py"; exit 1; }
 	for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# Pages that are made from the code; tests/test_docs.py compares them.
+# Pages that are made from the code; tests/test_docs.py and tests/test_compatibility.py compare them.
 docs: setup
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_compatibility.py
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

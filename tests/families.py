@@ -19,10 +19,10 @@ Family = Callable[[], ModelAndInputs]
 HEADS, WIDE = 8, 128
 IMAGE = 16
 
-_WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS}
-_TEXT = {**_WIDTHS, "vocab_size": VOCAB, "num_hidden_layers": 1, "max_position_embeddings": 64}
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_WIDTHS: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS}
+_TEXT: dict[str, Any] = {**_WIDTHS, "vocab_size": VOCAB, "num_hidden_layers": 1, "max_position_embeddings": 64}
+_NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _tokens(high: int = VOCAB, length: int = SEQ) -> torch.Tensor:
@@ -104,6 +104,17 @@ def _labelled_images(size: int = IMAGE) -> tuple[torch.Tensor, ...]:
     return _images(size), torch.randint(0, 16, (BATCH,))
 
 
+def _frozen_features(kind: str, inputs: Callable[[], dict[str, Any]], **config: Any) -> Family:
+    """A speech model whose feature encoder is not trained."""
+
+    def make() -> ModelAndInputs:
+        model, call = _transformer(kind, inputs, **config)()
+        model.freeze_feature_encoder()  # type: ignore[operator]
+        return model, call
+
+    return make
+
+
 def _clip() -> dict[str, Any]:
     return {"input_ids": _tokens(), "pixel_values": _images(), "return_loss": True}
 
@@ -112,7 +123,7 @@ def _speech() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(BATCH, 8, 32, dtype=torch.float64), "labels": _tokens()}
 
 
-_VISION = {**_WIDTHS, "num_hidden_layers": 1, "image_size": IMAGE, "patch_size": 4}
+_VISION: dict[str, Any] = {**_WIDTHS, "num_hidden_layers": 1, "image_size": IMAGE, "patch_size": 4}
 _SEQ2SEQ = {
     "vocab_size": VOCAB,
     "d_model": HIDDEN,
@@ -135,7 +146,7 @@ _T5 = {
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }
-_EXPERTS = {"experts_implementation": "batched_mm"}
+_EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}
 
 NAMED: dict[str, Family] = {
     "llama": lambda: tiny_llama(layers=1),
@@ -232,7 +243,7 @@ OTHERS: dict[str, Family] = {
         "ConvNextForImageClassification", size=32, image_size=32, patch_size=2, num_stages=2, hidden_sizes=[16, 32],
         depths=[1, 1], layer_scale_init_value=0.5,
     ),
-    "wav2vec2": _transformer(
+    "wav2vec2": _frozen_features(
         "Wav2Vec2ForSequenceClassification", lambda: {
             "input_values": torch.randn(BATCH, 320, dtype=torch.float64), "labels": torch.randint(0, 8, (BATCH,))
         }, **_WIDTHS, num_hidden_layers=1, vocab_size=32, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 4),
@@ -250,6 +261,20 @@ OTHERS: dict[str, Family] = {
 }  # fmt: skip
 
 FAMILIES = {**NAMED, **OTHERS}
+
+_BATCHED = '`experts_implementation="batched_mm"`: which rows an expert gets must not decide shapes'
+REMARKS: dict[str, str] = {
+    "mixtral": _BATCHED,
+    "qwen2_moe": _BATCHED,
+    "deepseek_v3": _BATCHED,
+    "gpt_oss": _BATCHED,
+    "mamba": "the scan in plain PyTorch, unrolled over the sequence",
+    "mamba2": "the chunked scan in plain PyTorch",
+    "resnet": "batch statistics are those of the global batch",
+    "mobilenet": "depthwise convolutions; batch statistics are those of the global batch",
+    "swin": "windows are rolled by views of memory, which run whole",
+    "wav2vec2": "after `freeze_feature_encoder()`: its feature encoder sets `requires_grad` while it runs",
+}
 
 
 def _padded(high: int) -> torch.Tensor:

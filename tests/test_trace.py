@@ -305,6 +305,18 @@ def test_a_language_model_with_its_cache() -> None:
     torch.testing.assert_close(found.layers[4].keys, expected.layers[4].keys)
 
 
+def test_hidden_states_that_transformers_records_by_hooks() -> None:
+    """They are put on the copy that is traced; on the model itself they appear when it is first called."""
+    model, call = tiny_llama(layers=2)
+    model.config.output_hidden_states = True  # type: ignore[union-attr]
+    assert_equals_eager(model, call)
+    fresh, _ = tiny_llama(layers=2)
+    fresh.config.output_hidden_states = True  # type: ignore[union-attr]
+    traced = trace(fresh, call)
+    assert sum(o.path.startswith("hidden_states[") for o in traced.outputs) == 3
+    assert not any(m._forward_hooks for m in fresh.modules())
+
+
 def test_one_tensor_passed_twice_stays_two_inputs() -> None:
     model, (_, kwargs) = tiny_llama(layers=1)
     same = {"input_ids": kwargs["input_ids"], "labels": kwargs["input_ids"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -202,7 +203,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, vocabulary: int = 64, width: int = 32) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width, padding_idx=0)
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
         self.encoder = nn.TransformerEncoderLayer(width, 4, 64, activation="gelu", **options)
         self.decoder = nn.TransformerDecoderLayer(width, 4, 64, **options)
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary)

@@ -64,7 +64,12 @@ _GROUP_NORMS = frozenset({"aten.native_group_norm", "aten.native_group_norm_back
 _CONVOLUTIONS = frozenset({"aten.convolution", "aten.convolution_backward"})
 # Kernels that read some operand as if it were contiguous (true of what they were traced with,
 # not of a shard that is a slice): they give wrong numbers or fail otherwise. Seen in torch 2.13.
-_CONTIGUOUS = _GROUP_NORMS | {"aten.native_layer_norm_backward", "aten._fused_rms_norm_backward"}
+_CONTIGUOUS = _GROUP_NORMS | {
+    "aten._weight_norm_interface",
+    "aten._weight_norm_interface_backward",
+    "aten.native_layer_norm_backward",
+    "aten._fused_rms_norm_backward",
+}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,6 @@ class Row:
     """What is known of one family; shares from 0 to 1."""
 
     name: str
-    ops: int
     in_parts: float
     unruled: tuple[str, ...]
     cost: float
@@ -57,8 +56,8 @@ class Row:
 
     def __str__(self) -> str:
         unruled = ", ".join(f"`{op}` x {n}" if n > 1 else f"`{op}`" for op, n in Counter(self.unruled).items())
-        cells = (self.name, str(self.ops), f"{self.in_parts:.0%}", unruled or "none", f"{self.cost:.1%}", self.remark)
-        return f"| {' | '.join(cells)} |"
+        cells = (self.name, f"{self.in_parts:.1%}", unruled or "none", f"{self.cost:.1%}", self.remark)
+        return f"| {' | '.join(cells)} |".replace("  ", " ")
 
 
 def cluster(devices: int = DEVICES) -> autopar.ClusterSpec:
@@ -83,7 +82,6 @@ def row(name: str) -> Row:
     ops = {n.name: str(n.target).split(".")[1] for n in traced.graph_module.graph.nodes if n.name in plan.unruled}
     return Row(
         name,
-        len(seconds),
         sum(seconds[n] for n in cut) / sum(seconds.values()),
         tuple(sorted(ops.values())),
         wasted / plan.objective_s,
@@ -104,7 +102,7 @@ def whole_seconds(traced: Trace) -> dict[str, float]:
 
 def render(rows: dict[str, Row]) -> str:
     """The page."""
-    head = "| family | ops | in parts | no rule | cost | remarks |\n| --- | --- | --- | --- | --- | --- |"
+    head = "| family | in parts | no rule | cost | remarks |\n| --- | --- | --- | --- | --- |"
     named = [str(rows[name]) for name in FAMILIES if name in NAMED]
     others = [str(rows[name]) for name in FAMILIES if name not in NAMED]
     parts = [_HEAD, "## Promised", "", head, *named, "", "## Others that are tested alike", "", head, *others, ""]

@@ -272,7 +272,7 @@ REMARKS: dict[str, str] = {
     "mamba2": "the chunked scan in plain PyTorch",
     "resnet": "batch statistics are those of the global batch",
     "mobilenet": "depthwise convolutions; batch statistics are those of the global batch",
-    "swin": "windows are rolled by views of memory, which run whole",
+    "swin": "`as_strided` and its gradient read memory by strides and run whole",
     "wav2vec2": "after `freeze_feature_encoder()`: its feature encoder sets `requires_grad` while it runs",
 }
 

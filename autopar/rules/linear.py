@@ -99,6 +99,7 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten.native_layer_norm_backward": (("grad_out",),),
     "aten.native_group_norm_backward": (("grad_out",),),
     "aten.native_batch_norm_backward": (("grad_out",),),
+    "aten._weight_norm_interface_backward": (("grad_w",),),
     "aten._fused_rms_norm_backward": (("grad_out",),),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": (("grad_out",),),
 }

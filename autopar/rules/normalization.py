@@ -1,4 +1,4 @@
-"""Rules of batch norm and group norm.
+"""Rules of batch norm, group norm and weight norm.
 
 In a training step batch norm takes its statistics over the whole batch, wherever that lies:
 the lowering "batch_norm" (codegen.statistics) exchanges two numbers per channel.
@@ -7,7 +7,7 @@ the lowering "batch_norm" (codegen.statistics) exchanges two numbers per channel
 from __future__ import annotations
 
 from autopar.placements import PARTIAL, REPLICATE, Placement, shard
-from autopar.rules.schema import OpCall
+from autopar.rules.schema import OpCall, normalized
 from autopar.rules.types import AxisRule, InnerCollective
 
 _CHANNELS = ("weight", "bias", "running_mean", "running_var", "save_mean", "save_invstd")
@@ -77,7 +77,18 @@ def group_norm_backward(call: OpCall) -> list[AxisRule]:
     ]
 
 
+def weight_norm(call: OpCall) -> list[AxisRule]:
+    """_weight_norm_interface (v, g, dim), and backward: one norm per slice along `dim`, in tensors of as many dims."""
+    source = call.inputs[0]
+    dim = normalized(call.arg("dim"), source.dim())
+    if any(t is not None and t.dim() != source.dim() for t in (*call.inputs, *call.outputs)):
+        return []
+    return [AxisRule((shard(dim),) * len(call.inputs), (shard(dim),) * len(call.outputs))]
+
+
 NORMALIZATION = {
+    "aten._weight_norm_interface": weight_norm,
+    "aten._weight_norm_interface_backward": weight_norm,
     "aten._native_batch_norm_legit_functional": batch_norm,
     "aten._native_batch_norm_legit": batch_norm,
     "aten._native_batch_norm_legit_no_training": batch_norm,

@@ -56,6 +56,15 @@ def batch_norms() -> Iterator[fx.Node]:
     yield case(aten.native_batch_norm_backward.default, g, x, *rest)
 
 
+def weight_norms() -> Iterator[fx.Node]:
+    v = randn(8, 4, 16)
+    for dim, size in ((0, (8, 1, 1)), (2, (1, 1, 16))):
+        g = randn(*size)
+        _, norms = aten._weight_norm_interface(v, g, dim)
+        yield case(aten._weight_norm_interface.default, v, g, dim)
+        yield case(aten._weight_norm_interface_backward.default, randn(8, 4, 16), v, g, norms, dim)
+
+
 def narrow_batch_norms() -> Iterator[fx.Node]:
     """bfloat16 with weights and statistics in float32."""
     w, b, low, high = (randn(8), randn(8), randn(8) + 3, torch.rand(8, dtype=F64) + 0.5)
@@ -192,6 +201,7 @@ IMAGE_GROUPS = {
     for group in (
         convolutions,
         batch_norms,
+        weight_norms,
         pools,
         pads_and_sizes,
         activations,

@@ -34,7 +34,7 @@ def case(name: str) -> Case:
 
 
 def quick_cases(name: str) -> set[tuple[str, tuple[int, ...]]]:
-    """Two for a promised family, on two axes and on one; one for some others, by turns, and for those that are large or much like another."""
+    """Two for a promised family, one for those that are large or much like another, and for some others, by turns."""
     turn = list(FAMILIES).index(name)
     if name in ONE_QUICK_PLAN:
         return {("free", (4,))}

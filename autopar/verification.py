@@ -296,7 +296,7 @@ class Simulation:
                 result = super().run_node(n)
                 name, index, state = n.meta.get("version", ("", 0, ()))
                 if name in nodes:
-                    found[name if index == 0 else f"{name}#{index}"] = gather(result, state).clone()
+                    found[name if index == 0 else f"{name}#{index}"] = gather(result.clone(), state)
                 return result
 
         gather, local = self.gather, self.start(values)

@@ -7,6 +7,8 @@ It only parses, calls the public API and prints. Results go to stdout, everythin
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
 import os
 import sys
@@ -30,6 +32,8 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED 
 
 # How a plan file records the attention that `--attention` chose, so that `verify` loads the same model.
 ATTENTION_MARK = "#attention="
+
+MOST_COMPARED_OPS = 1500  # of a model whose plan is compared with the usual layouts without being asked
 
 EPILOG = """\
 exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 nothing fits the limits,
@@ -128,6 +132,7 @@ def _add_plan(commands: Any) -> None:
     add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
     add("-o", "--output", type=Path, metavar="FILE", help="write the plan to FILE")
     add("--dump-dir", type=Path, metavar="DIR", help="write every stage to DIR as readable Python or JSON")
+    add("--compare", action="store_true", help="solve the usual layouts too (small models: always)")
     add("--json", action="store_true", help="print one JSON object: the layout and its figures")
 
 
@@ -217,11 +222,15 @@ def run_plan(args: argparse.Namespace) -> int:
         "dump_dir": args.dump_dir,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    gc.disable()  # planning makes millions of small objects that stay: looking through them takes a tenth of the time
     with Progress() as progress:
         plan = autopar.plan(model, cluster, progress=progress.show, **given)
+    gc.enable()
     plan = with_model(plan, spec)
     if args.output is not None:
         plan.save(args.output)
+    if not (args.compare or len(plan.decisions.nodes) <= MOST_COMPARED_OPS):
+        plan = dataclasses.replace(plan, bench=None)
     print(_to_json({**plan.layout(), **plan.to_summary()}) if args.json else plan.explain())
     if args.output is not None and not args.json:
         print(f"Written to {args.output}; next: autopar verify {args.output}")

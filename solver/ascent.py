@@ -198,24 +198,32 @@ class DualAscent:
         margins = {}
         for o in self.order if forward else reversed(self.order):
             node = self.nodes[o]
-            collected = [self.factors[f].marginal(position) for f, position, _ in node.links]
-            whole = node.cost.copy()
-            for (_, _, index), marginal in zip(node.links, collected, strict=True):
-                whole += marginal[index]
+            whole, collected = self._collect(node)
             onward = [self._leads_on(f, o, forward) for f, _, _ in node.links]
             back = [self._leads_on(f, o, not forward) for f, _, _ in node.links]
             weight = 1.0 / max(sum(onward), sum(back), 1)
-            least = whole.min()
-            margins[o] = whole - least
+            margins[o] = whole - whole.min()
             for (f, position, index), marginal, leads in zip(node.links, collected, onward, strict=True):
-                message = np.full(len(marginal), IMPOSSIBLE)
                 if leads:
-                    np.minimum.at(message, index, whole)
-                    message[index] = weight * (message[index]) - marginal[index]
-                else:
-                    message[index] = -marginal[index]
-                self.factors[f].send(position, message)
+                    least = np.full(len(marginal), IMPOSSIBLE)
+                    np.minimum.at(least, index, whole)
+                    message = np.full(len(marginal), IMPOSSIBLE)
+                    message[index] = weight * least[index] - marginal[index]
+                    self.factors[f].send(position, message)
         return margins
+
+    def _collect(self, node: Node) -> tuple[Floats, list[Floats]]:
+        """Shift what the factors of a node cost to its labels, one after the other (a factor may be linked twice);
+        the cost of the labels then, and what each link gave."""
+        whole, collected = node.cost.copy(), []
+        for f, position, index in node.links:
+            marginal = self.factors[f].marginal(position)
+            whole += marginal[index]
+            message = np.full(len(marginal), IMPOSSIBLE)
+            message[index] = -marginal[index]
+            self.factors[f].send(position, message)
+            collected.append(marginal)
+        return whole, collected
 
     def _leads_on(self, f: int, o: int, forward: bool) -> bool:
         first, last = self.factors[f].ends

@@ -38,12 +38,13 @@ OWN, BOTH, LATER = 0, 1, 2
 
 @dataclass(frozen=True)
 class FactorUse:
-    """op: whose slot takes the value. kind: OWN, BOTH or LATER."""
+    """op: whose slot takes the value. kind: OWN, BOTH or LATER. alias: see `solver.lifetimes.Use`."""
 
     op: int
     slot: int
     kind: int
     early: bool
+    alias: bool
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class _Costs:
-    """[states, states] from q to p, model units: a conversion in the own pass, in the backward pass; [states] a kept
-    copy, a kept original. Diagonals are 0."""
+    """[states, states] from q to p, model units: a conversion; the memory of its result in the own pass, in the
+    backward pass. [states]: a kept copy, a kept original. Diagonals are 0."""
 
-    own: Floats
-    later: Floats
+    convert: Floats
+    own_copy: Floats
+    later_copy: Floats
     kept_copy: Floats
     kept: Floats
 
@@ -236,25 +238,35 @@ class _Level:
 def _levels(
     life: ValueLife, uses: tuple[FactorUse, ...], costs: _Costs, sets: Subsets, may_rerun: bool
 ) -> list[_Level]:
-    n = len(costs.own)
+    n = len(costs.kept)
     kinds = np.array([u.kind for u in uses])
     has_own = (sets.member @ (kinds != LATER).astype(float)) > 0
     early = (sets.member @ np.array([float(u.early and u.kind == LATER) for u in uses])) > 0
-    own = np.where(has_own[:, None, None], costs.own, 0.0)
+    own = _copies(sets, costs.convert, costs.own_copy, [u.kind != LATER for u in uses], uses)
+    later = _copies(sets, costs.convert, costs.later_copy, [u.kind != OWN for u in uses], uses)
     copied = costs.kept_copy[None, :] + np.where(np.eye(n, dtype=bool), IMPOSSIBLE, 0.0)
     copied = np.where(has_own[:, None, None], copied, IMPOSSIBLE)
     nothing = np.zeros(n)
     wanted_later = bool((kinds != OWN).any())
     if not wanted_later:
         return [_Level(own, np.full_like(own, IMPOSSIBLE), nothing, False)]
-    there = own + np.minimum(copied, costs.later)
+    there = own + np.minimum(copied, later)
     if not life.needs_keeping:
         return [_Level(own, there, nothing, False)]
     found = [_Level(own, own + copied, nothing, False), _Level(own, there, costs.kept, False)]
     if may_rerun:
-        again = own + np.where(early[:, None, None], copied, np.minimum(copied, costs.later))
+        again = own + np.where(early[:, None, None], copied, np.minimum(copied, later))
         found.append(_Level(own, again, nothing, True))
     return found
+
+
+def _copies(sets: Subsets, convert: Floats, held: Floats, concerned: list[bool], uses: tuple[FactorUse, ...]) -> Floats:
+    """[sets, q, p] what a block pays for its copy in one pass: nothing if no member is concerned, and no memory if
+    all that are take the copy as their result."""
+    any_use = (sets.member @ np.array(concerned, dtype=float)) > 0
+    counted = [c and not u.alias for c, u in zip(concerned, uses, strict=True)]
+    any_counted = (sets.member @ np.array(counted, dtype=float)) > 0
+    return np.where(any_use[:, None, None], convert, 0.0) + np.where(any_counted[:, None, None], held, 0.0)
 
 
 def factors_of(problem: Problem, lives: tuple[ValueLife, ...], root: Ints) -> list[Factor]:
@@ -262,7 +274,7 @@ def factors_of(problem: Problem, lives: tuple[ValueLife, ...], root: Ints) -> li
     found: list[Factor] = []
     for members in value_kinds(problem, lives).values():
         life = lives[members[0]]
-        uses = _uses(life, problem, root)
+        uses = _uses(life, problem)
         groups = [uses[i : i + MOST_USES] for i in range(0, len(uses), MOST_USES)]
         again = problem.ops[life.made_by].recompute_time is not None
         if groups:
@@ -271,19 +283,24 @@ def factors_of(problem: Problem, lives: tuple[ValueLife, ...], root: Ints) -> li
     return found
 
 
-def _uses(life: ValueLife, problem: Problem, root: Ints) -> list[FactorUse]:
-    """The uses of a value, one for those of the same op in the same state, and of ops that take the same choice."""
+def _uses(life: ValueLife, problem: Problem) -> list[FactorUse]:
+    """The uses of a value, one for all those that take it in the same slot of twins: in the same state, that is."""
+
+    def first(o: int) -> int:
+        twin = problem.ops[o].twin_of
+        return o if twin is None else twin
+
     rerun = {(u.op, u.slot) for u in life.later_uses if u.rerun}
     found: dict[tuple[int, int, int], FactorUse] = {}
     for u in life.own_uses:
         kind = BOTH if (u.op, u.slot) in rerun else OWN
-        found.setdefault((int(root[u.op]), u.slot, kind), FactorUse(u.op, u.slot, kind, False))
+        found.setdefault((first(u.op), u.slot, kind), FactorUse(u.op, u.slot, kind, False, u.alias))
     for u in life.later_uses:
         if not u.rerun:
-            key = (int(root[u.op]), u.slot, LATER)
+            key = (first(u.op), u.slot, LATER)
             known = found.get(key)
             early = u.early and (known is None or known.early)
-            found[key] = FactorUse(u.op, u.slot, LATER, early)
+            found[key] = FactorUse(u.op, u.slot, LATER, early, u.alias)
     return list(found.values())
 
 
@@ -308,7 +325,7 @@ class _Costing:
         if value.convert_workspace_bytes is not None:
             copied = copied + value.convert_workspace_bytes
         spans: dict[str, list[Span | None]] = {
-            "own": [None if all(u.alias for u in life.own_uses) else life.own_copy for life in lives],
+            "own": [life.own_copy for life in lives],
             "later": [life.later_copy for life in lives],
             "kept_copy": [life.kept_copy for life in lives],
             "kept": [life.kept for life in lives],
@@ -317,16 +334,16 @@ class _Costing:
 
     def at(self, cost_scale: float, paid: Floats) -> _Costs:
         price = {k: float((paid[last + 1] - paid[first]).sum()) for k, (first, last) in self.spans.items()}
-        seconds = cost_scale * self.seconds
         return _Costs(
-            self._whole(seconds + self.copied * price["own"]),
-            self._whole(seconds + self.copied * price["later"]),
+            np.where(self.blocked, IMPOSSIBLE, self.part * cost_scale * self.seconds),
+            self._between(self.copied * price["own"]),
+            self._between(self.copied * price["later"]),
             self.part * self.size * price["kept_copy"],
             self.part * self.size * price["kept"],
         )
 
-    def _whole(self, costs: Floats) -> Floats:
-        costs = np.where(self.blocked, IMPOSSIBLE, self.part * costs)
+    def _between(self, costs: Floats) -> Floats:
+        costs = self.part * costs
         np.fill_diagonal(costs, 0.0)
         return costs
 

@@ -24,7 +24,7 @@ ASSUMPTIONS = (
 WIDTH = 120
 MOST_PARAMETERS = 8
 MOST_COLLECTIVES = 3
-_MODEL = "for alternatives, plan.explain(model, ...) or `autopar explain FILE --again`"
+_MODEL = "the usual layouts and other alternatives: plan.explain(model, ...) or `autopar explain FILE --again`"
 
 
 def lines(report: Report) -> list[str]:
@@ -38,7 +38,7 @@ def lines(report: Report) -> list[str]:
         "",
         *_parameter_lines(plan),
         "",
-        *(_again_lines(report) if report.bench else [f"this plan was loaded without its model: {_MODEL}"]),
+        *(_again_lines(report) if report.bench else [_MODEL]),
         "",
         *_rule_lines(plan),
         *(f"assumed: {assumption}" for assumption in ASSUMPTIONS),

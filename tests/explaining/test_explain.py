@@ -282,7 +282,7 @@ def test_a_loaded_plan_needs_its_model_for_more() -> None:
     plan = Plan.loads(free("mlp").dumps())
     bare = plan.explain()
     text = str(bare)
-    assert fits_a_screen(text) and "loaded without its model" in text and "it waits for" not in text
+    assert fits_a_screen(text) and "autopar explain FILE --again" in text and "it waits for" not in text
     assert bare.to_dict()["baselines"] is None
     for ask in (lambda: bare.why_not({"tp": 8}), lambda: bare.next_best("mesh"), lambda: bare.memory_price):
         with pytest.raises(AutoparError, match=r"plan\.explain\(model, example_inputs=\.\.\.\)"):

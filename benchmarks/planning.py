@@ -1,0 +1,74 @@
+"""What planning costs: CPU seconds and memory of one `autopar plan` process, imports and all, per model.
+
+    python benchmarks/planning.py            # the runs below
+    python benchmarks/planning.py llama3-8b 64 8192 256     # MODEL GPUS SEQ GLOBAL_BATCH
+
+The mesh shape is left to the planner. Exits with 1 if a run of the list needs more than its limits: CPU seconds,
+GiB, and the proven gap. CPU seconds depend on what else the machine does; the list was set on 2 cores of an AMD EPYC.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and cluster, and what planning may take: CPU seconds, GiB, relative gap."""
+
+    model: str
+    gpus: int
+    seq: int
+    global_batch: int
+    most_cpu_s: float = float("inf")
+    most_gib: float = float("inf")
+    most_gap: float = float("inf")
+
+
+RUNS = (
+    Run("llama3-8b", 64, 8192, 256, most_cpu_s=12.0, most_gib=2.0, most_gap=0.01),
+    Run("llama3-405b", 1024, 4096, 1024, most_cpu_s=20.0, most_gib=4.0, most_gap=0.01),
+    Run("tiny-llama", 8, 256, 32),
+)
+PLAN = "import sys; from autopar.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def measure(run: Run) -> bool:
+    """Plan in a process of its own and print its figures; whether they stay within the run's limits."""
+    options = ["plan", "--model", run.model, "--cluster", "h100-sxm", "--gpus", str(run.gpus), "--seq", str(run.seq)]
+    command = [sys.executable, "-c", PLAN, *options, "--global-batch", str(run.global_batch), "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    gib = after.ru_maxrss / 2**20  # of the largest child so far
+    plan = json.loads(done.stdout)
+    within = cpu_s <= run.most_cpu_s and gib <= run.most_gib and plan["gap"] <= run.most_gap
+    print(
+        f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {cpu_s:.1f} CPU s "
+        f"(trace {plan['trace_s']:.1f} s, solve {plan['solve_s']:.1f} s of wall), {gib:.2f} GiB, step "
+        f"{plan['step_time_s']:.4g} s, dp {plan['dp']} tp {plan['tp']} zero {plan['zero']}, gap {plan['gap']:.2%}"
+        f"{'' if within else '  BEYOND ITS LIMITS'}",
+        flush=True,
+    )
+    return within
+
+
+def main() -> int:
+    """Measure what is asked for, or all of RUNS."""
+    if len(sys.argv) == 5:
+        runs = (Run(sys.argv[1], *(int(a) for a in sys.argv[2:])),)
+    else:
+        runs = RUNS
+    within = [measure(run) for run in runs]  # all of them, also after one that is not
+    return 0 if all(within) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

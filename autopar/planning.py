@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.cluster import ClusterSpec
+from autopar.dataflow import Dataflow
 from autopar.errors import AutoparError, Infeasible, PinError
 from autopar.memory_types import MemoryEstimate
 from autopar.mesh_search import MeshSearch, SearchSettings
@@ -104,9 +105,10 @@ def _stated(
     trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings
 ) -> list[MeshSearch]:
     found: list[MeshSearch] = []
+    flow = Dataflow(trace.graph_module.graph)
     for mesh in meshes:
         try:
-            found.append(MeshSearch(trace, mesh, request, settings))
+            found.append(MeshSearch(trace, mesh, request, settings, flow))
         except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
             if not found and mesh == meshes[-1]:
                 raise

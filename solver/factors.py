@@ -136,9 +136,8 @@ class Factor:
         return self._by_maker() if position < 0 else self._by_use(position)
 
     def _by_maker(self) -> Floats:
-        member = self._sets.member
-        plain, again = self._sums(member, None)
         n = self.states
+        plain, again = self._sums(self._sets.member, None)
         found = np.full(n * (2 if self.maker_may_rerun else 1), IMPOSSIBLE)
         for level in self._levels:
             rest = self._partition(level, plain, again)[-1] + level.extra
@@ -177,6 +176,9 @@ class Factor:
 
     def _partition(self, level: _Level, plain: Floats, later: Floats) -> Floats:
         """[sets, q] the least cost of a set of uses, split into blocks."""
+        if len(self.uses) == 1:  # by far the most
+            block = np.minimum(plain[1] + level.plain[1], later[1] + level.later[1])
+            return block.min(axis=1)[None]
         block = self._blocks(level, plain, later).min(axis=2)
         least = np.zeros_like(block)
         for sets, starts, blocks, rests in self._sets.rounds:
@@ -190,7 +192,23 @@ class Factor:
             return sent[n:]
         return np.minimum(sent[:n], sent[n:]) if self.maker_may_rerun else sent
 
+    def _by_only_use(self) -> Floats:
+        """`_by_use` where there is one."""
+        use, n = self.uses[0], self.states
+        found = np.full((2, n), IMPOSSIBLE)
+        for level in self._levels:
+            made = (level.extra + self._made(level))[:, None]
+            if use.kind != OWN:
+                found[1] = np.minimum(found[1], (level.later[1] + made).min(axis=0))
+            if use.kind != LATER:
+                found[0] = np.minimum(found[0], (level.plain[1] + made).min(axis=0))
+        if use.kind == BOTH:
+            return found.ravel()
+        return found[0] if use.kind == OWN else found[1]
+
     def _by_use(self, position: int) -> Floats:
+        if len(self.uses) == 1:
+            return self._by_only_use()
         n, use = self.states, self.uses[position]
         with_it = self._sets.containing[position]
         plain, later = self._sums(self._sets.member, None)

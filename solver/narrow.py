@@ -27,7 +27,7 @@ NEAR = 1e-3  # of the bound: choices with a margin below this come in
 MOST_NEAR = 3  # per op and round
 CLOSE = 2e-5  # of the bound: the two bounds agree
 MOST_ROUNDS = 12
-SWEEPS = 40
+TURN_SWEEPS, MOST_SWEEPS = 12, 40  # of an ascent in the turns, and of one that is to prove all it can
 MOST_MEMORY_COSTS = 3.0  # of the bound: what all memory together can sensibly be worth
 ZERO = 1e-6  # no excess, model units
 
@@ -144,7 +144,14 @@ class Narrowing:
         credit = float(now.paid[-1]) * now.stage.model.limit
         return now.paid if self.excess or credit <= most else now.paid * (most / credit)
 
-    def ascend(self, paid: Floats, enough: float = np.inf, sweeps: int = SWEEPS) -> Ascent:
+    def tightened(self, found: Narrowed, enough: float) -> Narrowed:
+        """The same with a better bound, from a longer ascent at the prices where the turns ended."""
+        if found.priced is None or found.paid is None:
+            return found
+        priced = self.ascend(self._sensible(found, found.bound), enough, MOST_SWEEPS)
+        return replace(found, priced=priced, bound=priced.bound) if priced.bound > found.bound else found
+
+    def ascend(self, paid: Floats, enough: float = np.inf, sweeps: int = TURN_SWEEPS) -> Ascent:
         """The bound over all choices at these memory prices."""
         if self._graph is None:
             self._graph = DualAscent(replace(self.problem, capacity_bytes=self.limit_bytes), self.lives)

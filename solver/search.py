@@ -25,7 +25,7 @@ from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverEr
 
 NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
-LOOK_SWEEPS = 10
+LOOK_SWEEPS = 8
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
 MODEST = 600  # choices in all: beyond, finding out what fits gets more time
@@ -163,7 +163,10 @@ class Search:
         proven = self._search_in(found)
         self._raise_bound(proven if found.priced is None and self._is_whole() else min(proven, found.bound))
         self._report("in integers")
-        if found.priced is not None:
+        if found.priced is not None and not self._closed():
+            found = narrowing.tightened(found, self._enough())
+            self._raise_bound(min(proven, found.bound))
+            self._report("bound tightened")
             self._widen(narrowing, found, proven)
         if self.best is None and not self._has_cutoff() and limit is not None:
             self._find_any(limit)

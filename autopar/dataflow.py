@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -22,7 +22,12 @@ from autopar._torch_compat import OpOverload
 from autopar.placements import Placement, State, local_shape
 from autopar.rules import axis_rules, is_view, operands
 
+if TYPE_CHECKING:
+    from autopar.tracing.types import Trace
+
 ValueName = str
+
+_KEPT = "_dataflow"
 
 
 def value_name(node: fx.Node, index: int = 0) -> ValueName:
@@ -159,6 +164,16 @@ class Dataflow:
 
     ops: real ops in order. operands_of: resolved operands per real op.
     """
+
+    @staticmethod
+    def of(trace: Trace) -> Dataflow:
+        """Of a trace's graph, read once: everything from costs to emission asks for it, and traces do not change."""
+        known = trace.__dict__.get(_KEPT)
+        if known is None:
+            known = Dataflow(trace.graph_module.graph)
+            object.__setattr__(trace, _KEPT, known)  # beside the fields: two traces are as equal as before
+        assert isinstance(known, Dataflow)
+        return known
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph

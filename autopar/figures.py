@@ -69,7 +69,7 @@ def communication_by_kind(price: Price) -> dict[str, float]:
 def _peak_rate(trace: Trace, costs: CostModel) -> float:
     """The device's peak FLOP/s in the dtype in which most of the model's FLOPs are done."""
     by_dtype: dict[str, int] = defaultdict(int)
-    flow = Dataflow(trace.graph_module.graph)
+    flow = Dataflow.of(trace)
     for node in flow.ops:
         by_dtype[compute_dtype(node, flow.operands_of[node])] += op_flops_of(node)
     dtype = max(by_dtype, key=lambda d: by_dtype[d], default="float32")

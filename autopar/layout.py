@@ -21,7 +21,7 @@ def axis_roles(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -> tup
 
     By majority of the forward FLOPs of ops that use weights.
     """
-    flow = Dataflow(trace.graph_module.graph)
+    flow = Dataflow.of(trace)
     votes: list[dict[str, float]] = [{"dp": 0.0, "tp": 0.0, "none": 0.0} for _ in mesh]
     for node in flow.ops:
         slots = [] if is_backward(node) else weight_slots(node, trace)
@@ -83,7 +83,7 @@ def _parameter_behind(trace: Trace, value: str) -> str:
 def _sequence_sharded(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> bool:
     axes = [a for a, role in enumerate(roles) if role == "tp"]
     lead = next((tuple(i.shape[:2]) for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
-    for node in Dataflow(trace.graph_module.graph).ops:
+    for node in Dataflow.of(trace).ops:
         states = decisions.nodes[node.name].result_states
         for tensor, state in zip(result_metas(node), states, strict=True):
             if tensor is None or state is None or tensor.dim() != 3 or tuple(tensor.shape[:2]) != lead:

@@ -11,7 +11,6 @@ from typing import Any
 from autopar.cluster import ClusterSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.dataflow import Dataflow
 from autopar.memory_types import MemoryEstimate
 from autopar.pins import Forbidden, PinRequest, resolve_pins
 from autopar.placements import State
@@ -67,19 +66,12 @@ class MeshSearch:
     proves. cut_off: the bound showed that there is no better plan than the one known; none was looked for.
     """
 
-    def __init__(
-        self,
-        trace: Trace,
-        mesh: tuple[int, ...],
-        request: PinRequest,
-        settings: SearchSettings,
-        flow: Dataflow | None = None,
-    ) -> None:
+    def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
         self.trace, self.mesh, self.settings = trace, mesh, settings
         self.costs = CostModel(settings.cluster, mesh)
         pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, flow=flow)
+        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
         self.memory: MemoryEstimate | None = None

@@ -17,7 +17,7 @@ from autopar.trace import Trace
 
 def check_decisions(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -> None:
     """Raise PlanError, naming the first decision that does not fit the trace."""
-    flow = Dataflow(trace.graph_module.graph)
+    flow = Dataflow.of(trace)
     shapes = {value_name(n, i): t.shape for n in trace.graph_module.graph.nodes
               for i, t in enumerate(result_metas(n)) if t is not None}  # fmt: skip
     _same("op", decisions.nodes, (n.name for n in flow.ops))

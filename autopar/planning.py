@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.cluster import ClusterSpec
-from autopar.dataflow import Dataflow
 from autopar.errors import AutoparError, Infeasible, PinError
 from autopar.memory_types import MemoryEstimate
 from autopar.mesh_search import MeshSearch, SearchSettings
@@ -105,10 +104,9 @@ def _stated(
     trace: Trace, meshes: list[tuple[int, ...]], request: PinRequest, settings: SearchSettings
 ) -> list[MeshSearch]:
     found: list[MeshSearch] = []
-    flow = Dataflow(trace.graph_module.graph)
     for mesh in meshes:
         try:
-            found.append(MeshSearch(trace, mesh, request, settings, flow))
+            found.append(MeshSearch(trace, mesh, request, settings))
         except PinError:  # a parameter cannot be stored so on this mesh; perhaps on another
             if not found and mesh == meshes[-1]:
                 raise

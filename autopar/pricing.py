@@ -79,7 +79,7 @@ class _Pricer:
     def __init__(self, trace: Trace, decisions: Decisions, costs: CostModel) -> None:
         self.trace, self.decisions, self.costs = trace, decisions, costs
         self.mesh = costs.mesh
-        self.flow = Dataflow(trace.graph_module.graph)
+        self.flow = Dataflow.of(trace)
         self.views = ViewMaps(self.mesh)
         self.tables = ConversionTables(self.mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())

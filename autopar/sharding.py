@@ -115,18 +115,16 @@ def build_problem(
     *,
     capacity_bytes: int | None = None,
     pins: Pins | None = None,
-    flow: Dataflow | None = None,
 ) -> ShardingProblem:
-    """State the planning problem of `trace` on the mesh of `costs`. flow: of the trace's graph, if it is at hand."""
-    flow = flow or Dataflow(trace.graph_module.graph)
-    return _Builder(trace, costs, optimizer, pins or Pins(), flow).build(capacity_bytes)
+    """State the planning problem of `trace` on the mesh of `costs`."""
+    return _Builder(trace, costs, optimizer, pins or Pins()).build(capacity_bytes)
 
 
 class _Builder:
-    def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins, flow: Dataflow) -> None:
+    def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins) -> None:
         self.trace, self.costs, self.optimizer, self.pins = trace, costs, optimizer, pins
         self.mesh = costs.mesh
-        self.flow = flow
+        self.flow = Dataflow.of(trace)
         self.views = ViewMaps(self.mesh)
         self.ops: list[Op] = []
         self.values: list[Value] = []

@@ -90,7 +90,7 @@ class _Emitter:
         self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, bucket_bytes: int
     ) -> None:
         self.trace, self.decisions, self.mesh = trace, decisions, mesh
-        self.flow = Dataflow(trace.graph_module.graph)
+        self.flow = Dataflow.of(trace)
         self.views = ViewMaps(mesh)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.params = {p.node: p.fqn for p in trace.params}

@@ -65,7 +65,7 @@ class Attribution:
     def __init__(self, trace: Trace, decisions: Decisions, costs: CostModel, optimizer: OptimizerSpec) -> None:
         self.trace, self.decisions, self.costs = trace, decisions, costs
         self.price: Price = price(trace, decisions, costs, optimizer)
-        self.flow = Dataflow(trace.graph_module.graph)
+        self.flow = Dataflow.of(trace)
 
     @cached_property
     def op_groups(self) -> tuple[OpGroup, ...]:

@@ -1,0 +1,236 @@
+"""Samples per second of autopar against DDP, FSDP2 and tensor parallelism by hand, on the cores of this machine.
+
+    python benchmarks/throughput.py [--models llama bert resnet] [--rounds 7]
+
+Same model, same batch, same optimizer (fused AdamW), 2 gloo processes of one thread each, one run: each round
+times one step of every variant, in turn, and the medians of the rounds are compared. The plan is autopar's own for
+`ClusterSpec.local()`. Also: one process against the eager model, and a memory limit that plain DDP exceeds, against
+FSDP2 with checkpointed layers at the same measured peak. Exits with 1 where a ratio is below its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"parallel": 1.0, "one": 0.98, "limited": 1.0}
+WARM_UP = 2
+_CLUSTER = "AUTOPAR_BENCH_CLUSTER"
+
+
+@dataclass
+class Variant:
+    """One way to train. externals: what it holds in memory between steps."""
+
+    name: str
+    step: Callable[[], None]
+    externals: tuple[Any, ...]
+
+
+def variant(name: str, module: Any, batch: dict[str, Any]) -> Variant:
+    """Trains `module` on `batch`, forward, backward, optimizer."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    groups: dict[bool, list[Any]] = {}  # the fused kernel does not take DTensors and tensors together
+    for param in module.parameters():
+        groups.setdefault(isinstance(param, DTensor), []).append(param)
+    optimizer = torch.optim.AdamW([{"params": g} for g in groups.values()], lr=1e-4, fused=True)
+
+    def step() -> None:
+        module(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Variant(name, step, (module, optimizer, *batch.values()))
+
+
+def timed(variants: list[Variant], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of every variant's steps, one of each a round; all ranks start a step together."""
+    import torch.distributed as dist
+
+    seconds: dict[str, list[float]] = {v.name: [] for v in variants}
+    for turn in range(-WARM_UP, rounds):
+        for one in variants if turn % 2 else reversed(variants):
+            if dist.is_initialized():
+                dist.barrier()
+            began = time.perf_counter()
+            one.step()
+            if dist.is_initialized():
+                dist.barrier()
+            if turn >= 0:
+                seconds[one.name].append(time.perf_counter() - began)
+    return seconds
+
+
+def rates(variants: list[Variant], samples: int, rounds: int) -> dict[str, float]:
+    """Median samples per second by variant."""
+    return {name: samples / statistics.median(s) for name, s in timed(variants, rounds).items()}
+
+
+def peak(one: Variant) -> int:
+    """Measured peak bytes of a step, on the rank where they are most."""
+    import torch
+    import torch.distributed as dist
+
+    from autopar.runtime.memory import measure_peak
+
+    found = torch.tensor([measure_peak(one.step, *one.externals)])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found.item())
+
+
+# -- on the ranks -----------------------------------------------------------------------------------------------
+
+
+def on_one(name: str, rounds: int) -> dict[str, Any]:
+    """autopar on one device against the eager model."""
+    import autopar
+    from benchmarks.workloads import WORKLOADS
+
+    work, batch = WORKLOADS[name], WORKLOADS[name].batch()
+    program = autopar.compile(work.build(), autopar.ClusterSpec.preset("cpu", gpus=1), example_inputs=((), batch))
+    variants = [variant("eager", work.build(), batch), variant("autopar", program, batch)]
+    return {"rates": rates(variants, work.samples, rounds)}
+
+
+def on_ranks(name: str, rounds: int) -> dict[str, Any]:
+    """autopar on all ranks against what torch offers, without a memory limit and with one that DDP exceeds."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import autopar
+    from benchmarks import workloads as w
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    work, batch = w.WORKLOADS[name], w.WORKLOADS[name].batch()
+    mine = w.rows(batch, rank, world)
+
+    def built(make: Callable[..., Any]) -> Any:
+        torch.manual_seed(0)
+        return make(work.build(), mesh, work)
+
+    def planned(limit: int | None) -> Any:
+        torch.manual_seed(0)
+        given = os.environ.get(_CLUSTER)
+        cluster = autopar.ClusterSpec.load(given) if given else autopar.ClusterSpec.local()
+        return autopar.compile(work.build(), cluster, example_inputs=((), batch), memory_limit_bytes=limit)
+
+    program = planned(None)
+    variants = [variant("autopar", program, batch)]
+    variants.append(variant("DDP", built(w.data_parallel), mine))
+    variants.append(variant("FSDP2", built(w.sharded), mine))
+    if work.tensor_parallel is not None:
+        variants.append(variant("tensor parallel", built(w.tensor_parallel), batch))
+    found: dict[str, Any] = {"rates": rates(variants, work.samples, rounds), "layout": program.plan.layout_keys}
+    ddp_peak = peak(variants[1])
+    del variants
+
+    checkpointed = variant("FSDP2 + checkpointing", built(w.sharded_and_checkpointed), mine)
+    checkpointed.step()
+    limit = peak(checkpointed)
+    try:
+        limited = planned(limit)
+    except autopar.Infeasible as error:
+        return _leave(found | {"limited": {"error": str(error)}})
+    variants = [checkpointed, variant("autopar", limited, batch)]
+    limited_rates = rates(variants, work.samples, rounds)
+    found["limited"] = {
+        "rates": limited_rates, "layout": limited.plan.layout_keys,
+        "peaks": {"DDP": ddp_peak, checkpointed.name: limit, "autopar": peak(variants[1])},
+    }  # fmt: skip
+    return _leave(found)
+
+
+def _leave(found: dict[str, Any]) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+# -- the report -------------------------------------------------------------------------------------------------
+
+
+def run(kind: str, name: str, rounds: int, processes: int) -> dict[str, Any]:
+    """What the ranks measured, from a fresh job."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(Path(__file__).resolve()), "--worker", kind, "--models", name, "--rounds", str(rounds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("{")), None)
+    if done.returncode or line is None:
+        raise SystemExit(f"{kind} {name} failed:\n{done.stdout}\n{done.stderr}")
+    return dict(json.loads(line))
+
+
+def show(title: str, rates_by_name: dict[str, float], target: float) -> bool:
+    """Print the rates and the ratio to the best of the others; whether it reaches the target."""
+    best = max((rate, name) for name, rate in rates_by_name.items() if name != "autopar")
+    ratio = rates_by_name["autopar"] / best[0]
+    row = "  ".join(f"{name} {rate:.1f}" for name, rate in rates_by_name.items())
+    passed = ratio >= target
+    print(
+        f"{title:<22}{row}\n{'':<22}autopar / {best[1]} = {ratio:.3f}  (target {target})  {'ok' if passed else 'BELOW'}"
+    )
+    return passed
+
+
+def report(name: str, rounds: int) -> bool:
+    """Measure one model and print its three comparisons."""
+    one = run("one", name, rounds, 1)
+    print(f"{name}: samples/s, median of {rounds}")
+    passed = show("  1 rank", one["rates"], TARGETS["one"])
+    two = run("ranks", name, rounds, 2)
+    passed &= show("  2 ranks", two["rates"], TARGETS["parallel"])
+    limited = two["limited"]
+    if "error" in limited:
+        print(f"  2 ranks, limited    BELOW: {limited['error']}", flush=True)
+        return False
+    passed &= show("  2 ranks, limited", limited["rates"], TARGETS["limited"])
+    peaks = {key: f"{value / 2**20:.1f}" for key, value in limited["peaks"].items()}
+    print(f"{'':<22}measured peaks in MiB: {peaks}; layouts {two['layout']}, limited {limited['layout']}", flush=True)
+    if not limited["peaks"]["autopar"] <= limited["peaks"]["FSDP2 + checkpointing"] < limited["peaks"]["DDP"]:
+        print(f"{'':<22}peaks out of order: BELOW")
+        return False
+    return passed
+
+
+def main() -> None:
+    """The report of all models, or the measurements of one rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama", "bert", "resnet"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cluster", help="plan for this cluster file (of `autopar profile`), not ClusterSpec.local()")
+    parser.add_argument("--worker", choices=["one", "ranks"], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.cluster:
+        os.environ[_CLUSTER] = given.cluster
+    if given.worker:
+        measured = (on_one if given.worker == "one" else on_ranks)(given.models[0], given.rounds)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(measured), flush=True)
+        return
+    passed = [report(name, given.rounds) for name in given.models]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{used.ru_utime + used.ru_stime:.0f} CPU seconds")
+    sys.exit(0 if all(passed) else 1)
+
+
+if __name__ == "__main__":
+    main()

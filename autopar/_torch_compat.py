@@ -76,6 +76,7 @@ pytree = _torch_pytree  # registered by transformers for its outputs
 _CAPTURE_DYNAMO_CONFIG: dict[str, Any] = {
     "assume_static_by_default": True,
     "automatic_dynamic_shapes": False,
+    "allow_rnn": True,  # nn.LSTM and its like come out as ordinary ops
     "specialize_int": True,
     "specialize_float": True,
     "capture_scalar_outputs": False,

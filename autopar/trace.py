@@ -19,6 +19,7 @@ from autopar.precision import MODEL, autocast_dtype, check_parameters
 from autopar.tracing.assemble import assemble
 from autopar.tracing.capture import capture, logging_calls
 from autopar.tracing.leaves import input_leaves
+from autopar.tracing.recording import install_recording_hooks, wants_recording_hooks
 from autopar.tracing.repeated import repeated_layers, with_layers
 from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
 from autopar.tracing.types import (
@@ -110,15 +111,31 @@ def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, preci
             check_tensor(leaf, f"input {path!r}")
             if leaf.requires_grad:
                 raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
-    mode = fake_tensor_mode()
     with capture_environment(logging_calls()):
-        shadow = make_shadow(model, mode, device)
-        # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
-        fake_args, fake_kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: fake_like(t, mode, device), (args, kwargs)
-        )
-        raw = capture(shadow.module, fake_args, fake_kwargs, mode, autocast_dtype(precision))
-        return assemble(raw, model, shadow, leaves)
+        try:
+            return _captured(model, (args, kwargs), leaves, device, precision)
+        except TraceError as error:
+            if not wants_recording_hooks(error):
+                raise
+        return _captured(model, (args, kwargs), leaves, device, precision, recording=True)
+
+
+def _captured(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    leaves: dict[str, Any],
+    device: str | None,
+    precision: str,
+    recording: bool = False,
+) -> Trace:
+    """Capture a copy of the model; recording: with the hooks that transformers would install at its first call."""
+    mode = fake_tensor_mode()
+    shadow = make_shadow(model, mode, device)
+    if recording:
+        install_recording_hooks(shadow.module)
+    # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, mode, device), call)
+    return assemble(capture(shadow.module, args, kwargs, mode, autocast_dtype(precision)), model, shadow, leaves)
 
 
 def _checked(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

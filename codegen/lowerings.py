@@ -19,7 +19,7 @@ from autopar.codegen.draws import draw
 from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local
 from autopar.codegen.statistics import batch_norm, batch_norm_backward
 from autopar.errors import PlanError
-from autopar.placements import shard
+from autopar.placements import shard, shard_dim
 from autopar.rules import AxisRule
 from autopar.rules import operands as operands_of
 from autopar.rules.schema import normalized
@@ -57,6 +57,20 @@ def _mean_partial(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
     parts = math.prod(n for n, rule in zip(ctx.mesh, rules, strict=True) if rule.lowering == "mean_partial")
     made = local(ctx, node, rules, operands)
     return tuple(None if x is None else ctx.call(aten.div.Scalar, x, parts) for x in made)
+
+
+# -- products with a matrix per group of rows -------------------------------------------------
+
+
+def _grouped_rows(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]) -> Results:
+    """The groups that this rank's rows (or summands) belong to: their ends, counted from where its part starts."""
+    op = Shards(ctx, node, rules, operands)
+    slot = 0
+    dim = next(shard_dim(rule.inputs[slot]) for rule in rules if rule.lowering == "grouped_rows")
+    assert dim is not None
+    size = op.operand_shape(slot)[dim]
+    ends = ctx.call(aten.sub.Tensor, operands[op.slot("offs")], op.offset(op.axes(slot, dim), size))
+    return op.call({"offs": ctx.call(aten.clamp.default, ends, 0, size)})
 
 
 # -- vocabulary-parallel ops -----------------------------------------------------------------
@@ -213,6 +227,7 @@ LOWERINGS: dict[str, Lowering] = {
     "vocab_log_softmax": _vocab_softmax,
     "vocab_softmax_backward": _vocab_softmax_backward,
     "vocab_log_softmax_backward": _vocab_softmax_backward,
+    "grouped_rows": _grouped_rows,
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,
     "nll_loss": _nll_loss,

@@ -257,17 +257,19 @@ OTHERS: dict[str, Family] = {
         lambda: (torch.randn(BATCH, 1, 128, dtype=torch.float64), torch.rand(BATCH, 8, dtype=torch.float64)),
     ),
     "upnet": _module(vision.UpNet, lambda: (_images(), torch.randint(0, 8, (BATCH, IMAGE, IMAGE)))),
+    "lstm": _module(vision.Recurrent, lambda: (_tokens(64, 4), _tokens(64, 4))),
     "encoder_decoder": _module(vision.EncoderDecoder, lambda: (_padded(64), _tokens(64))),
 }  # fmt: skip
 
 FAMILIES = {**NAMED, **OTHERS}
 
-_BATCHED = '`experts_implementation="batched_mm"`: which rows an expert gets must not decide shapes'
+_BATCHED = '`experts_implementation="batched_mm"` or `"grouped_mm"`: which rows an expert gets must not decide shapes'
 REMARKS: dict[str, str] = {
     "mixtral": _BATCHED,
     "qwen2_moe": _BATCHED,
     "deepseek_v3": _BATCHED,
     "gpt_oss": _BATCHED,
+    "lstm": "unrolled over the sequence",
     "mamba": "the scan in plain PyTorch, unrolled over the sequence",
     "mamba2": "the chunked scan in plain PyTorch",
     "resnet": "batch statistics are those of the global batch",

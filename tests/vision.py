@@ -1,4 +1,4 @@
-"""Plain modules of the kinds that torchvision and diffusers have, each with its loss."""
+"""Plain modules of the kinds that torchvision and diffusers have, and of older kinds, each with its loss."""
 
 from __future__ import annotations
 
@@ -216,3 +216,17 @@ class EncoderDecoder(nn.Module):
         hidden = self.decoder(self.embed(target), memory, tgt_mask=causal, memory_key_padding_mask=padding)
         logits = self.head(self.norm(hidden))
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), ignore_index=0)
+
+
+class Recurrent(nn.Module):
+    """A language model with an LSTM and a GRU."""
+
+    def __init__(self, vocabulary: int = 64, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.lstm, self.gru = nn.LSTM(width, width, batch_first=True), nn.GRU(width, width, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """tokens, labels: [batch, length] -> the loss."""
+        hidden, _ = self.gru(self.lstm(self.embed(tokens))[0])
+        return functional.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())

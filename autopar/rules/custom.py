@@ -246,20 +246,37 @@ def matrix_vector(call: OpCall) -> list[AxisRule]:
 
 
 def grouped_product(call: OpCall) -> list[AxisRule]:
-    """_grouped_mm (self, mat2, offs): columns, rows or the contraction, but for the dim that the groups cut (offs).
+    """Products with a matrix per group of rows, offs [G] being where the groups end.
 
-    self [T, K] x mat2 [G, K, N] -> [T, N] with groups of rows; [M, T] x [T, N] -> [G, M, N] with groups of
-    summands; [M, K] x mat2 [G, K, N] with groups of columns is not cut.
+    self [T, K] x mat2 [G, K, N] -> [T, N]: columns, the contraction, or rows (their lowering counts the ends from
+    the start of a rank's rows). [M, T] x [T, N] -> [G, M, N], groups of summands: likewise.
     """
-    left, right = call.inputs[:2]
-    if call.tensor("bias") is not None:
+    (left, left_name), (right, right_name) = zip(call.inputs[:2], call.slots, strict=False)
+    if call.tensor("bias") is not None or call.tensor("offs") is None:
         return []
     if left.dim() == 2 and right.dim() == 3:
-        contraction = call.rule({"self": shard(1), "mat2": shard(1)}, PARTIAL)
-        return [call.rule({"mat2": shard(2)}, shard(1)), contraction]
+        return [
+            call.rule({right_name: shard(2)}, shard(1)),
+            call.rule({left_name: shard(1), right_name: shard(1)}, PARTIAL),
+            call.rule({left_name: shard(0)}, shard(0), "grouped_rows"),
+        ]
     if left.dim() == right.dim() == 2:
-        return [call.rule({"self": shard(0)}, shard(1)), call.rule({"mat2": shard(1)}, shard(2))]
+        return [
+            call.rule({left_name: shard(0)}, shard(1)),
+            call.rule({right_name: shard(1)}, shard(2)),
+            call.rule({left_name: shard(1), right_name: shard(0)}, PARTIAL, "grouped_rows"),
+        ]
     return []
+
+
+def grouped_product_backward(call: OpCall) -> list[AxisRule]:
+    """Of transformers' own grouped product (input [T, K], weight [G, K, N], offs, grad_output [T, N])."""
+    rows = {"input": shard(0), "grad_output": shard(0)}
+    return [
+        call.rule({**rows}, (shard(0), PARTIAL), "grouped_rows"),
+        call.rule({"weight": shard(2), "grad_output": shard(1)}, (PARTIAL, shard(2))),
+        call.rule({"input": shard(1), "weight": shard(1)}, (shard(1), shard(1))),
+    ]
 
 
 def constant_pad(call: OpCall) -> list[AxisRule]:
@@ -274,7 +291,7 @@ ELEMENTWISE = (
     "masked_fill", "copy", "lift_fresh_copy", "softplus_backward", "elu_backward", "leaky_relu_backward",
     "hardswish", "hardswish_backward", "hardsigmoid_backward", "hardtanh_backward", "hardshrink_backward",
     "softshrink_backward", "log_sigmoid_forward", "log_sigmoid_backward", "mish_backward", "logit_backward",
-    "_prelu_kernel", "_prelu_kernel_backward",
+    "_prelu_kernel", "_prelu_kernel_backward", "floor_divide",
 )  # fmt: skip
 LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
 
@@ -300,6 +317,8 @@ CUSTOM: dict[str, RuleFunction] = {
     "aten.baddbmm": baddbmm,
     "aten.mv": matrix_vector,
     "aten._grouped_mm": grouped_product,
+    "transformers.grouped_mm_fallback": grouped_product,
+    "transformers.grouped_mm_fallback_backward": grouped_product_backward,
     "aten.slice": slice_view,
     "aten.slice_backward": slice_backward,
     "aten.slice_scatter": slice_scatter,

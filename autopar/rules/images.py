@@ -68,6 +68,13 @@ def by_channel(pixels: int) -> Callable[[OpCall], list[AxisRule]]:
     return rules
 
 
+def channel_blocks(call: OpCall) -> list[AxisRule]:
+    """pixel_shuffle, im2col and their inverses, [N, C, ...]: a channel becomes, or comes from, a run of channels."""
+    if min(call.inputs[0].dim(), call.out.dim()) < 3 or call.inputs[0].shape[0] != call.out.shape[0]:
+        return []  # without a batch
+    return [call.rule({"self": shard(d)}, shard(d)) for d in range(2)]
+
+
 def grid_sampler(call: OpCall) -> list[AxisRule]:
     """(input [N, C, *], grid [N, *, dims]) -> [N, C, *]: every channel is sampled at the same places."""
     return [
@@ -109,5 +116,6 @@ IMAGES: dict[str, Callable[[OpCall], list[AxisRule]]] = {
         for ending in ("", "_backward")
     },
     **{f"aten.upsample_{kind}{ending}": by_channel(n) for kind, n in _RESIZES for ending in ("", "_backward")},
+    **{f"aten.{name}": channel_blocks for name in ("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im")},
     **{f"aten.adaptive_max_pool2d{ending}": by_channel(2) for ending in ("", "_backward")},
 }

@@ -20,7 +20,6 @@ from torch import nn
 
 from autopar._torch_compat import FakeTensorMode, has_device, is_fake_tensor, is_plain_tensor
 from autopar.errors import TraceError
-from autopar.tracing.recording import install_recording_hooks
 
 
 @dataclass
@@ -43,7 +42,6 @@ def make_shadow(model: nn.Module, mode: FakeTensorMode, device: str | None) -> S
     copier = _Copier(mode, device)
     copier.registered_tensors(model)
     shadow = Shadow(copier.module(model))
-    install_recording_hooks(shadow.module)
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (it registers ops)
 from torch import fx
 
 from tests.rules.harness import case
@@ -127,8 +128,16 @@ def pads_and_sizes() -> Iterator[fx.Node]:
     yield case(aten.grid_sampler_2d_backward.default, grad, x, grid, 0, 0, False, [True, True])
 
 
+def channel_blocks() -> Iterator[fx.Node]:
+    yield case(aten.pixel_shuffle.default, randn(4, 16, 3, 3), 2)
+    yield case(aten.pixel_unshuffle.default, randn(4, 4, 4, 4), 2)
+    yield case(aten.im2col.default, randn(4, 4, 6, 6), [3, 3], [1, 1], [1, 1], [2, 2])
+    yield case(aten.col2im.default, randn(4, 4 * 9, 9), [6, 6], [3, 3], [1, 1], [1, 1], [2, 2])
+
+
 def activations() -> Iterator[fx.Node]:
     x, g = randn(4, 8), randn(4, 8)
+    yield case(aten.floor_divide.default, ints(9, 4, 8), ints(5, 8) + 1)
     for op in (aten.hardswish, aten.hardsigmoid, aten.mish, aten.elu, aten.leaky_relu, aten.log_sigmoid_forward):
         yield case(op.default, x)
     yield case(aten.hardswish_backward.default, g, x)
@@ -194,6 +203,10 @@ def more_products() -> Iterator[fx.Node]:
     ends = torch.tensor([4, 8], dtype=torch.int32)
     yield case(aten._grouped_mm.default, randn(8, 16, dtype=low), randn(2, 16, 8, dtype=low), ends)
     yield case(aten._grouped_mm.default, randn(8, 16, dtype=low).t(), randn(8, 8, dtype=low), ends)
+    for ends in (torch.tensor([4, 8]), torch.tensor([3, 8]), torch.tensor([0, 7]), torch.tensor([8, 8])):
+        rows, matrices, ends = randn(8, 16), randn(2, 16, 4), ends.to(torch.int32)
+        yield case(torch.ops.transformers.grouped_mm_fallback.default, rows, matrices, ends)
+        yield case(torch.ops.transformers.grouped_mm_fallback_backward.default, rows, matrices, ends, randn(8, 4))
 
 
 IMAGE_GROUPS = {
@@ -204,6 +217,7 @@ IMAGE_GROUPS = {
         weight_norms,
         pools,
         pads_and_sizes,
+        channel_blocks,
         activations,
         more_losses,
         more_indexing,

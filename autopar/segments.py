@@ -11,7 +11,7 @@ Sublinear Memory Cost").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from torch import fx
 
@@ -55,9 +55,16 @@ def is_deterministic(node: fx.Node) -> bool:
 
 
 def recompute_times(
-    flow: Dataflow, op_index: dict[str, int], pinned: Callable[[fx.Node], str | None] | None = None
+    flow: Dataflow,
+    op_index: dict[str, int],
+    pinned: Callable[[fx.Node], str | None] | None = None,
+    updated: Container[str] = (),
 ) -> dict[str, int]:
-    """For each op that may run twice, the op index before which it would run again."""
+    """For each op that may run twice, the op index before which it would run again.
+
+    updated: buffers that the step gives a new value (as batch norm does): by the backward pass the old one is gone,
+    so nothing that reads them may run again.
+    """
     times: dict[str, int] = {}
     for segment in segments(flow):
         needed_at = [
@@ -71,7 +78,8 @@ def recompute_times(
             continue
         for node in segment:
             wanted = pinned(node) if pinned else None
-            if is_deterministic(node) and wanted != "keep":
+            stale = any(operand.value in updated for operand in flow.operands_of[node])
+            if is_deterministic(node) and not stale and wanted != "keep":
                 times[node.name] = min(needed_at)
     return times
 

@@ -345,7 +345,8 @@ class _Builder:
 
     def _with_recompute_times(self, forward_ops: int) -> list[Op]:
         pinned = self.pins.recompute
-        times = recompute_times(self.flow, self.op_index, pinned)
+        updated = {b.node for b in self.trace.buffers if b.fqn in self.trace.buffer_updates}
+        times = recompute_times(self.flow, self.op_index, pinned, updated)
         forced = must_rerun(self.flow, times, pinned) if pinned else set()
         ops = []
         for op in self.ops:

@@ -15,6 +15,7 @@ import autopar
 from autopar.errors import AutoparError
 from autopar.runtime import world
 from autopar.runtime.memory import measure_peak
+from tests.vision import ResNet
 
 TOLERANCE = 0.05
 BATCH, SEQ, VOCAB = 8, 128, 512
@@ -51,9 +52,37 @@ def llama(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids.clone()}
 
 
-def compare(layers: int, pin: dict[str, Any], limit_fraction: float) -> tuple[int, autopar.Plan]:
+def bert(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A BERT in float32 for masked language modelling."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=SEQ,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    ids = torch.randint(0, VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    return BertForMaskedLM(config), {"input_ids": ids, "labels": ids.clone()}
+
+
+def resnet(_: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A small ResNet in float32, on images large enough that its activations outweigh its parameters."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 3, 64, 64, generator=draw)
+    return ResNet(), {"pixels": images, "labels": torch.randint(0, 16, (BATCH,), generator=draw)}
+
+
+MODELS = {"llama": llama, "bert": bert, "resnet": resnet}
+
+
+def compare(layers: int, pin: dict[str, Any], limit_fraction: float, name: str = "llama") -> tuple[int, autopar.Plan]:
     """(Measured bytes, plan) of the fastest plan under a fraction of the memory that the free plan takes."""
-    model, batch = llama(layers)
+    model, batch = MODELS[name](layers)
     cluster = autopar.ClusterSpec.preset("cpu", gpus=4)
     call = ((), batch)
     free = autopar.plan(model, cluster, example_inputs=call, pin=pin, time_limit_s=10)
@@ -72,9 +101,9 @@ def compare(layers: int, pin: dict[str, Any], limit_fraction: float) -> tuple[in
     return measure_peak(step, program, optimizer, *batch.values()) - counters, program.plan
 
 
-def check(layers: int, pin: dict[str, Any], limit_fraction: float) -> None:
+def check(layers: int, pin: dict[str, Any], limit_fraction: float, name: str = "llama") -> None:
     """Measured is as predicted, within the limit, and recomputation was at work where the limit is tight."""
-    measured, plan = compare(layers, pin, limit_fraction)
+    measured, plan = compare(layers, pin, limit_fraction, name)
     predicted = plan.predicted["peak_bytes"]
     recomputed = sum(d.recompute for d in plan.decisions.nodes.values())
     assert (recomputed > 0) == (limit_fraction < 1)
@@ -105,6 +134,22 @@ def test_peak_is_as_predicted(limit_fraction: float, pin: dict[str, Any]) -> Non
 @pytest.mark.parametrize("limit_fraction", [1.0, 0.75, 0.5])
 def test_peak_of_a_deeper_model_is_as_predicted(pin: dict[str, Any], limit_fraction: float) -> None:
     check(4, pin, limit_fraction)
+
+
+@pytest.mark.usefixtures("rank_0_of_4")
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+@pytest.mark.parametrize(
+    ("limit_fraction", "pin"),
+    [
+        (1.0, {"mesh": [4]}),
+        pytest.param(1.0, {"dp": 2, "tp": 2}, marks=pytest.mark.slow),
+        (0.7, {"mesh": [4]}),
+        pytest.param(0.7, {"dp": 2, "tp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_peak_of_other_models_is_as_predicted(name: str, limit_fraction: float, pin: dict[str, Any]) -> None:
+    check(1, pin, limit_fraction, name)
 
 
 def test_measures_what_is_alive_at_the_highest_point() -> None:

@@ -108,16 +108,18 @@ class _Reuse:
         self.move(node, values if isinstance(node.meta["val"], (list, tuple)) else values[0])
 
     def move(self, node: fx.Node, value: Any) -> None:
-        """`node` has another fake result: so have the views of it."""
+        """`node` has another fake result: so have the views of it (two inputs that share a storage move apart)."""
         before = list(storages([node]))
         node.meta["val"] = value
         moved = sorted({n for s in before for n in self.at.pop(s)} - {node}, key=self.time.__getitem__)
         ends = [self.last.pop(s) for s in before]
         for view in moved:
-            view.meta["val"] = _again(view)
-        for storage in storages([node]):
-            self.last[storage] = max([*ends, self.last.get(storage, 0)])
-            self.at.setdefault(storage, []).extend([node, *moved])
+            if view.op != "placeholder":
+                view.meta["val"] = _again(view)
+        for one in (node, *moved):
+            for storage in storages([one]):
+                self.last[storage] = max([*ends, self.last.get(storage, 0)])
+                self.at.setdefault(storage, []).append(one)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -51,6 +51,21 @@ def test_a_dying_operand_takes_the_result() -> None:
     assert len(storages(n for n in b.graph.nodes if n.op == "call_function")) == 2
 
 
+def test_two_saved_values_in_one_storage_move_apart() -> None:
+    b, x = builder()
+    y = b.call(aten.add.Tensor, b.call(aten.exp.default, x), 1.0)  # takes the place of exp
+    rows = b.call(aten.view.default, y, [16])
+    b.output([x, y, rows])
+    backward = GraphBuilder((2,), b.fake_mode)
+    whole, flat = (backward.placeholder(n, v.meta["val"]) for n, v in (("y", y), ("rows", rows)))
+    column = backward.call(aten.select.int, whole, 0, 0)
+    backward.output([backward.call(aten.sin.default, column), backward.call(aten.neg.default, flat)])
+    write_in_place(program(b, backward, saved=2))
+    assert names(b.graph) == ["exp", "add_", "view"]
+    assert len(storages([whole, flat, column, y, rows])) == 1
+    assert names(backward.graph) == ["select", "sin", "neg"]
+
+
 def used_later(b: GraphBuilder, x: fx.Node, y: fx.Node) -> list[fx.Node]:
     return [b.call(aten.add.Tensor, y, 1.0), b.call(aten.sin.default, y)]
 

@@ -35,8 +35,8 @@ from tests.widen import WidenCasts, widened
 TOLERANCE = 1e-9
 STEPS, LR = 5, 1e-2
 # AdamW divides a gradient by its own size: one that is zero but for rounding (a bias before a batch norm) would step by
-# rounding errors. With this eps two eager runs that sum in another order agree to 1e-11; with the usual 1e-8 to 3e-9.
-EPS = 1e-6
+# rounding errors. With the usual eps of 1e-8 two eager runs that sum in another order differ by 3e-9.
+EPS = 1e-5
 
 
 @dataclass(frozen=True)

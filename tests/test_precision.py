@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -31,9 +32,12 @@ from autopar.trace import Trace, trace
 from autopar.verification import Simulation, emit_for, gradient_errors, relative_error, run_reference, simulated_ranks
 from tests.launch import torchrun
 from tests.models import ModelAndInputs, tiny_bert, tiny_llama, tiny_mlp
-from tests.parity.test_simulated import cluster as slow_cluster
+from tests.parity.simulate import cluster as slow_cluster
 
-LOSS_TOLERANCE, GRADIENT_TOLERANCE, FACTOR = 1e-2, 3e-2, 1.5
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 3e-2
+# How much farther from float32 than the model's own autocast run: as a rule not at all; the worst gradient may be one
+# whose activations were summed over ranks in bfloat16, which rounds once more per axis.
+TYPICAL_FACTOR, WORST_FACTOR = 1.25, 2.5
 
 
 class Convolutions(nn.Module):
@@ -135,8 +139,10 @@ def test_simulated_ranks_are_close_to_autocast(name: str, pin: str) -> None:
     assert relative_error(outputs[str(traced.loss)], loss) <= LOSS_TOLERANCE
     assert all(g.dtype == torch.float32 for g in found.values())
     exact = eager(name, autocast=False)[1]
-    off, expected = (max(gradient_errors(g, exact).values()) for g in (found, grads))
-    assert 1e-4 < off <= FACTOR * expected
+    errors, own_errors = (list(gradient_errors(g, exact).values()) for g in (found, grads))
+    off, expected = max(errors), max(own_errors)
+    assert 1e-4 < off <= WORST_FACTOR * expected
+    assert statistics.median(errors) <= TYPICAL_FACTOR * statistics.median(own_errors)
     report = autopar.verify(model, plan, example_inputs=call)
     if name == "convolutions":  # small differences of large terms: low precision costs the model itself more
         assert report.tolerance == pytest.approx(2 * expected, rel=0.05)

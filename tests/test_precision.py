@@ -2,8 +2,9 @@
 
 Tolerances: a bfloat16 number has 8 binary digits, so a sum in another order may differ by 2^-8 of its largest
 term, and more of the sum where terms cancel. Losses are float32 means over the batch, held to 1e-2 of the autocast
-run (measured: 5e-6). Gradients are held to what bfloat16 costs at all: the simulated ranks may be at most half again as
-far from the float32 gradients as the autocast run is (measured: 0.7 to 1.1 times as far).
+run (measured: 5e-6). Gradients are held to what bfloat16 costs at all: how far the simulated ranks are from the float32
+gradients, against how far the autocast run is (measured: 0.7 to 1.2 times as far, 1.9 times for one LayerNorm weight
+behind an activation that four ranks summed in bfloat16).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tests.parity.simulate import cluster as slow_cluster
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 3e-2
 # How much farther from float32 than the model's own autocast run: as a rule not at all; the worst gradient may be one
 # whose activations were summed over ranks in bfloat16, which rounds once more per axis.
-TYPICAL_FACTOR, WORST_FACTOR = 1.25, 2.5
+TYPICAL_FACTOR, WORST_FACTOR, ENOUGH = 1.25, 2.5, 10  # parameters for a median to mean something
 
 
 class Convolutions(nn.Module):
@@ -142,7 +143,8 @@ def test_simulated_ranks_are_close_to_autocast(name: str, pin: str) -> None:
     errors, own_errors = (list(gradient_errors(g, exact).values()) for g in (found, grads))
     off, expected = max(errors), max(own_errors)
     assert 1e-4 < off <= WORST_FACTOR * expected
-    assert statistics.median(errors) <= TYPICAL_FACTOR * statistics.median(own_errors)
+    if len(errors) >= ENOUGH:
+        assert statistics.median(errors) <= TYPICAL_FACTOR * statistics.median(own_errors)
     report = autopar.verify(model, plan, example_inputs=call)
     if name == "convolutions":  # small differences of large terms: low precision costs the model itself more
         assert report.tolerance == pytest.approx(2 * expected, rel=0.05)

@@ -36,9 +36,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-BENCHES := $(wildcard benchmarks/*.py)
+# All of them run, also after one that is beyond its limits.
 bench: setup
-	for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
+	failed=0; for script in planning throughput; do \
+	  echo "== $$script"; $(BIN)/python "benchmarks/$$script.py" || failed=1; done; exit $$failed
 
 # Pages that are made from the code; tests/test_docs.py and tests/test_compatibility.py compare them.
 docs: setup

@@ -174,6 +174,8 @@ class MeshSearch:
         """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
         self.status = "infeasible"
         self.needed_account, self.needed_bound = error.needed_bytes, error.bound_bytes
+        if error.bound_bytes is not None and error.bound_bytes <= self.capacity:
+            self._take_bound(error.bound_s)  # none was found, but there may be one: the gap has to count it
         if error.leanest is None:
             return
         decisions = self.stated.decisions(error.leanest)

@@ -60,7 +60,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh that was tried: "optimal", "feasible", "infeasible" or "bounded" (cut off by its lower bound)."""
+    """A mesh that was tried: "optimal", "feasible", "leanest", "infeasible" or "cut off" (by its lower bound)."""
 
     mesh: tuple[int, ...]
     status: str

@@ -37,14 +37,13 @@ class Restricted:
     """A problem with fewer choices. picks: per op, the original index of each choice that is left."""
 
     problem: Problem
-    lives: tuple[ValueLife, ...]
     picks: list[Ints]
 
     def original(self, solution: Solution) -> Solution:
         return replace(solution, choices=tuple(int(p[c]) for p, c in zip(self.picks, solution.choices, strict=True)))
 
 
-def restrict(problem: Problem, lives: tuple[ValueLife, ...], allowed: Allowed) -> Restricted:
+def restrict(problem: Problem, allowed: Allowed) -> Restricted:
     picks, ops = [], []
     known: dict[tuple[int, bytes], tuple[Ints, tuple[Choice, ...]]] = {}
     for op, some in zip(problem.ops, allowed, strict=True):
@@ -54,7 +53,7 @@ def restrict(problem: Problem, lives: tuple[ValueLife, ...], allowed: Allowed) -
             known[key] = (pick, tuple(op.choices[c] for c in pick))
         picks.append(known[key][0])
         ops.append(replace(op, choices=known[key][1]))
-    return Restricted(replace(problem, ops=tuple(ops)), lives, picks)
+    return Restricted(replace(problem, ops=tuple(ops)), picks)
 
 
 def nearest(ascent: Ascent) -> Allowed:
@@ -159,8 +158,8 @@ class Narrowing:
 
     def limited(self, allowed: Allowed) -> Narrowed:
         """The limited LP over these choices; nothing is proven yet for the others."""
-        restricted = restrict(self.problem, self.lives, allowed)
-        stage = self._stage(restricted.problem, restricted.lives)
+        restricted = restrict(self.problem, allowed)
+        stage = self._stage(restricted.problem)
         stage.add_groups(sorted(self.groups))
         relaxed = stage.relax(stop_at_zero=self._stop_at_zero)
         if relaxed.status == "infeasible" and self.excess:  # not for want of memory: of conversions
@@ -174,10 +173,10 @@ class Narrowing:
     def _stop_at_zero(self) -> bool:
         return self.excess and bool(self.limit_bytes)
 
-    def _stage(self, problem: Problem, lives: tuple[ValueLife, ...]) -> Stage:
+    def _stage(self, problem: Problem) -> Stage:
         return Stage(
             problem,
-            lives,
+            self.lives,
             self.clock,
             self.cost_scale,
             limit_bytes=self.limit_bytes,

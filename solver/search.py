@@ -29,11 +29,8 @@ LOOK_SWEEPS = 8
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
 MODEST = 600  # choices in all: beyond, finding out what fits gets more time
-EXPLAIN_S, EXPLAIN_LONGER_S, EXPLAIN_GAP = (
-    4.0,
-    12.0,
-    1e-2,
-)  # time and precision for the capacity that an infeasible problem needs
+EXPLAIN_S, EXPLAIN_LONGER_S = 4.0, 12.0  # for the capacity that an infeasible problem needs,
+EXPLAIN_GAP = 1e-2  # to this precision
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
@@ -97,6 +94,7 @@ class Search:
             self._report("at known prices of memory")
             return
         self.look_around()
+        self._narrowed = self._narrowing(self.limit, excess=False)  # in units that fit what was seen
         if not self._closed() and not self._is_small():
             self._take_turns()
 
@@ -186,17 +184,18 @@ class Search:
         proven: bound on the solutions that use the choices let in so far.
         """
         assert found.priced is not None
+        low = found.priced.bound  # which margins count from; `found.bound` is at least 0, also where this is not
         slack = FIRST_WIDENING * found.bound
         while not self._closed() and not self.clock.out():
             if self._cutoff() < np.inf:
-                slack = self._cutoff() - found.bound
+                slack = self._cutoff() - low
             wider = within(found.priced, slack)
             if not all((a | ~b).all() for a, b in zip(self.allowed, wider, strict=True)):
                 self.allowed[:] = [a | b for a, b in zip(self.allowed, wider, strict=True)]
                 proven = self._search_in(narrowing.limited(self.allowed))
-            self._raise_bound(min(proven, math.inf if self._is_whole() else found.bound + slack))
+            self._raise_bound(min(proven, math.inf if self._is_whole() else low + slack))
             self._report("in integers")
-            if self._is_whole() or slack >= self._cutoff() - found.bound:
+            if self._is_whole() or slack >= self._cutoff() - low:
                 break
             slack = slack * WIDENING_GROWTH if slack < found.bound else math.inf
 
@@ -237,7 +236,7 @@ class Search:
     def _check_feasible(self, limit: int) -> None:
         """Raise if not even fractional solutions stay within the limit."""
         if self._narrowing(limit, excess=True, clock=self._grace()).run(self.allowed).bound > EXCEEDED:
-            self._raise_infeasible()
+            self._raise_infeasible(proven=True)
 
     def _find_any(self, limit: int) -> None:
         """No solution so far: minimise the excess over the limit, with some grace; raise if none is found."""
@@ -248,7 +247,7 @@ class Search:
             if self.best is None:
                 found.stage.search(found.relaxed, accept, np.inf, 0.0)
         if self.best is None:
-            self._raise_infeasible()
+            self._raise_infeasible(proven=found.bound > EXCEEDED)
 
     def _explain_s(self) -> float:
         return EXPLAIN_S if self._size() <= MODEST else EXPLAIN_LONGER_S
@@ -292,8 +291,8 @@ class Search:
 
         return found.stage.search(found.relaxed, accept, np.inf, gap)
 
-    def _raise_infeasible(self) -> None:
-        """Raise with the least memory that was found, unless that does fit after all."""
+    def _raise_infeasible(self, *, proven: bool) -> None:
+        """Raise with the least memory that was found, unless that does fit after all. proven: that nothing fits."""
         left = self.clock.left_s()
         longest = self._explain_s()
         clock = Clock(longest if left is None else min(max(left, longest / 2), longest))
@@ -306,6 +305,8 @@ class Search:
         self._accept(solution, found)
         if self.best is not None:
             return
+        if proven and self.problem.capacity_bytes is not None:
+            bound = max(bound, self.problem.capacity_bytes + 1)
         at = found.peak_time
         raise InfeasibleProblem(
             f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "

@@ -21,9 +21,12 @@ from autopar import ClusterSpec, Infeasible, Plan
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError
+from autopar.mesh_search import MeshSearch
 from autopar.pricing import price
+from autopar.solver import InfeasibleProblem, solve
 from autopar.trace import trace
 from tests.models import BATCH, TinyMLP, tiny_bert, tiny_llama, tiny_mlp
+from tests.solver.transformer import TransformerProblem
 
 MODELS: dict[str, Callable[[], Any]] = {
     "mlp": tiny_mlp,
@@ -296,3 +299,28 @@ def test_batch_that_does_not_divide() -> None:
     assert BATCH % 16
     with pytest.raises(PinError, match="global batch of 8 does not divide by dp=16"):
         make("mlp", gpus=16, pin={"dp": 16})
+
+
+@pytest.mark.parametrize(("bound_bytes", "counts"), [(1, True), (1 << 60, False)])
+def test_a_mesh_that_found_nothing_counts_unless_nothing_fits(
+    bound_bytes: int, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of time is no proof: the bound of such a mesh belongs in the gap."""
+    whole = MeshSearch.solve
+
+    def none_on_8(self: MeshSearch, deadline: float, known: MeshSearch | None = None) -> None:
+        if self.mesh != (8,):
+            return whole(self, deadline, known)
+        return self._take_leanest(InfeasibleProblem("", 1 << 61, bound_bytes, bound_s=1e-9))
+
+    monkeypatch.setattr(MeshSearch, "solve", none_on_8)
+    plan = make("mlp")
+    assert plan.mesh != (8,)
+    assert (plan.gap > 0.9) == counts
+
+
+def test_a_search_that_fails_says_whether_that_is_proven() -> None:
+    problem = TransformerProblem.build(layers=1, mesh=(8,))
+    with pytest.raises(InfeasibleProblem) as error:
+        solve(replace(problem, capacity_bytes=1000), time_limit_s=10)
+    assert error.value.bound_bytes is not None and error.value.bound_bytes > 1000

@@ -22,7 +22,7 @@ from autopar.api import trace
 from autopar.verification import gradient_errors, relative_error
 from tests.families import FAMILIES
 from tests.parity.gloo_ranks import Facts, full, parameter_error, placements, step
-from tests.parity.simulate import EPS, LR, STEPS
+from tests.parity.simulate import STEPS, adamw
 from tests.widen import WidenCasts, widened
 
 PINS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def trained_both(name: str) -> Facts:
     model, inputs = FAMILIES[name]()
     cluster = autopar.ClusterSpec.local()
     program = autopar.compile(copy.deepcopy(model), cluster, pin=PINS[name], time_limit_s=10.0)
-    mine, theirs = (torch.optim.AdamW(m.parameters(), lr=LR, eps=EPS) for m in (program, model))
+    mine, theirs = (adamw(m.parameters()) for m in (program, model))
     facts: Facts = {"loss": 0.0, "gradient": 0.0}
     for _ in range(STEPS):
         found = step(program, mine, inputs)

@@ -1,8 +1,8 @@
 """When a forward op may run again in the backward pass.
 
 The forward pass is cut into segments. A segment's ops run again, if the solver wants,
-right before the first backward op that needs any value of the segment; the values that
-flow between segments are then kept or recomputed there. Segments are the repeated blocks
+right before the first backward op of the same block that needs any value of the segment; values
+that other blocks need before that are kept. Segments are the repeated blocks
 of the model (by module path, e.g. "model.layers.3"); a model without such blocks is cut
 into about sqrt(n) runs of consecutive ops (Chen et al. 2016, "Training Deep Nets with
 Sublinear Memory Cost").
@@ -67,21 +67,33 @@ def recompute_times(
     """
     times: dict[str, int] = {}
     for segment in segments(flow):
-        needed_at = [
-            op_index[use.user.name]
-            for node in segment
-            for index in range(len(result_metas(node)))
-            for use in flow.uses.get(value_name(node, index), ())
-            if is_backward(use.user)
-        ]
-        if not needed_at:
+        needed_at = _first_need(flow, segment, op_index)
+        if needed_at is None:
             continue
         for node in segment:
             wanted = pinned(node) if pinned else None
             stale = any(operand.value in updated for operand in flow.operands_of[node])
             if is_deterministic(node) and not stale and wanted != "keep":
-                times[node.name] = min(needed_at)
+                times[node.name] = needed_at
     return times
+
+
+def _first_need(flow: Dataflow, segment: list[fx.Node], op_index: dict[str, int]) -> int | None:
+    """The first backward op of the segment's own block that needs one of its values; of any block if there is none.
+
+    A value that other blocks share (an attention mask, a skip connection, the residual stream) is kept for them: it
+    must not make the whole block run again while others are in their backward pass.
+    """
+    uses = [
+        use.user
+        for node in segment
+        for index in range(len(result_metas(node)))
+        for use in flow.uses.get(value_name(node, index), ())
+        if is_backward(use.user)
+    ]
+    block = block_of(module_path(segment[0]))
+    own = [user for user in uses if block and block_of(module_path(user)) == block]
+    return min((op_index[user.name] for user in own or uses), default=None)
 
 
 def must_rerun(flow: Dataflow, times: dict[str, int], pinned: Callable[[fx.Node], str | None]) -> set[str]:

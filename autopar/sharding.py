@@ -326,7 +326,9 @@ class _Builder:
             if len(rules) > 1 and not compatible(rules, self.mesh):
                 continue
             operand_states = tuple(tuple(r.inputs[slot] for r in rules) for slot in range(len(operands)))
-            result_states = tuple(_state(tuple(r.outputs[i] for r in rules)) for i in range(len(tensors)))
+            result_states = tuple(
+                None if t is None else _state(tuple(r.outputs[i] for r in rules)) for i, t in enumerate(tensors)
+            )
             if any(s not in p for s, p in zip(operand_states, preimages, strict=True)):
                 continue
             if any(

@@ -59,6 +59,15 @@ class StepCosts(Protocol):
 
     def copy_s(self, nbytes: float) -> float: ...
 
+    @property
+    def bucket_bytes(self) -> int: ...
+
+    @property
+    def scatters_by_exchange(self) -> bool: ...
+
+    @property
+    def exposed_gradient_share(self) -> float: ...
+
 
 _KINDS = {
     ("P", "R"): "all_reduce",
@@ -152,14 +161,14 @@ def conversions(
         cost[source] = distance
         previous.append(tuple(row))
     made = Conversions(states, nbytes, cost, np.zeros((0, 0), dtype=np.int64), tuple(previous))
-    return replace(made, workspace_bytes=_workspace(made))
+    return replace(made, workspace_bytes=_workspace(made, costs.scatters_by_exchange))
 
 
 def _sums(step: Step) -> bool:
     return step.kind in ("all_reduce", "reduce_scatter")
 
 
-def _workspace(made: Conversions) -> np.ndarray:
+def _workspace(made: Conversions, by_exchange: bool) -> np.ndarray:
     found = np.zeros(made.cost_s.shape, dtype=np.int64)
     size = dict(zip(made.states, made.state_bytes, strict=True))
     for i, source in enumerate(made.states):
@@ -169,14 +178,16 @@ def _workspace(made: Conversions) -> np.ndarray:
             worst = 0
             for step in made.path(source, target):
                 between = size[step.before] if step.before != source else 0
-                worst = max(worst, between + _step_peak(step, size) - size[target])
+                worst = max(worst, between + _step_peak(step, size, by_exchange) - size[target])
             found[i, j] = worst
     return found
 
 
-def _step_peak(step: Step, size: dict[State, int]) -> int:
+def _step_peak(step: Step, size: dict[State, int], by_exchange: bool) -> int:
     """Bytes that a step allocates, as the code generator writes it: layout copies, received blocks, result."""
     before, after = size[step.before], size[step.after]
+    if step.kind == "reduce_scatter" and by_exchange:
+        return before + max(before if step.target_dim != 0 else 0, after)
     if step.kind == "reduce_scatter":
         return after + (before if step.target_dim != 0 else 0)
     if step.kind == "all_gather":
@@ -224,19 +235,32 @@ class BucketedCosts:
     """Costs of conversions that travel in buckets: a message pays its share, by bytes, of a full bucket."""
 
     costs: StepCosts
-    bucket_bytes: int
+
+    @property
+    def bucket_bytes(self) -> int:
+        """A full bucket."""
+        return self.costs.bucket_bytes
+
+    @property
+    def scatters_by_exchange(self) -> bool:
+        """The same as without buckets."""
+        return self.costs.scatters_by_exchange
+
+    @property
+    def exposed_gradient_share(self) -> float:
+        """Of the time of a reduction, what the backward pass does not hide."""
+        return self.costs.exposed_gradient_share
 
     def collective_s(self, kind: str, nbytes: float, axis: int) -> float:
-        """Seconds of this message's share of a full bucket."""
+        """Seconds of this message's share of a full bucket; for reductions, which nothing waits for before the
+        optimizer, those that are exposed."""
         full = max(float(self.bucket_bytes), nbytes)
-        return self.costs.collective_s(kind, full, axis) * nbytes / full
+        exposed = self.exposed_gradient_share if kind in ("all_reduce", "reduce_scatter") else 1.0
+        return exposed * self.costs.collective_s(kind, full, axis) * nbytes / full
 
     def copy_s(self, nbytes: float) -> float:
         """Copies are not shared."""
         return self.costs.copy_s(nbytes)
-
-
-GRADIENT_BUCKET_BYTES = 25 << 20  # the default of torch's DistributedDataParallel
 
 
 class ConversionTables:
@@ -247,7 +271,7 @@ class ConversionTables:
 
     def __init__(self, mesh: Sequence[int], costs: StepCosts) -> None:
         self.mesh = tuple(mesh)
-        self._costs = {False: costs, True: BucketedCosts(costs, GRADIENT_BUCKET_BYTES)}
+        self._costs = {False: costs, True: BucketedCosts(costs)}
         self._tables: dict[tuple[tuple[int, ...], int, bool, bool, bool], Conversions] = {}
 
     def costs(self, *, bucketed: bool = False) -> StepCosts:

@@ -104,8 +104,16 @@ class GraphBuilder:
         return self._waited(c10d.all_gather_into_tensor.default, self.contiguous(x), self.mesh[axis], group_token(axis))
 
     def reduce_scatter(self, x: fx.Node, axis: int) -> fx.Node:
-        """This rank's block along dim 0 of the sum over the ranks of an axis."""
+        """This rank's block along dim 0 of the sum over the ranks of an axis.
+
+        gloo's reduce-scatter is an all-reduce of everything, most of which is then dropped: there the blocks are sent
+        to where they belong and summed, half of the bytes (torch 2.13, 2 processes: 10 ms instead of 18 for 16 MiB).
+        """
         x = self.contiguous(x)
+        if x.meta["val"].device.type == "cpu":
+            rows, *others = x.meta["val"].shape
+            received = self.reshape(self.all_to_all(x, axis), [self.mesh[axis], rows // self.mesh[axis], *others])
+            return self.call(aten.sum.dim_IntList, received, [0])
         return self._waited(c10d.reduce_scatter_tensor.default, x, "sum", self.mesh[axis], group_token(axis))
 
     def all_to_all(self, x: fx.Node, axis: int) -> fx.Node:

@@ -32,7 +32,7 @@ from autopar.dataflow import (
 from autopar.errors import PlanError
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
-from autopar.redistribute import GRADIENT_BUCKET_BYTES, Conversions, ConversionTables, Step, StepCosts
+from autopar.redistribute import Conversions, ConversionTables, Step, StepCosts
 from autopar.rules import axis_rules, is_random
 from autopar.rules.schema import op_call
 from autopar.rules.types import AxisRule
@@ -75,14 +75,14 @@ def emit(
     mesh: tuple[int, ...],
     costs: StepCosts,
     *,
-    bucket_bytes: int = GRADIENT_BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> EmittedProgram:
     """Write the program of one rank of `mesh`; raises PlanError where the decisions don't fit the trace.
 
     bucket_bytes: gradients whose reduction is alike wait for each other until a bucket holds this many
-    bytes and are reduced together; 0 reduces each at once.
+    bytes (by default those of `costs`) and are reduced together; 0 reduces each at once.
     """
-    return _Emitter(trace, decisions, mesh, costs, bucket_bytes).emit()
+    return _Emitter(trace, decisions, mesh, costs, costs.bucket_bytes if bucket_bytes is None else bucket_bytes).emit()
 
 
 class _Emitter:

@@ -16,7 +16,6 @@ from autopar.memory_types import MemoryEstimate
 from autopar.opcost import local_bytes
 from autopar.placements import replicated
 from autopar.plan_types import Decisions
-from autopar.redistribute import GRADIENT_BUCKET_BYTES
 from autopar.trace import Trace
 
 
@@ -65,7 +64,7 @@ def emit_within(
 ) -> tuple[EmittedProgram, MemoryTimeline]:
     """The emitted program and its simulated memory; overlapped and bucketed if that stays within the limit."""
     with torch.no_grad():
-        for bucket_bytes, overlapped in ((GRADIENT_BUCKET_BYTES, True), (GRADIENT_BUCKET_BYTES, False), (0, False)):
+        for bucket_bytes, overlapped in ((costs.bucket_bytes, True), (costs.bucket_bytes, False), (0, False)):
             program = emit(trace, decisions, mesh, costs, bucket_bytes=bucket_bytes)
             if overlapped:
                 overlap(program.forward)

@@ -13,7 +13,6 @@ from autopar.codegen.overlap import overlap
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError
-from autopar.redistribute import GRADIENT_BUCKET_BYTES
 from autopar.runtime.execute import RankProgram
 from autopar.sample import sample_values
 from autopar.sharding import build_problem
@@ -41,7 +40,7 @@ def check_model(seed: int) -> int:
         for _ in range(CASES_PER_MODEL // len(MESHES)):
             recompute, copies = rng.choice(((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0)))
             decisions = random_decisions(traced, stated, rng, recompute=recompute, keep_copies=copies)
-            program = emit(traced, decisions, mesh, costs, bucket_bytes=rng.choice((0, 300, GRADIENT_BUCKET_BYTES)))
+            program = emit(traced, decisions, mesh, costs, bucket_bytes=rng.choice((0, 300, costs.bucket_bytes)))
             if rng.random() < 0.5:
                 overlap(program.forward)
                 overlap(program.backward)

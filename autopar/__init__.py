@@ -17,6 +17,7 @@ from autopar.errors import (
     AutoparError,
     ClusterSpecError,
     Infeasible,
+    LayoutError,
     PinError,
     PlanError,
     PlanMismatch,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from autopar.api import compile, plan, verify
     from autopar.cluster import ClusterSpec
     from autopar.explain import Report
+    from autopar.layouts import Layout
     from autopar.plans import Plan
     from autopar.profiling.run import profile
     from autopar.runtime.program import Program
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 # it would replace the name by the module (tests/test_architecture.py sees to that).
 _LAZY = {
     "ClusterSpec": "autopar.cluster",
+    "Layout": "autopar.layouts",
     "Plan": "autopar.plans",
     "Program": "autopar.runtime.program",
     "Report": "autopar.explain",
@@ -53,6 +56,8 @@ __all__ = [
     "ClusterSpec",
     "ClusterSpecError",
     "Infeasible",
+    "Layout",
+    "LayoutError",
     "PinError",
     "Plan",
     "PlanError",

@@ -6,6 +6,7 @@
     +-- PlanError           a plan file cannot be used (corrupt, truncated, newer)
     |   +-- PlanMismatch    a good plan, but for another model, batch or world size
     +-- PinError            a pin names nothing, or asks for something illegal
+    +-- LayoutError         a layout is misspelt, or no model or cluster can be cut that way
     +-- Infeasible          no plan satisfies the limits
     +-- VerifyError         the emitted program differs from the single-device model
     +-- RuntimeFailure      a rank died, or the program was called outside torchrun
@@ -42,6 +43,10 @@ class PlanMismatch(PlanError):
 
 class PinError(AutoparError):
     """A pin matches nothing or asks for an illegal placement."""
+
+
+class LayoutError(AutoparError):
+    """A layout is misspelt, or does not fit the cluster, the batch or the model."""
 
 
 class Infeasible(AutoparError):

@@ -212,6 +212,8 @@ def test_public_names() -> None:
         "ClusterSpec",
         "ClusterSpecError",
         "Infeasible",
+        "Layout",
+        "LayoutError",
         "PinError",
         "Plan",
         "PlanError",

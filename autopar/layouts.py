@@ -1,0 +1,252 @@
+"""A layout that a person names: degrees, micro-batch, ZeRO stage and the rest, in the keys of the command line.
+
+    parse_layout("tp=8,pp=8,vpp=3,recompute=selective", devices=64)
+    parse_layout({"tp": 8, "zero": 1}, devices=64)
+
+What a layout leaves out has the usual default; `dp` follows from the number of devices. Ranks are numbered as Megatron
+numbers them, innermost first: tp, cp, ep, dp, pp. Expert parallel ranks are taken out of the dp * cp ranks that share
+the weights of everything else, so `ep` is no factor of the number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.errors import LayoutError
+
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("none", "gpipe", "1f1b", "interleaved", "zero-bubble")
+GRAD_DTYPES = ("float32", "bfloat16", "float16")
+DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
+
+_FOLLOWS: Any = None  # the default of a field that follows from the others
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a training step over devices; a bad value raises LayoutError.
+
+    dp, tp, pp, cp, ep: degrees of data, tensor, pipeline, context and expert parallelism.
+    vpp: stages that each pipeline rank holds (interleaved schedule).
+    micro_batch: samples that go through the model at once on each data-parallel rank.
+    zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters in parts over the data-parallel ranks.
+    sp: whether what lies between tensor-parallel products is cut along the sequence; default: if tp > 1.
+    recompute: "selective" runs the core of attention again in the backward pass, "full" every block.
+    schedule: of the pipeline; default "1f1b", with vpp > 1 "interleaved"; "none" without a pipeline.
+    grad_dtype: in which gradients are kept and summed; None: that of the parameters.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    vpp: int = 1
+    micro_batch: int = 1
+    zero: int = 0
+    sp: bool = _FOLLOWS
+    recompute: str = "none"
+    schedule: str = _FOLLOWS
+    grad_dtype: str | None = "float32"
+
+    def __post_init__(self) -> None:
+        for key in (*DEGREES, "micro_batch"):
+            _check_integer(key, getattr(self, key), 1)
+        _check_integer("zero", self.zero, 0, 3)
+        _check_word("recompute", self.recompute, RECOMPUTE)
+        if self.grad_dtype is not None:
+            _check_word("grad_dtype", self.grad_dtype, GRAD_DTYPES)
+        sp: Any = self.sp
+        if sp is not _FOLLOWS and not isinstance(sp, bool):
+            raise LayoutError(f"layout: sp={sp!r} is not true or false")
+        if self.schedule is not _FOLLOWS:
+            _check_word("schedule", self.schedule, SCHEDULES)
+        object.__setattr__(self, "sp", self.tp > 1 and sp is not False)  # one rank has nothing to share
+        object.__setattr__(self, "schedule", self._schedule())
+        if (self.dp * self.cp) % self.ep:
+            raise LayoutError(
+                f"layout: ep={self.ep} does not divide dp * cp = {self.dp * self.cp}, from whose ranks those of the "
+                "experts are taken; change ep or dp"
+            )
+
+    def _schedule(self) -> str:
+        """The schedule that was asked for, or the usual one; with one stage they are all the same: "none"."""
+        if self.pp == 1:
+            if self.vpp > 1:
+                raise LayoutError(f"layout: vpp={self.vpp} needs a pipeline; give pp of at least 2, or leave vpp out")
+            return "none"
+        usual = "interleaved" if self.vpp > 1 else "1f1b"
+        wanted = usual if self.schedule is _FOLLOWS else self.schedule
+        if wanted == "none":
+            raise LayoutError(f"layout: schedule=none goes with pp=1 only, found pp={self.pp}; try schedule={usual}")
+        if (wanted == "interleaved") != (self.vpp > 1):
+            remedy = "give vpp of at least 2" if self.vpp == 1 else "use schedule=interleaved, or leave vpp out"
+            raise LayoutError(f"layout: schedule={wanted} does not go with vpp={self.vpp}; {remedy}")
+        return wanted
+
+    @property
+    def devices(self) -> int:
+        """How many devices the layout takes."""
+        return self.dp * self.tp * self.pp * self.cp
+
+    def micro_batches(self, global_batch: int) -> int:
+        """Micro-batches of a step on each data-parallel rank; LayoutError if the batch does not divide."""
+        share = self.dp * self.micro_batch
+        if global_batch % share or global_batch < 1:
+            raise LayoutError(
+                f"layout: global batch {global_batch} does not divide by dp * micro_batch = "
+                f"{self.dp} * {self.micro_batch} = {share}; change micro_batch, dp or the batch"
+            )
+        return global_batch // share
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout in the keys of the command line."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """As the command line takes it."""
+        return ",".join(f"{key}={_written(value)}" for key, value in self.to_dict().items())
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(Layout))
+
+
+def parse_layout(layout: str | Mapping[str, Any] | Layout, devices: int) -> Layout:
+    """The layout that a string, a mapping or a Layout names, on so many devices.
+
+    A mapping's None leaves a key out, except for grad_dtype, where it means the dtype of the parameters.
+    Raises LayoutError for unknown keys, values that cannot be, and degrees that do not multiply to `devices`.
+    """
+    if isinstance(layout, Layout):
+        return _check_product(layout, devices)
+    if isinstance(layout, str):
+        given = _read_string(layout)
+    elif isinstance(layout, Mapping):
+        given = {key: value for key, value in layout.items() if value is not None or key == "grad_dtype"}
+    else:
+        raise LayoutError(f"layout: expected text such as tp=8,pp=2, a dict or a Layout, got {type(layout).__name__}")
+    for key in given:
+        if key not in KEYS:
+            raise LayoutError(f"layout: unknown key {key!r}{_nearest(key)}; the keys are {', '.join(KEYS)}")
+    if "dp" not in given:
+        given["dp"] = _missing_dp(given, devices)
+    return _check_product(Layout(**given), devices)
+
+
+def check_layout(
+    layout: Layout,
+    *,
+    global_batch: int,
+    blocks: int,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    seq: int | None = None,
+) -> None:
+    """Refuse a layout that a model cannot be cut by; LayoutError names what to change.
+
+    blocks: repeated layers of the model; heads, kv_heads: of attention, where known; seq: tokens in a sequence.
+    """
+    count = layout.micro_batches(global_batch)
+    if layout.pp * layout.vpp > blocks:
+        raise LayoutError(
+            f"layout: pp * vpp = {layout.pp} * {layout.vpp} = {layout.pp * layout.vpp} stages, but the model has "
+            f"{blocks} blocks; lower pp or vpp"
+        )
+    if layout.schedule == "interleaved" and count % layout.pp:
+        raise LayoutError(
+            f"layout: the interleaved schedule needs a multiple of pp={layout.pp} micro-batches, found {count}; change "
+            "micro_batch or the batch, or leave vpp out"
+        )
+    if heads is not None and heads % layout.tp:
+        raise LayoutError(f"layout: {heads} attention heads do not divide by tp={layout.tp}; change tp")
+    if kv_heads is not None and kv_heads % layout.tp and layout.tp % kv_heads:
+        raise LayoutError(
+            f"layout: tp={layout.tp} neither divides the {kv_heads} key-value heads nor is a multiple of them; "
+            "change tp"
+        )
+    parts = layout.cp * (layout.tp if layout.sp else 1)
+    if seq is not None and seq % parts:
+        names = "cp * tp (sp=true)" if layout.sp else "cp"
+        raise LayoutError(f"layout: {seq} tokens do not divide by {names} = {parts}; change cp, or set sp=false")
+
+
+def _check_product(layout: Layout, devices: int) -> Layout:
+    if layout.devices != devices:
+        raise LayoutError(
+            f"layout: dp * tp * pp * cp = {layout.dp} * {layout.tp} * {layout.pp} * {layout.cp} = {layout.devices}, "
+            f"but the cluster has {devices} devices; change a degree or the cluster, or leave dp out"
+        )
+    return layout
+
+
+def _missing_dp(given: Mapping[str, Any], devices: int) -> int:
+    """The dp that makes the other degrees fill the devices."""
+    degrees = [given.get(key, 1) for key in ("tp", "pp", "cp")]
+    for key, degree in zip(("tp", "pp", "cp"), degrees, strict=True):
+        _check_integer(key, degree, 1)
+    tp, pp, cp = degrees
+    if devices % (tp * pp * cp):
+        raise LayoutError(
+            f"layout: tp * pp * cp = {tp} * {pp} * {cp} = {tp * pp * cp} does not divide the {devices} devices of the "
+            "cluster; change a degree or the cluster"
+        )
+    return devices // (tp * pp * cp)
+
+
+def _read_string(text: str) -> dict[str, Any]:
+    """The keys and values of `tp=8,pp=2,sp=true`."""
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise LayoutError(f"layout: expected KEY=VALUE,KEY=VALUE, found {part.strip()!r} in {text!r}")
+        if key in given:
+            raise LayoutError(f"layout: {key} is given twice; keep one")
+        given[key] = _READ.get(key, _read_integer)(value)
+    return given
+
+
+def _read_integer(text: str) -> int | str:
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _read_bool(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _read_dtype(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "sp": _read_bool,
+    "recompute": str.lower,
+    "schedule": str.lower,
+    "grad_dtype": _read_dtype,
+}
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _check_integer(key: str, value: Any, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise LayoutError(f"layout: {key}={value} is not a whole number")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise LayoutError(f"layout: {key}={value} is out of range; give {bounds}")
+
+
+def _check_word(key: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise LayoutError(f"layout: unknown {key}={value}{_nearest(value, known)}; give one of {', '.join(known)}")
+
+
+def _nearest(name: Any, known: tuple[str, ...] = KEYS) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

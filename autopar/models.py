@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,87 +22,9 @@ import torch
 from torch import nn
 
 from autopar.errors import TraceError
+from autopar.zoo import ZOO
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ZooModel:
-    """A model of the zoo: a transformers class, the arguments of its config, and where these come from.
-
-    The dtype is that of the published weights.
-    """
-
-    model_class: str
-    config_class: str
-    config: dict[str, Any]
-    source: str
-
-
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, positions: int, theta: float,
-           source: str, dtype: str = "float32") -> ZooModel:  # fmt: skip
-    config = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocab,
-        "max_position_embeddings": positions,
-        "rope_theta": theta,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-        "dtype": dtype,
-    }
-    return ZooModel("LlamaForCausalLM", "LlamaConfig", config, source)
-
-
-_LLAMA3 = "Grattafiori et al. 2024, The Llama 3 Herd of Models, table 3"
-ZOO: dict[str, ZooModel] = {
-    "tiny-llama": _llama(128, 384, 4, 8, 4, 256, 1024, 1e4, "made up: trains on a CPU in a minute"),
-    "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000, 4096, 1e4, "Touvron et al. 2023, Llama 2; its config.json"),
-    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256, 8192, 5e5, _LLAMA3, "bfloat16"),
-    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256, 8192, 5e5, _LLAMA3, "bfloat16"),
-    "llama3-405b": _llama(16384, 53248, 126, 128, 8, 128256, 131072, 5e5, _LLAMA3, "bfloat16"),
-    "mixtral-8x7b": ZooModel(
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 32000,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1e6,
-            "use_cache": False,
-            "dtype": "bfloat16",
-        },
-        "Jiang et al. 2024, Mixtral of Experts, table 1",
-    ),
-    "gpt3-175b": ZooModel(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048, "vocab_size": 50257, "use_cache": False},
-        "Brown et al. 2020, table 2.1; dense attention in every layer",
-    ),
-    "bert-large": ZooModel(
-        "BertForMaskedLM",
-        "BertConfig",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-            "vocab_size": 30522,
-            "max_position_embeddings": 512,
-        },
-        "Devlin et al. 2018, section 3",
-    ),
-}
 
 
 def load_model(

@@ -74,7 +74,8 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> ZooM
 
 
 def _qwen3_moe(hidden: int, expert: int, inner: int, layers: int, heads: int) -> ZooModel:
-    more: dict[str, Any] = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": expert}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": expert}
+    more: dict[str, Any] = {"head_dim": 128, **experts}
     return _decoder(hidden, inner, layers, heads, 4, 151936, 40960, 1e6, _QWEN3, kind="Qwen3Moe", **more)
 
 

@@ -11,130 +11,29 @@ Ranks count row-major over (nodes, devices_per_node), as torchrun numbers them.
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autopar.cost.checks import Bytes, Count, Fraction, Name, NonNegative, Positive, checked, read_object, shown
-from autopar.curves import MAX_CURVES, NOTHING_MEASURED, AttentionRate, CollectiveCurve, DeviceCurves, OpCurve, once
+from autopar.cluster_json import SCHEMA_VERSION, cluster_data, cluster_values, json_data, json_text
+from autopar.cost.checks import Count, Name, NonNegative, checked
 from autopar.errors import ClusterSpecError, RuntimeFailure
 from autopar.files import write_atomically
+from autopar.hardware import DTYPES, KINDS, DeviceSpec, LinkSpec
 from autopar.machine import host_memory_bytes, local_counts, local_gpu_names
 
-SCHEMA_VERSION = 2  # 2 added what `autopar profile` measures; files of version 1 are read as before
-DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
-KINDS = ("cuda", "cpu")
-DEVICES_PER_NODE = 8  # of every GPU preset
-
-
-@dataclass(frozen=True)
-class DeviceSpec:
-    """One device.
-
-    peak_flops_per_s: (dtype, dense FLOP/s) pairs, sorted; a mapping is accepted. "tf32" is
-        what float32 matmuls reach where TF32 is switched on.
-    reserved_bytes: of memory_bytes, what a program cannot have (context, communication
-        buffers, allocator).
-    *_efficiency_fraction: share of the peak rate that large kernels of this class reach.
-    matmul_ramp_s: time constant of the rise to that efficiency, see `autopar.cost.compute`.
-    launch_overhead_s: what every op costs however small.
-    view_overhead_s: what a view (a transpose, a slice) costs; nothing where views are made ahead of the device.
-    parameter_overhead_s: what a step spends on each trained parameter around its ops (binding it, handing over its
-        gradient).
-    measured: curves of `autopar profile`; where there is one, it goes before the rates above.
-    """
-
-    name: Name
-    kind: Name
-    memory_bytes: Count
-    reserved_bytes: Bytes
-    memory_bytes_per_s: Positive
-    memory_efficiency_fraction: Fraction
-    peak_flops_per_s: tuple[tuple[str, float], ...]
-    matmul_efficiency_fraction: Fraction
-    matmul_ramp_s: NonNegative
-    attention_efficiency_fraction: Fraction
-    launch_overhead_s: NonNegative
-    view_overhead_s: NonNegative = 0.0
-    parameter_overhead_s: NonNegative = 0.0
-    measured: DeviceCurves = NOTHING_MEASURED
-
-    def __post_init__(self) -> None:
-        checked(self, "device")
-        if not isinstance(self.measured, DeviceCurves):
-            raise ClusterSpecError(f"device.measured is a {type(self.measured).__name__}; use DeviceCurves")
-        if self.kind not in KINDS:
-            raise ClusterSpecError(f"device.kind is {self.kind!r}; use one of {', '.join(KINDS)}")
-        if self.reserved_bytes >= self.memory_bytes:
-            raise ClusterSpecError(
-                f"device.reserved_bytes ({self.reserved_bytes}) must be less than device.memory_bytes "
-                f"({self.memory_bytes}); lower it"
-            )
-        rates = read_object(self.peak_flops_per_s, DTYPES, "device.peak_flops_per_s", "positive")
-        object.__setattr__(self, "peak_flops_per_s", tuple(sorted(rates.items())))
-
-    @property
-    def usable_bytes(self) -> int:
-        """Memory that a program can have."""
-        return self.memory_bytes - self.reserved_bytes
-
-    def peak_flops(self, dtype: str) -> float:
-        """Dense peak in FLOP/s for a torch dtype name without "torch."; ClusterSpecError if the device has none.
-
-        Complex types go by their real type. Integers have no matrix units in torch and go
-        by the device's slowest rate.
-        """
-        rates = dict(self.peak_flops_per_s)
-        real = {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
-        if real in rates:
-            return rates[real]
-        if real.removeprefix("u").startswith("int") or real == "bool":
-            return min(rates.values())
-        raise ClusterSpecError(
-            f"device {self.name!r} has no rate for {dtype}; it has {', '.join(rates)}: use one of these as "
-            "precision, or add the rate to device.peak_flops_per_s"
-        )
-
-
-@dataclass(frozen=True)
-class LinkSpec:
-    """One level of the network.
-
-    bytes_per_s: per device, one direction, as the maker states it.
-    efficiency_fraction: share of it that large collectives reach.
-    latency_s: of one hop, software included.
-    measured: collectives as `autopar profile` found them; where there is one, it goes before the figures above.
-    """
-
-    name: Name
-    bytes_per_s: Positive
-    efficiency_fraction: Fraction
-    latency_s: NonNegative
-    measured: tuple[CollectiveCurve, ...] = ()
-
-    def __post_init__(self) -> None:
-        checked(self, "link")
-        object.__setattr__(self, "measured", tuple(self.measured))
-        if len(self.measured) > MAX_CURVES or not all(isinstance(c, CollectiveCurve) for c in self.measured):
-            raise ClusterSpecError(f"link.measured must hold at most {MAX_CURVES} CollectiveCurves")
-        once(((c.kind, c.ranks) for c in self.measured), "link.measured")
-
-    @property
-    def reached_bytes_per_s(self) -> float:
-        """What large collectives reach, per device, one direction."""
-        return self.bytes_per_s * self.efficiency_fraction
+__all__ = ["DTYPES", "KINDS", "SCHEMA_VERSION", "ClusterSpec", "DeviceSpec", "LinkSpec"]
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
     """A cluster of equal nodes of equal devices.
 
-    links: innermost first: inside a node, and (needed with several nodes) between nodes. A single device needs none.
+    links: innermost first: inside a node, and (needed with several nodes) between nodes, in one level or several. All
+        but the outermost of these say how many devices one unit joins (a leaf switch, a rack). One device needs none.
     host_memory_bytes: per node.
     collective_launch_s: what every collective costs before the first byte moves.
     """
@@ -154,13 +53,50 @@ class ClusterSpec:
         object.__setattr__(self, "links", tuple(self.links))
         if not all(isinstance(link, LinkSpec) for link in self.links):
             raise ClusterSpecError("cluster.links holds something else; use LinkSpecs only")
-        if len(self.links) > 2 or (not self.links and self.devices > 1):
+        if not self.links and self.devices > 1:
             raise ClusterSpecError(
-                f"cluster.links has {len(self.links)} entries; give one inside a node and, with several nodes, "
-                "one between nodes"
+                "cluster.links has 0 entries; give one inside a node and, with several nodes, one between nodes"
             )
         if self.nodes > 1 and len(self.links) < 2:
             raise ClusterSpecError(f"cluster.links has no link between its {self.nodes} nodes; add a second entry")
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """Refuse levels whose units do not fill each other."""
+        for i, link in enumerate(self.links):
+            if link.devices is None and 0 < i < len(self.links) - 1:
+                raise ClusterSpecError(
+                    f"cluster.links[{i}].devices is null; say how many devices one unit of {link.name!r} joins"
+                )
+        if self.links and self.links[0].devices not in (None, self.devices_per_node):
+            raise ClusterSpecError(
+                f"cluster.links[0].devices is {self.links[0].devices}; the first level joins the devices of a node: "
+                f"use {self.devices_per_node}, or null"
+            )
+        for i, (inner, outer) in enumerate(itertools.pairwise(self.level_devices)):
+            given = self.links[i + 1].devices
+            if given is not None and (outer < inner or outer % inner):
+                raise ClusterSpecError(
+                    f"cluster.links[{i + 1}].devices is {outer}; use a multiple of the {inner} of the level below"
+                )
+        if self.nodes > 1 and self.level_devices[-1] < self.devices:
+            raise ClusterSpecError(
+                f"cluster.links[{len(self.links) - 1}].devices is {self.level_devices[-1]}, which leaves some of the "
+                f"{self.devices} devices unconnected; use {self.devices}, or null"
+            )
+
+    @property
+    def level_devices(self) -> tuple[int, ...]:
+        """How many devices one unit of each link joins, innermost first."""
+        return tuple(
+            self.devices_per_node if i == 0 else link.devices or self.devices for i, link in enumerate(self.links)
+        )
+
+    @property
+    def price_per_hour_usd(self) -> float | None:
+        """Of all devices; None where the price of one is unknown."""
+        each = self.device.price_per_hour_usd
+        return None if each is None else each * self.devices
 
     @cached_property
     def _hash(self) -> int:
@@ -184,7 +120,7 @@ class ClusterSpec:
 
     @property
     def inter_link(self) -> LinkSpec:
-        """The link between nodes; ClusterSpecError where there is none."""
+        """The first link between nodes; ClusterSpecError where there is none."""
         if len(self.links) < 2:
             raise ClusterSpecError(f"cluster {self.name!r} has no link between nodes; add a second entry to links")
         return self.links[1]
@@ -193,41 +129,21 @@ class ClusterSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the JSON file."""
-        data = dataclasses.asdict(self)
-        data["device"]["peak_flops_per_s"] = dict(self.device.peak_flops_per_s)
-        return {"schema_version": SCHEMA_VERSION, **_listed(data)}
+        return cluster_data(self)
 
     @classmethod
     def from_dict(cls, data: object) -> ClusterSpec:
-        """The inverse of `to_dict`, also for files of version 1; ClusterSpecError for anything else."""
-        version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
-        if isinstance(version, bool) or version not in (1, SCHEMA_VERSION):
-            raise ClusterSpecError(
-                f"cluster.schema_version is {shown(version)}, this autopar reads 1 and {SCHEMA_VERSION}; "
-                "write the file again with this version, or upgrade autopar"
-            )
-        keys = ("schema_version", *(f.name for f in fields(cls)))
-        top = read_object(data, keys, "cluster", required=True)
-        del top["schema_version"]
-        top["device"] = _read_device(top["device"], version)
-        top["links"] = tuple(
-            _read_link(link, f"links[{i}]", version) for i, link in enumerate(_list(top["links"], "cluster.links"))
-        )
-        return cls(**top)
+        """The inverse of `to_dict`, also for files of earlier versions; ClusterSpecError for anything else."""
+        return cls(**cluster_values(data, tuple(f.name for f in fields(cls))))
 
     def to_json(self) -> str:
-        """The JSON text of the spec; the same spec gives the same text. A point of a curve takes one line."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        return _PAIR.sub(r"[\1, \2]", text) + "\n"
+        """The JSON text of the spec; the same spec gives the same text."""
+        return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> ClusterSpec:
         """The spec in a JSON text; ClusterSpecError if it is not one."""
-        try:
-            data = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise ClusterSpecError(f"the cluster description is not valid JSON ({error}); correct it there") from None
-        return cls.from_dict(data)
+        return cls.from_dict(json_data(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file, the whole of it or nothing; ClusterSpecError if that fails."""
@@ -252,7 +168,8 @@ class ClusterSpec:
 
     @classmethod
     def preset(cls, name: str, gpus: int = 8, inter_node_gbit_per_s: float | None = None) -> ClusterSpec:
-        """A known cluster of `gpus` devices: full nodes of 8, or one node of fewer ("cpu": one node of any size).
+        """A known cluster of `gpus` devices: full nodes (of 8, of 72 for "gb200-nvl72"), or one node of fewer ("cpu":
+        one node of any size).
 
         inter_node_gbit_per_s: network per device, one direction, if it is not the usual one.
         """
@@ -261,15 +178,16 @@ class ClusterSpec:
         preset = find_preset(name)
         if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
             raise ClusterSpecError(f"gpus is {gpus!r}; use a whole number of at least 1")
-        if preset.device.kind == "cpu" or gpus <= DEVICES_PER_NODE:
+        per_node = preset.devices_per_node
+        if preset.device.kind == "cpu" or gpus <= per_node:
             return preset.cluster(1, gpus, inter_node_gbit_per_s)
-        if gpus % DEVICES_PER_NODE:
-            below = gpus - gpus % DEVICES_PER_NODE
+        if gpus % per_node:
+            below = gpus - gpus % per_node
             raise ClusterSpecError(
-                f"gpus={gpus} does not fill nodes of {DEVICES_PER_NODE}; use {below} or {below + DEVICES_PER_NODE}, "
+                f"gpus={gpus} does not fill nodes of {per_node}; use {below} or {below + per_node}, "
                 "or describe the cluster in a JSON file"
             )
-        return preset.cluster(gpus // DEVICES_PER_NODE, DEVICES_PER_NODE, inter_node_gbit_per_s)
+        return preset.cluster(gpus // per_node, per_node, inter_node_gbit_per_s)
 
     @classmethod
     def local(cls, profile: str | os.PathLike[str] | None = None) -> ClusterSpec:
@@ -313,72 +231,3 @@ def _share_host(spec: ClusterSpec, host_bytes: int) -> ClusterSpec:
     """The spec with the memory of its host split evenly among the ranks of a node."""
     device = dataclasses.replace(spec.device, memory_bytes=host_bytes // spec.devices_per_node)
     return dataclasses.replace(spec, device=device, host_memory_bytes=host_bytes)
-
-
-_PAIR = re.compile(r"\[\s+([-+.\w]+),\s+([-+.\w]+)\s+\]")
-
-
-def _listed(value: Any) -> Any:
-    """Plain data with lists for tuples, as JSON has them."""
-    if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _read_device(data: object, version: int) -> DeviceSpec:
-    keys = _keys(DeviceSpec, version)
-    values = read_object(data, keys, "device", required=True)
-    if version > 1:
-        lists = read_object(values["measured"], ("ops", "attention"), "device.measured", required=True)
-        values["measured"] = DeviceCurves(
-            _entries(OpCurve, lists["ops"], "device.measured.ops"),
-            _entries(AttentionRate, lists["attention"], "device.measured.attention"),
-        )
-    return _placed(DeviceSpec, values, "device")
-
-
-def _read_link(data: object, where: str, version: int) -> LinkSpec:
-    values = read_object(data, _keys(LinkSpec, version), where, required=True)
-    if version > 1:
-        values["measured"] = _entries(CollectiveCurve, values["measured"], f"{where}.measured")
-    return _placed(LinkSpec, values, where)
-
-
-def _keys(cls: Any, version: int) -> tuple[str, ...]:
-    """The keys of a file of this version: all that came later have defaults."""
-    return tuple(f.name for f in fields(cls) if version > 1 or f.default is dataclasses.MISSING)
-
-
-def _entries(cls: Any, data: object, where: str) -> tuple[Any, ...]:
-    items = _list(data, where)
-    if len(items) > MAX_CURVES:
-        raise ClusterSpecError(f"{where} has {len(items)} entries; use at most {MAX_CURVES}")
-    named = ((f"{where}[{i}]", item) for i, item in enumerate(items))
-    return tuple(_placed(cls, read_object(item, _keys(cls, 2), at, required=True), at) for at, item in named)
-
-
-def _list(data: object, where: str) -> list[object]:
-    if not isinstance(data, list):
-        raise ClusterSpecError(f"{where} is {shown(data)}; use a list")
-    return data
-
-
-def _placed(cls: Any, values: dict[str, Any], where: str) -> Any:
-    """Build `cls`; an error names where in the file it stands ("links[1]") instead of the kind of thing ("link")."""
-    try:
-        return cls(**values)
-    except ClusterSpecError as error:
-        kind, dot, rest = str(error).partition(".")
-        raise ClusterSpecError(f"{where}{dot}{rest}" if kind in _KINDS_OF_ENTRY else str(error)) from None
-
-
-_KINDS_OF_ENTRY = ("device", "link", "curve", "attention")
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return data

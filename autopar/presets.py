@@ -16,7 +16,11 @@ Sources
     [NCCL]  NCCL src/graph/tuning.cc, LL128 ring: 1.9 us a hop over NVLink, 4.0 over the network, 10 us base;
             the same file caps the bus bandwidth of NVLink 3 at 235 of 300 GB/s, which is 0.78
     [MAMF]  Bekman, Machine Learning Engineering, "maximum achievable matmul FLOPS" (2025): 0.87 of peak on A100,
-            0.80 on H100, 0.78 on B200. Shapes that occur in training stay 5 to 10 % below such best cases
+            0.80 on H100, 0.78 on B200: the best of many shapes, for milliseconds
+    [XLA]   OpenXLA, xla/service/gpu/model/matmul_interpolator_data.h (2025): bf16 products on H100 by shape, one at a
+            time; the largest reach 0.82 of peak
+    [Vidur] Agrawal et al., Vidur (2024), data/profiling/compute: kernel times of the layers of Llama 2 7B and 70B
+            by tokens: on A100 205 to 249 TFLOP/s, on H100 677 to 739 (4,096 tokens: 240 and 679 to 727)
     [FA2]   Dao, FlashAttention-2 (2023), forward + backward, head dim 128, fitted with `autopar.cost.compute`'s
             law for attention: 205 of 312 TFLOP/s on A100, 341 of 989 on H100
     [CPU]   measured on 2-core x86 (one core a process), torch 2.13, gloo, date 2026-11-24
@@ -25,7 +29,7 @@ Sources
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster import ClusterSpec, DeviceSpec, LinkSpec
 from autopar.cost.checks import checked_value
@@ -49,13 +53,14 @@ class Preset:
     inter: LinkSpec
     host_memory_bytes_per_device: int
     collective_launch_s: float
+    devices_per_node: int = 8
 
     def cluster(self, nodes: int, devices_per_node: int, inter_node_gbit_per_s: float | None = None) -> ClusterSpec:
         """A cluster of this many nodes, with another network (Gbit/s per device, one direction) if given."""
         inter = self.inter
         if inter_node_gbit_per_s is not None:
             gbit_per_s = checked_value(inter_node_gbit_per_s, "positive", "inter_node_gbit_per_s")
-            inter = LinkSpec(inter.name, gbit_per_s * 1e9 / 8, inter.efficiency_fraction, inter.latency_s)
+            inter = replace(inter, bytes_per_s=gbit_per_s * 1e9 / 8)
         return ClusterSpec(
             name=self.name,
             nodes=nodes,
@@ -97,6 +102,8 @@ def _gpu(
     tflops: dict[str, float],
     matmul: float,
     attention: float,
+    multiprocessors: int,
+    burst: float,
 ) -> DeviceSpec:
     return DeviceSpec(
         name=name,
@@ -109,6 +116,10 @@ def _gpu(
         matmul_efficiency_fraction=matmul,
         matmul_ramp_s=1e-5,  # so that a bf16 matmul of 2048 cubed reaches 0.86 (A100), 0.70 (H100) of the best rate
         attention_efficiency_fraction=attention,
+        multiprocessors=multiprocessors,
+        matmul_burst_fraction=burst,
+        matmul_start_s=4.6e-6,  # [XLA]; [Vidur] has 3.5 to 5.6 us left when a product with one row has read its weights
+        matmul_wave_s=1.4e-6,  # [XLA]
         launch_overhead_s=4e-6,  # eager launches follow each other at 4 to 5 us, the device's own gap is 1 to 2 us
     )
 
@@ -144,13 +155,14 @@ _B200_TFLOPS = {  # [B200]
     "float8_e5m2": 4500.0,
 }
 
-# matmul: [MAMF] less the distance of training shapes; V100 by the A100's ratio.
+# matmul: sustained. A100 and H100 from [Vidur]; V100 as the A100; B200 by the H100's ratio to [MAMF].
+# burst: H100 from [XLA]; A100 from [Vidur], where it is hardly above the sustained rate; V100 and B200 as above.
 # attention: [FA2]; V100 has no FlashAttention-2 kernel in torch and goes through the memory-efficient one, taken
 # at half its matmul rate; H200 as H100; B200 by the H100's ratio, for want of a measurement.
-_V100_MATMUL, _V100_ATTENTION = 0.80, 0.40
-_A100_MATMUL, _A100_ATTENTION = 0.80, 0.66
-_H100_MATMUL, _H100_ATTENTION = 0.72, 0.345
-_B200_MATMUL, _B200_ATTENTION = 0.70, 0.345
+_V100_MATMUL, _V100_BURST, _V100_ATTENTION = 0.77, 0.80, 0.40
+_A100_MATMUL, _A100_BURST, _A100_ATTENTION = 0.77, 0.80, 0.66
+_H100_MATMUL, _H100_BURST, _H100_ATTENTION = 0.71, 0.855, 0.345
+_B200_MATMUL, _B200_BURST, _B200_ATTENTION = 0.69, 0.83, 0.345
 
 
 def _v100(memory_gb: int, memory_mib: int) -> Preset:
@@ -160,6 +172,8 @@ def _v100(memory_gb: int, memory_mib: int) -> Preset:
         memory_bytes_per_s=900e9,
         tflops=_V100_TFLOPS,
         matmul=_V100_MATMUL,
+        multiprocessors=80,
+        burst=_V100_BURST,
         attention=_V100_ATTENTION,
     )
     cuda_name = f"V100-SXM2-{memory_gb}GB"
@@ -173,6 +187,8 @@ def _a100(memory_gb: int, memory_mib: int, memory_bytes_per_s: float) -> Preset:
         memory_bytes_per_s=memory_bytes_per_s,
         tflops=_A100_TFLOPS,
         matmul=_A100_MATMUL,
+        multiprocessors=108,
+        burst=_A100_BURST,
         attention=_A100_ATTENTION,
     )
     cuda_name = f"A100-SXM4-{memory_gb}GB"
@@ -186,6 +202,8 @@ def _hopper(name: str, cuda_name: str, memory_mib: int, memory_bytes_per_s: floa
         memory_bytes_per_s=memory_bytes_per_s,
         tflops=_H100_TFLOPS,
         matmul=_H100_MATMUL,
+        multiprocessors=132,
+        burst=_H100_BURST,
         attention=_H100_ATTENTION,
     )
     return Preset(name, cuda_name, device, _nvlink(4, 450e9), _network(400), 256 * GIB, 1e-5)
@@ -198,6 +216,8 @@ def _b200() -> Preset:
         memory_bytes_per_s=7.7e12,
         tflops=_B200_TFLOPS,
         matmul=_B200_MATMUL,
+        multiprocessors=148,
+        burst=_B200_BURST,
         attention=_B200_ATTENTION,
     )
     return Preset("b200", "NVIDIA B200", device, _nvlink(5, 900e9), _network(400), 256 * GIB, 1e-5)

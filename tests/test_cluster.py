@@ -1,6 +1,7 @@
 """Cluster descriptions: round trip, refusals with their message, presets, the local cluster."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -123,7 +124,7 @@ def put(data, path, value):
         (("links", 1, "bytes_per_s"), -5, "links[1].bytes_per_s"),
         (("links", 0, "latency_s"), [0], "links[0].latency_s"),
         (("links", 0), "fast", "links[0]"),
-        (("schema_version",), 3, "cluster.schema_version is 3"),
+        (("schema_version",), 4, "cluster.schema_version is 4"),
     ],
 )
 def test_impossible_values_are_refused_where_they_stand(path, value, where):
@@ -313,3 +314,70 @@ def test_describing_a_cluster_imports_no_torch():
     code = "import sys; from autopar.cluster import ClusterSpec; ClusterSpec.preset('h200', gpus=16).to_json(); "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- older files ------------------------------------------------------------------
+
+NEW_IN_2 = {"device": {"view_overhead_s", "parameter_overhead_s", "measured"}, "link": {"measured"}}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_versions_are_read_and_written_anew(version):
+    """What a version added is not in its predecessors' files, and stands for its default."""
+    spec = small_cluster()
+    data = spec.to_dict()
+    data["schema_version"] = version
+    for kind, cls, entries in (("device", DeviceSpec, [data["device"]]), ("link", LinkSpec, data["links"])):
+        added = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        for entry in entries:
+            for name in added - (NEW_IN_2[kind] if version == 2 else set()):
+                del entry[name]
+    assert ClusterSpec.from_dict(data) == spec
+    data["device"]["multiprocessors"] = 8
+    with pytest.raises(ClusterSpecError, match="device has an unknown key 'multiprocessors'"):
+        ClusterSpec.from_dict(data)
+
+
+# -- levels of links --------------------------------------------------------------
+
+
+def level(name, **changes):
+    return LinkSpec(name, 1e10, 0.9, 5e-6, **changes)
+
+
+def test_levels_join_what_the_levels_below_join():
+    spec = small_cluster(nodes=16, links=(level("node"), level("leaf", devices=16), level("spine", oversubscription=2)))
+    assert spec.level_devices == (4, 16, 64)
+    assert spec.inter_link.name == "leaf" and spec.links[2].reached_bytes_per_s == 1e10 * 0.9 / 2
+    assert ClusterSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ((level("node"), level("leaf"), level("spine")), r"links\[1\]\.devices is null; say how many devices one unit"),
+        ((level("node", devices=8), level("net")), r"links\[0\]\.devices is 8; .* use 4, or null"),
+        (
+            (level("node"), level("leaf", devices=6), level("spine")),
+            r"links\[1\]\.devices is 6; use a multiple of the 4",
+        ),
+        ((level("node"), level("leaf", devices=16)), r"links\[1\]\.devices is 16, which leaves some of the 64 devices"),
+    ],
+)
+def test_levels_that_do_not_fit_are_refused(links, message):
+    with pytest.raises(ClusterSpecError, match=message):
+        small_cluster(nodes=16, links=links)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"oversubscription": 0.5}, "link.oversubscription is 0.5; use a finite number of at least 1"),
+        ({"devices": 0}, "link.devices is 0; use a whole number of at least 1, or null"),
+        ({"rails": -1}, "link.rails is -1; use a whole number of at least 1, or null"),
+        ({"reduces": "yes"}, "link.reduces is 'yes'; use true or false"),
+    ],
+)
+def test_impossible_links_are_refused(change, message):
+    with pytest.raises(ClusterSpecError, match=message):
+        level("net", **change)

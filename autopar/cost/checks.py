@@ -17,7 +17,10 @@ _WANTED = {
     "positive": "a finite number above 0",
     "non-negative": "a finite number of at least 0",
     "fraction": "a number above 0 and at most 1",
+    "at-least-one": "a finite number of at least 1",
 }
+_OPTIONAL = "optional "
+_SHOWN_KEYS = 10  # where none of them is in question
 
 
 # Types of dataclass fields that `checked` checks.
@@ -27,6 +30,9 @@ Bytes = Annotated[int, "bytes"]
 Positive = Annotated[float, "positive"]
 NonNegative = Annotated[float, "non-negative"]
 Fraction = Annotated[float, "fraction"]
+AtLeastOne = Annotated[float, "at-least-one"]
+OptionalCount = Annotated[int | None, "optional count"]
+OptionalNonNegative = Annotated[float | None, "optional non-negative"]
 
 
 @cache
@@ -43,6 +49,11 @@ def checked(instance: Any, where: str) -> None:
 
 def checked_value(value: object, rule: str, where: str) -> Any:
     """The value if it obeys the rule (as int for whole numbers, else float), or ClusterSpecError naming `where`."""
+    wanted = _WANTED[rule.removeprefix(_OPTIONAL)]
+    if rule.startswith(_OPTIONAL):
+        if value is None:
+            return None
+        rule, wanted = rule.removeprefix(_OPTIONAL), f"{wanted}, or null"
     if rule == "name":
         if isinstance(value, str) and value.strip():
             return value
@@ -50,7 +61,7 @@ def checked_value(value: object, rule: str, where: str) -> Any:
         number = _finite(value)
         if number is not None and _obeys(number, rule):
             return int(value) if rule in ("count", "bytes") else number
-    raise ClusterSpecError(f"{where} is {shown(value)}; use {_WANTED[rule]}")
+    raise ClusterSpecError(f"{where} is {shown(value)}; use {wanted}")
 
 
 def _finite(value: int | float) -> float | None:
@@ -66,6 +77,8 @@ def _obeys(number: float, rule: str) -> bool:
         return number.is_integer() and number >= (1 if rule == "count" else 0)
     if rule == "fraction":
         return 0 < number <= 1
+    if rule == "at-least-one":
+        return number >= 1
     return number > 0 if rule == "positive" else number >= 0
 
 
@@ -90,7 +103,9 @@ def read_object(
     if isinstance(data, tuple):
         data = dict(data)
     if not isinstance(data, Mapping):
-        raise ClusterSpecError(f"{where} is {shown(data)}; use an object with the keys {', '.join(keys)}")
+        more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+        first = ", ".join(keys[:_SHOWN_KEYS])
+        raise ClusterSpecError(f"{where} is {shown(data)}; use an object with the keys {first}{more}")
     for key in data:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=1)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopar.cluster import DeviceSpec
+from autopar.cost.dtypes import FLOATING
 from autopar.errors import AutoparError
+from autopar.hardware import DeviceSpec
 
 # States in the parameter's own dtype, per parameter, as torch.optim keeps them. Adam's step
 # counter (one float32 a tensor) is left out.
 _STATES = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0, "none": 0}
 OPTIMIZER = "optimizer"  # the name of its measured curve
-_ITEMSIZE = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "complex64": 8,
-    "complex128": 16,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -45,9 +36,9 @@ class OptimizerSpec:
 
     def state_bytes_per_param(self, dtype: str) -> int:
         """Bytes of state per number of a parameter of this dtype ("float32")."""
-        if dtype not in _ITEMSIZE:
-            raise AutoparError(f"no optimizer state for parameters of dtype {dtype}; use one of {', '.join(_ITEMSIZE)}")
-        return self.states_per_param * _ITEMSIZE[dtype]
+        if dtype not in FLOATING:
+            raise AutoparError(f"no optimizer state for parameters of dtype {dtype}; use one of {', '.join(FLOATING)}")
+        return self.states_per_param * FLOATING[dtype]
 
     def state_bytes(self, param_bytes: int) -> int:
         """Bytes of state of `param_bytes` of parameters."""

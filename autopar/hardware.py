@@ -57,7 +57,9 @@ class DeviceSpec:
     host_op_s: eager PyTorch, one op of the forward pass: Python, dispatch, the record for autograd, the launch.
     host_backward_op_s: one op of the backward pass, which the autograd engine runs in C++.
     host_optimizer_op_s: one kernel of an optimizer's step over lists of tensors ("foreach", "fused").
-    host_replay_s: one kernel of a CUDA graph, or of what torch.compile calls with no Python between.
+    host_view_s: one view (a transpose, a slice) of the forward pass, which launches nothing.
+    host_compiled_op_s: one kernel that torch.compile's code calls.
+    host_replay_s: one kernel of a CUDA graph.
     kernel_gap_s: on the device, between the end of a kernel and the start of the next in a stream that is never empty.
 
     price_per_hour_usd: of one device with its share of node and network; None where unknown.
@@ -86,6 +88,8 @@ class DeviceSpec:
     host_op_s: NonNegative = 0.0
     host_backward_op_s: NonNegative = 0.0
     host_optimizer_op_s: NonNegative = 0.0
+    host_view_s: NonNegative = 0.0
+    host_compiled_op_s: NonNegative = 0.0
     host_replay_s: NonNegative = 0.0
     kernel_gap_s: NonNegative = 0.0
     price_per_hour_usd: OptionalNonNegative = None

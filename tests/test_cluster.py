@@ -271,6 +271,9 @@ def test_local_over_nodes(torchrun):
         ("NVIDIA A100-SXM4-80GB", "a100-80g"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200-nvl72"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("AMD Instinct MI300X", "mi300x"),
     ],
 )
 def test_local_gpu_names(torchrun, cuda_name, preset):
@@ -381,3 +384,33 @@ def test_levels_that_do_not_fit_are_refused(links, message):
 def test_impossible_links_are_refused(change, message):
     with pytest.raises(ClusterSpecError, match=message):
         level("net", **change)
+
+
+# -- what presets say ---------------------------------------------------------------
+
+
+def test_a_rack_is_one_node_of_72():
+    rack, two = ClusterSpec.preset("gb200-nvl72", gpus=64), ClusterSpec.preset("gb200-nvl72", gpus=144)
+    assert (rack.nodes, rack.devices_per_node, two.nodes, two.devices_per_node) == (1, 64, 2, 72)
+    assert two.intra_link.reduces and not two.inter_link.reduces
+    with pytest.raises(ClusterSpecError, match=r"gpus=128 does not fill nodes of 72; use 72 or 144"):
+        ClusterSpec.preset("gb200-nvl72", gpus=128)
+
+
+def test_nodes_without_nvlink():
+    for name in ("a100-pcie", "l40s"):
+        spec = ClusterSpec.preset(name, gpus=16)
+        assert spec.intra_link.name == "PCIe 4" and spec.intra_link.bytes_per_s == 32e9
+        assert spec.inter_link.rails is not None and spec.inter_link.rails < spec.devices_per_node
+
+
+def test_prices_are_per_device_and_a_users_own():
+    spec = ClusterSpec.preset("h100-sxm", gpus=16)
+    assert spec.device.price_per_hour_usd == 2.95 and spec.price_per_hour_usd == pytest.approx(16 * 2.95)
+    own = dataclasses.replace(spec, device=dataclasses.replace(spec.device, price_per_hour_usd=2))
+    assert ClusterSpec.from_json(own.to_json()).price_per_hour_usd == 32
+    assert ClusterSpec.preset("l40s").price_per_hour_usd is None
+    with pytest.raises(
+        ClusterSpecError, match="device.price_per_hour_usd is -1; use a finite number of at least 0, or"
+    ):
+        dataclasses.replace(spec.device, price_per_hour_usd=-1)

@@ -411,6 +411,6 @@ def test_prices_are_per_device_and_a_users_own():
     assert ClusterSpec.from_json(own.to_json()).price_per_hour_usd == 32
     assert ClusterSpec.preset("l40s").price_per_hour_usd is None
     with pytest.raises(
-        ClusterSpecError, match="device.price_per_hour_usd is -1; use a finite number of at least 0, or"
+        ClusterSpecError, match=r"device\.price_per_hour_usd is -1; use a finite number of at least 0, or"
     ):
         dataclasses.replace(spec.device, price_per_hour_usd=-1)

@@ -115,17 +115,20 @@ def build_problem(
     *,
     capacity_bytes: int | None = None,
     pins: Pins | None = None,
+    views: ViewMaps | None = None,
 ) -> ShardingProblem:
-    """State the planning problem of `trace` on the mesh of `costs`."""
-    return _Builder(trace, costs, optimizer, pins or Pins()).build(capacity_bytes)
+    """State the planning problem of `trace` on the mesh of `costs`. views: how states travel through views."""
+    return _Builder(trace, costs, optimizer, pins or Pins(), views or ViewMaps(costs.mesh)).build(capacity_bytes)
 
 
 class _Builder:
-    def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins) -> None:
+    def __init__(
+        self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins, views: ViewMaps
+    ) -> None:
         self.trace, self.costs, self.optimizer, self.pins = trace, costs, optimizer, pins
         self.mesh = costs.mesh
         self.flow = Dataflow.of(trace)
-        self.views = ViewMaps(self.mesh)
+        self.views = views
         self.ops: list[Op] = []
         self.values: list[Value] = []
         self.states: list[tuple[State, ...]] = []

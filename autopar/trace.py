@@ -8,6 +8,7 @@ machine holds, traces like any other. The model object is left exactly as it was
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,6 +80,35 @@ def trace(
         if found is not None:
             return found
     return _trace_flat(model, example_inputs, device, precision)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A trace of a model with few of its layers, for figures that are wanted per layer.
+
+    layers: path prefix of the list of layers ("model.layers."), "" where the whole model was traced.
+    middle: the one that stands for the others, by its number in the trace. count: how many the model has.
+    """
+
+    trace: Trace
+    layers: str
+    middle: int
+    count: int
+
+
+def trace_sample(
+    model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]], *, precision: str = MODEL
+) -> Sample:
+    """Trace `model` with the first, a middle and the last of its identical layers; all of it where it has none.
+
+    Raises TraceError as `trace` does.
+    """
+    repeated = repeated_layers(model) if isinstance(model, nn.Module) else None
+    if repeated is None:
+        return Sample(_trace_flat(model, example_inputs, None, precision), "", 0, 0)
+    path, count = repeated
+    fewer = with_layers(model, path, [0, count // 2, count - 1])
+    return Sample(_trace_flat(fewer, example_inputs, None, precision), f"{path}.", 1, count)
 
 
 def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace | None:

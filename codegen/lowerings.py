@@ -59,6 +59,16 @@ def _mean_partial(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
     return tuple(None if x is None else ctx.call(aten.div.Scalar, x, parts) for x in made)
 
 
+# -- products that add a bias, cut along what they contract ----------------------------------
+
+
+def _shared_bias(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]) -> Results:
+    """Each rank's summand has its share of the bias: together they have all of it."""
+    op = Shards(ctx, node, rules, operands)
+    parts = math.prod(n for n, rule in zip(ctx.mesh, rules, strict=True) if rule.lowering == "shared_bias")
+    return op.call({"beta": op.traced.arg("beta", 1) / parts})
+
+
 # -- products with a matrix per group of rows -------------------------------------------------
 
 
@@ -227,6 +237,7 @@ LOWERINGS: dict[str, Lowering] = {
     "vocab_log_softmax": _vocab_softmax,
     "vocab_softmax_backward": _vocab_softmax_backward,
     "vocab_log_softmax_backward": _vocab_softmax_backward,
+    "shared_bias": _shared_bias,
     "grouped_rows": _grouped_rows,
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,

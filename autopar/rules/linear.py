@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from autopar.placements import PARTIAL
+from autopar.placements import PARTIAL, shard
 from autopar.rules.schema import OpCall, is_view
 from autopar.rules.types import AxisRule
 
@@ -142,6 +142,22 @@ def linear_rules(call: OpCall) -> list[AxisRule]:
         if slots and all(call.slots.get(name) for name in present) and _keeps_precision(call, slots):
             found.append(call.rule(dict.fromkeys(present, PARTIAL), PARTIAL))
     return found
+
+
+# Products that add a tensor: (that tensor, left, right), and the dims of left and right that are contracted.
+_BIASED = {"aten.addmm": (("self", "mat1", "mat2"), (1, 0)), "aten.baddbmm": (("self", "batch1", "batch2"), (2, 1))}
+
+
+def shared_bias_rules(call: OpCall) -> list[AxisRule]:
+    """A product cut along the dim that it contracts gives summands; each rank adds its share of the bias.
+
+    This is how a layer with a bias is row-parallel (Shoeybi et al. 2019 add it after the reduction instead).
+    """
+    if call.name not in _BIASED:
+        return []
+    (_, left, right), (last, first) = _BIASED[call.name]
+    rule = call.rule({left: shard(last), right: shard(first)}, PARTIAL, "shared_bias")
+    return [rule] if _keeps_precision(call, [0]) else []
 
 
 def _keeps_precision(call: OpCall, slots: list[int]) -> bool:

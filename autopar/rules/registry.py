@@ -13,7 +13,7 @@ from autopar._torch_compat import OpOverload, dtensor_rules, static_size
 from autopar.placements import PARTIAL, REPLICATE, Placement, local_shape
 from autopar.rules.admitted import is_admitted
 from autopar.rules.custom import CUSTOM, elementwise
-from autopar.rules.linear import linear_rules
+from autopar.rules.linear import linear_rules, shared_bias_rules
 from autopar.rules.random import random_rules
 from autopar.rules.schema import OpCall, bind, is_random, op_call, operands, results
 from autopar.rules.types import AxisRule, RuleSet
@@ -78,7 +78,8 @@ def _find(call: OpCall, axis_size: int) -> RuleSet:
         return RuleSet((replicated,), known=False)
     rules = dict.fromkeys([replicated])
     if axis_size > 1:
-        rules |= dict.fromkeys(r for r in (*own, *linear_rules(call)) if _is_legal(r, call, axis_size))
+        summing = (*linear_rules(call), *shared_bias_rules(call))
+        rules |= dict.fromkeys(r for r in (*own, *summing) if _is_legal(r, call, axis_size))
     return RuleSet(tuple(rules), known=True)
 
 

@@ -1,0 +1,61 @@
+"""Which part of the model each op and parameter belongs to: before the blocks, one of the blocks, after them.
+
+A sample trace has three of many identical layers; the middle one stands for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.dataflow import Dataflow, is_backward, module_path
+from autopar.trace import Sample
+
+BEFORE, BLOCK, AFTER, OTHER = "before", "block", "after", "other"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """part_of: per op name, BEFORE, BLOCK (the middle layer), AFTER or OTHER (the layers that it stands for)."""
+
+    part_of: dict[str, str]
+
+    def ops(self, flow: Dataflow, part: str, *, backward: bool) -> list[fx.Node]:
+        """The ops of one part and pass, in order."""
+        return [n for n in flow.ops if self.part_of[n.name] == part and is_backward(n) == backward]
+
+
+def parts(sample: Sample) -> Parts:
+    """Assign every real op. What lies between two layers belongs to the earlier one in order of execution."""
+    flow = Dataflow.of(sample.trace)
+    found: dict[str, str] = {}
+    for backward in (False, True):
+        nodes = [n for n in flow.ops if is_backward(n) == backward]
+        layers = [layer_of(module_path(n), sample.layers) for n in nodes]
+        inside = [i for i, layer in enumerate(layers) if layer is not None]
+        first, last = (inside[0], inside[-1]) if inside else (len(nodes), -1)
+        current: int | None = None
+        for i, (node, layer) in enumerate(zip(nodes, layers, strict=True)):
+            current = layer if layer is not None else current
+            if i < first or i > last:
+                ahead = i < first
+                found[node.name] = (AFTER if ahead else BEFORE) if backward else (BEFORE if ahead else AFTER)
+            else:
+                found[node.name] = BLOCK if current == sample.middle else OTHER
+    return Parts(found)
+
+
+def layer_of(path: str, layers: str) -> int | None:
+    """The number of the layer that a module path lies in; None outside of the list of layers."""
+    if not layers or not path.startswith(layers):
+        return None
+    number = path[len(layers) :].split(".", 1)[0]
+    return int(number) if number.isdigit() else None
+
+
+def leaf_modules(flow: Dataflow) -> frozenset[str]:
+    """Module paths that no other path of the graph goes through."""
+    paths = {module_path(n) for n in flow.ops} - {""}
+    parents = {path[:at] for path in paths for at, char in enumerate(path) if char == "."}
+    return frozenset(paths - parents)

@@ -1,0 +1,93 @@
+"""`ModelTable`: what the kernels of a model do, part by part, as sizes that a layout's degrees scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.cost.compute import OpClass
+from autopar.predicting.sizes import Floats
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one pass.
+
+    dims: [4, 5] batch, rows, columns and contracted dim of a matrix product, None for others.
+    flops, bytes: [5] per sequence. ops: aten ops that the host runs for it when nothing is fused.
+    """
+
+    name: str
+    kind: OpClass
+    dtype: str
+    dims: Floats | None
+    flops: Floats
+    bytes: Floats
+    ops: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective on the tensor axis. size: [5] bytes of the whole tensor on a rank.
+
+    kind: "sum" (all-reduce; reduce-scatter with sequence parallelism), "gather" (with sequence parallelism only),
+        "regather" (the same of what was kept for the backward pass, which can overlap), "reduce" (always all-reduce).
+    """
+
+    kind: str
+    size: Floats
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward or backward pass of one part. alive: [kernels, 5] bytes that exist while each kernel runs, of what the
+    pass makes itself, and (backward) of what was kept for it."""
+
+    kernels: tuple[Kernel, ...]
+    messages: tuple[Message, ...]
+    alive: Floats
+
+
+@dataclass(frozen=True)
+class Part:
+    """Before the blocks, a block, or after them.
+
+    kept: [5] bytes from forward to backward. kept_selective: without what only the attention core needs, which
+    `again` recomputes. boundary: [5] bytes that go on to the next part (all that full recomputation keeps of a block).
+    parameters: numbers (count) stored whole and cut on the tensor axis, and of these the trained ones that are cut no
+    further; tied: the numbers among them that another part uses as well. tensors: how many parameters.
+    """
+
+    forward: Pass
+    backward: Pass
+    kept: Floats
+    kept_selective: Floats
+    again: Pass
+    boundary: Floats
+    parameters: Floats
+    tied: Floats
+    tensors: int
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """Everything `predict` knows of a model. tokens: of one sequence. itemsize: bytes of a parameter.
+
+    flops: of one sequence, forward and backward, each counted once.
+    """
+
+    before: Part
+    block: Part | None
+    after: Part
+    blocks: int
+    tokens: int
+    samples_are_tokens: bool
+    itemsize: int
+    dtype: str
+    flops: float
+
+
+def total(vectors: list[Floats]) -> Floats:
+    """[5] their sum."""
+    return np.sum(vectors, axis=0) if vectors else np.zeros(5)

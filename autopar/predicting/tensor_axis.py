@@ -1,0 +1,151 @@
+"""How tensor parallelism cuts a model, as Megatron-LM does it: found by the integer program, not written by hand.
+
+On one axis of two ranks the planning problem is solved with one restriction: a value may only be converted by summing
+its summands. What is cut once can then only become whole again through a product that contracts the cut dim, so the
+cheapest solution is a column-parallel product followed by a row-parallel one (Shoeybi et al. 2019), the vocabulary of
+embedding and loss cut likewise. The states do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from autopar.cluster import ClusterSpec, LinkSpec
+from autopar.cost.model import CostModel
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.dataflow import Dataflow, View, ViewMaps, result_metas
+from autopar.placements import Placement, shard, shard_dim
+from autopar.plan_types import Decisions
+from autopar.rules import operands
+from autopar.rules.types import AxisRule
+from autopar.sharding import Pins, ShardingProblem, build_problem
+from autopar.solver import Problem, solve
+from autopar.trace import ParamInfo, Trace
+
+_RANKS = 2
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
+_LARGE = 4  # times the activation it makes: a table of that size is cut though that costs a collective
+_TIME_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """Placements on the tensor axis.
+
+    rules: per op. made: per base value. params: per parameter name, as stored.
+    taken: per op, the placement in which it takes the base value of each operand.
+    """
+
+    rules: dict[str, AxisRule]
+    made: dict[str, Placement]
+    params: dict[str, Placement]
+    taken: dict[str, tuple[Placement, ...]]
+
+
+def tensor_axis(trace: Trace, cluster: ClusterSpec, tokens: int) -> TensorAxis:
+    """Solve for the placements. tokens: rows of an activation of one sequence."""
+    pair = replace(cluster, nodes=1, devices_per_node=_RANKS, links=(_inner_link(cluster),))
+    costs = CostModel(pair, (_RANKS,))
+    large = _large_tables(trace, tokens)
+    pins = Pins(allow_param=lambda p, state: p.fqn not in large or state != ("R",))
+    stated = build_problem(trace, costs, OptimizerSpec("none"), pins=pins, views=MergedDims(costs.mesh))
+    found = solve(_only_sums(stated), time_limit_s=_TIME_LIMIT_S)
+    return _read(trace, stated.decisions(found.solution))
+
+
+class MergedDims(ViewMaps):
+    """Views that also pass a cut of an inner one of several dims that they merge, as Megatron's layers do.
+
+    [batch, heads, ...] cut by heads is, merged to [batch x heads, ...], no even cut of a dim in rank order. Only the
+    share that a rank holds matters here, and which dim is meant is certain: the batch of the trace is odd.
+    """
+
+    def _map(self, view: View, size: int) -> dict[Placement, Placement]:
+        mapping = dict(super()._map(view, size))
+        if view.node.target in _RESHAPES:
+            tensor = result_metas(view.node)[view.index]
+            assert tensor is not None
+            source = resolve_shape(view.node)
+            for inner, outer in merged_dims(source, tuple(tensor.shape)):
+                cut = [d for d in inner if source[d] % size == 0]
+                made = [d for d in outer if tensor.shape[d] % size == 0]
+                if cut and made:
+                    mapping.setdefault(shard(cut[0]), shard(made[0]))
+        return mapping
+
+
+def resolve_shape(view: fx.Node) -> tuple[int, ...]:
+    """The shape of what a view looks at."""
+    tensor = operands(view)[0].meta["val"]
+    return tuple(tensor.shape)
+
+
+def merged_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The groups of dims that a reshape merges or splits: dims before, dims after, of equal product."""
+    groups = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        left, right = [i], [j]
+        while math.prod(before[d] for d in left) != math.prod(after[d] for d in right):
+            if math.prod(before[d] for d in left) < math.prod(after[d] for d in right):
+                left.append(left[-1] + 1)
+            else:
+                right.append(right[-1] + 1)
+            if left[-1] >= len(before) or right[-1] >= len(after):
+                return groups
+        groups.append((left, right))
+        i, j = left[-1] + 1, right[-1] + 1
+    return groups
+
+
+def _inner_link(cluster: ClusterSpec) -> LinkSpec:
+    # of a cluster of single devices: what tensor parallelism would do does not depend on the figures
+    return cluster.links[0] if cluster.links else LinkSpec("assumed", 100e9, 0.8, 5e-6)
+
+
+def _large_tables(trace: Trace, tokens: int) -> set[str]:
+    """Lookup tables that nobody would keep whole on every rank."""
+    flow, params = Dataflow.of(trace), {p.node: p for p in trace.params}
+    looked_up = {flow.operands_of[n][0].node.name for n in flow.ops if n.target is torch.ops.aten.embedding.default}
+    tables: list[ParamInfo] = [params[name] for name in looked_up & params.keys()]
+    return {p.fqn for p in tables if p.shape[0] > _LARGE * tokens}
+
+
+def _only_sums(stated: ShardingProblem) -> Problem:
+    values = []
+    for value, states in zip(stated.problem.values, stated.states, strict=True):
+        allowed = np.full(value.convert_s.shape, np.inf)
+        np.fill_diagonal(allowed, 0.0)
+        if ("P",) in states and ("R",) in states:
+            source, target = states.index(("P",)), states.index(("R",))
+            allowed[source, target] = value.convert_s[source, target]
+        values.append(replace(value, convert_s=allowed))
+    return replace(stated.problem, values=tuple(values))
+
+
+def _read(trace: Trace, decisions: Decisions) -> TensorAxis:
+    flow = Dataflow.of(trace)
+    made: dict[str, Placement] = {}
+    for param in trace.params:
+        made[param.node] = decisions.params[param.fqn][0]
+    for node in flow.ops:
+        for index, state in enumerate(decisions.nodes[node.name].result_states):
+            if state is not None:
+                made[node.name if index == 0 else f"{node.name}#{index}"] = state[0]
+    return TensorAxis(
+        rules={n.name: decisions.nodes[n.name].rules[0] for n in flow.ops},
+        made=made,
+        params={fqn: state[0] for fqn, state in decisions.params.items()},
+        taken={n.name: tuple(s[0] for s in decisions.nodes[n.name].operand_states) for n in flow.ops},
+    )
+
+
+def is_cut(placement: Placement | None) -> bool:
+    """Whether a rank holds a part only."""
+    return placement is not None and shard_dim(placement) is not None

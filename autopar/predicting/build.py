@@ -43,7 +43,6 @@ class _Builder:
         self.params = {p.node: p for p in self.trace.params}
         self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}
-        self.quadratic = tokens * tokens * batch
 
     def table(self) -> ModelTable:
         trained = [p for p in self.trace.params if p.fqn in self.trace.grads]
@@ -113,11 +112,12 @@ class _Builder:
     def _kernel(self, members: list[fx.Node]) -> Kernel:
         first = max(members, key=op_flops_of)
         inside = {value_name(n, i) for n in members for i in range(len(result_metas(n)))}
+        looks_up = first.target is aten.embedding.default  # reads the rows it hands out, not the table
         read: dict[tuple[str, Placement], Floats] = {}
         for node in members:
             seq = self._runs_by_sequence(node)
             for operand, placement in zip(self.flow.operands_of[node], self.axis.rules[node.name].inputs, strict=True):
-                if operand.value not in inside:
+                if operand.value not in inside and not (looks_up and operand.node.name in self.params):
                     read[operand.value, placement] = self._size(operand.tensor, placement, seq)
         written = [
             self._size(t, p, self._runs_by_sequence(node))
@@ -187,7 +187,12 @@ class _Builder:
                     if at_home:
                         kind = "sum" if grows else "reduce"
                         found[operand.value, kind] = Message(kind, size)
-                if grows and taken == "R" and not seq and self._is_held_by_sequence(operand.value):
+                seen = operand.base_tensor
+                if seen.dim() < 3 and not seen.is_floating_point():
+                    continue  # token ids, positions: whole on every rank
+                if grows and taken == "R" and not seq and self._is_held_by_sequence(operand.value) and not (
+                    self._has_pairs(seen) and seen.shape[-3] == 1
+                ):
                     kind = "gather" if is_backward(maker) == backward else "regather"
                     found[operand.value, kind] = Message(kind, size)
             found |= {(node.name, str(i)): m for i, m in enumerate(self._inner(node))}
@@ -326,7 +331,10 @@ class _Builder:
         """Scores of all pairs of tokens: what grows with the square of the sequence."""
         maker = self.made_by[value]
         tensor = result_metas(maker)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        return tensor is not None and self.tokens > 1 and tensor.numel() % self.quadratic == 0
+        return tensor is not None and self._has_pairs(tensor) and math.prod(tensor.shape[:-2]) > self.batch
+
+    def _has_pairs(self, tensor: torch.Tensor) -> bool:
+        return tensor.dim() > 2 and self.tokens > 1 and tensor.shape[-1] == tensor.shape[-2] == self.tokens
 
     def _again(self, forward: list[fx.Node], wanted: set[str], there: set[str]) -> Pass:
         """The forward ops that make `wanted` from what is there."""

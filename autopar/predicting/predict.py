@@ -1,0 +1,172 @@
+"""`autopar.predict`: what a layout that a person names would take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar._torch_compat import pytree
+from autopar.cluster import ClusterSpec
+from autopar.cost.optimizer import OptimizerSpec
+from autopar.errors import LayoutError
+from autopar.layouts import Layout, check_layout, parse_layout
+from autopar.models import example_inputs as inputs_for
+from autopar.precision import MODEL
+from autopar.predicting.build import build_table
+from autopar.predicting.memory import Precision, StageMemory, stage_memory
+from autopar.predicting.sizes import Shape
+from autopar.predicting.stages import Stage, split
+from autopar.predicting.step import Run, StepTime, step_time
+from autopar.predicting.table import ModelTable
+from autopar.predicting.tensor_axis import tensor_axis
+from autopar.predicting.work import Pricer
+from autopar.trace import trace_sample
+
+_PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one training step of a layout takes. MFU counts the model's FLOPs once, HFU recomputation too."""
+
+    layout: Layout
+    step_time_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    hfu: float
+    peak_bytes: int
+    fits: bool
+    breakdown: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In the keys of the command line."""
+        return {
+            "step_time_s": self.step_time_s,
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+            "layout": self.layout.to_dict(),
+            "breakdown": self.breakdown,
+        }
+
+
+class Predictor:
+    """Prices layouts of one model on one cluster; the model is traced once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cluster: ClusterSpec,
+        *,
+        example_inputs: Any = None,
+        seq: int | None = None,
+        global_batch: int,
+        precision: str = MODEL,
+        optimizer: str = "adamw",
+        fused: bool = True,
+        run: Run = Run(),
+    ) -> None:
+        self.cluster, self.global_batch, self.run = cluster, global_batch, run
+        self.optimizer = OptimizerSpec(optimizer)
+        batch = _prime_for(model, seq)
+        call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
+        sample = trace_sample(model, call, precision=precision)
+        tokens = _tokens(sample.trace.inputs)
+        axis = tensor_axis(sample.trace, cluster, tokens)
+        self.table: ModelTable = build_table(sample, axis, batch, tokens, fuse=fused)
+        self.pricer = Pricer(cluster, host_op_s=_host_op_s(cluster, fused))
+
+    def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
+        """Price one layout; LayoutError where it cannot be."""
+        found = parse_layout(layout, self.cluster.devices)
+        self._check(found)
+        table, shape = self.table, Shape(found.micro_batch, found.tp, found.cp, found.sp)
+        micro_batches = self.global_batch // (found.dp * found.micro_batch)
+        precision = Precision.of(table, found, self.optimizer.states_per_param)
+        stages = split(table, found, self.pricer, shape)
+        time = step_time(table, stages, found, self.cluster, self.pricer, shape, micro_batches, precision, self.run)
+        memory = [stage_memory(table, s, i, found, shape, micro_batches, precision) for i, s in enumerate(stages)]
+        return self._prediction(found, time, stages, max(memory, key=lambda m: m.total))
+
+    def _check(self, layout: Layout) -> None:
+        check_layout(layout, global_batch=self.global_batch, blocks=max(1, self.table.blocks), seq=self.table.tokens)
+        if layout.ep > 1:
+            raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
+
+    def _prediction(self, layout: Layout, time: StepTime, stages: list[Stage], memory: StageMemory) -> Prediction:
+        step, devices, device = time.total_s, self.cluster.devices, self.cluster.device
+        samples = self.table.tokens if self.table.samples_are_tokens else 1
+        flops = self.table.flops * self.global_batch / devices
+        peak = device.peak_flops(self.table.dtype)
+        again = time.again_flops / max(time.flops, 1.0)
+        return Prediction(
+            layout=layout,
+            step_time_s=step,
+            tokens_per_s_per_gpu=self.global_batch * samples / step / devices,
+            mfu=flops / step / peak,
+            hfu=flops * (1 + again) / step / peak,
+            peak_bytes=round(memory.total),
+            fits=memory.total <= device.usable_bytes,
+            breakdown={
+                **{f.removesuffix("_s") + "_s": v for f, v in vars(time).items() if f.endswith("_s")},
+                "memory_bytes": {k: round(v) for k, v in vars(memory).items()},
+                "blocks_per_stage": [s.blocks for s in stages],
+            },
+        )
+
+
+def predict(
+    model: nn.Module,
+    cluster: ClusterSpec,
+    layout: str | Mapping[str, Any] | Layout | Sequence[str | Mapping[str, Any] | Layout],
+    *,
+    global_batch: int,
+    **options: Any,
+) -> Prediction | list[Prediction]:
+    """Price a layout that a person names, or a list of them with one trace.
+
+    options: those of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer.
+    Raises LayoutError for a layout that cannot be, TraceError for a model that cannot be traced.
+    """
+    predictor = Predictor(model, cluster, global_batch=global_batch, **options)
+    if isinstance(layout, (str, Mapping, Layout)):
+        return predictor.predict(layout)
+    return [predictor.predict(one) for one in layout]
+
+
+def _host_op_s(cluster: ClusterSpec, fused: bool) -> float:
+    return float(getattr(cluster.device, "host_op_s", cluster.device.launch_overhead_s))
+
+
+def _prime_for(model: nn.Module, seq: int | None) -> int:
+    """A batch by which no other size of the model divides."""
+    sizes = {d for p in (*model.parameters(), *model.buffers()) for d in p.shape} | ({seq} if seq else set())
+    heads = {v for v in vars(getattr(model, "config", None) or object()).values() if isinstance(v, int) and v > 0} if hasattr(model, "config") else set()
+    found = next((p for p in _PRIMES if all(s % p for s in sizes | heads)), None)
+    if found is None:
+        raise LayoutError(f"every batch of {_PRIMES} divides some size of the model; change the model's width a little")
+    return found
+
+
+def _with_batch(example_inputs: Any, batch: int) -> Any:
+    """The same inputs with another batch, as meta tensors."""
+    tensors = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, torch.Tensor) and t.dim()]
+    size = tensors[0].shape[0] if tensors else 1
+
+    def resized(t: torch.Tensor) -> torch.Tensor:
+        if not t.dim() or t.shape[0] != size:
+            return t
+        return torch.zeros((batch, *t.shape[1:]), dtype=t.dtype, device="meta")
+
+    return pytree.tree_map_only(torch.Tensor, resized, example_inputs)
+
+
+def _tokens(inputs: Any) -> int:
+    first = next((i for i in inputs if i.batch_dim == 0), None)
+    return int(first.shape[1]) if first is not None and len(first.shape) > 1 else 1

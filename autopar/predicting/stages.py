@@ -1,0 +1,99 @@
+"""Which blocks each pipeline stage holds, and what a micro-batch takes on each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.layouts import Layout
+from autopar.predicting.sizes import Floats, Shape
+from autopar.predicting.table import ModelTable, Part
+from autopar.predicting.work import Pricer, Work
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline rank holds. first, last: whether it has what comes before and after the blocks."""
+
+    blocks: int
+    first: bool
+    last: bool
+
+    def parts(self, table: ModelTable) -> list[tuple[Part, int]]:
+        """(part, how often)."""
+        found = [(table.before, 1)] if self.first else []
+        if table.block is not None and self.blocks:
+            found.append((table.block, self.blocks))
+        return [*found, (table.after, 1)] if self.last else found
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """Forward and backward pass of one micro-batch on one stage; `again` is the recomputation in the backward."""
+
+    forward: Work
+    backward: Work
+    again: Work
+
+    @property
+    def whole_backward(self) -> Work:
+        """With what is recomputed."""
+        return self.backward + self.again
+
+
+def split(table: ModelTable, layout: Layout, pricer: Pricer, shape: Shape) -> list[Stage]:
+    """Cut the blocks into stages so that the slowest is as fast as can be; evenly where each rank has several."""
+    p = layout.pp
+    if p == 1:
+        return [Stage(table.blocks, True, True)]
+    counts = _even(table.blocks, p)
+    if layout.vpp == 1 and table.block is not None:
+        counts = _balanced(table, pricer, shape, p)
+    return [Stage(n, i == 0, i == p - 1) for i, n in enumerate(counts)]
+
+
+def _even(blocks: int, stages: int) -> list[int]:
+    return [blocks // stages + (1 if i < blocks % stages else 0) for i in range(stages)]
+
+
+def _balanced(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> list[int]:
+    """Blocks go one by one to the stage that is then the least slow (exact for equal blocks)."""
+    assert table.block is not None
+    block_s = _both(table.block, pricer, shape)
+    load = [0.0] * stages
+    load[0] += _both(table.before, pricer, shape)
+    load[-1] += _both(table.after, pricer, shape)
+    counts = [1] * stages
+    load = [x + block_s for x in load]
+    for _ in range(table.blocks - stages):
+        at = min(range(stages), key=lambda i: (load[i], -i))
+        counts[at] += 1
+        load[at] += block_s
+    return counts
+
+
+def _both(part: Part, pricer: Pricer, shape: Shape) -> float:
+    return pricer.work(part.forward, shape).seconds + pricer.work(part.backward, shape).seconds
+
+
+def stage_work(table: ModelTable, stage: Stage, layout: Layout, pricer: Pricer, shape: Shape) -> StageWork:
+    """What one micro-batch takes on a stage."""
+    forward, backward, again = Work(), Work(), Work()
+    for part, times in stage.parts(table):
+        forward += pricer.work(part.forward, shape) * times
+        backward += pricer.work(part.backward, shape) * times
+        if part is table.block:
+            again += _again(part, layout, pricer, shape) * times
+    return StageWork(forward, backward, again)
+
+
+def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
+    if layout.recompute == "full":
+        return pricer.work(block.forward, shape)
+    return pricer.work(block.again, shape) if layout.recompute == "selective" else Work()
+
+
+def kept_of(part: Part, table: ModelTable, layout: Layout) -> Floats:
+    """[5] bytes that one part holds of one micro-batch from forward to backward."""
+    if part is table.block and layout.recompute == "full":
+        return part.boundary
+    return part.kept_selective if layout.recompute == "selective" else part.kept

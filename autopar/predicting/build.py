@@ -28,14 +28,15 @@ aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
 
 
-def build_table(sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fuse: bool) -> ModelTable:
-    """batch: of the trace. tokens: of one sequence. fuse: see `autopar.predicting.fusing`."""
-    return _Builder(sample, axis, batch, tokens, fuse).table()
+def build_table(sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fusion: str) -> ModelTable:
+    """batch: of the trace. tokens: of one sequence. fusion: see `autopar.predicting.fusing`."""
+    return _Builder(sample, axis, batch, tokens, fusion).table()
 
 
 class _Builder:
-    def __init__(self, sample: Sample, axis: TensorAxis, batch: int, tokens: int, fuse: bool) -> None:
-        self.sample, self.axis, self.batch, self.tokens, self.fuse = sample, axis, batch, tokens, fuse
+    def __init__(self, sample: Sample, axis: TensorAxis, batch: int, tokens: int, fusion: str) -> None:
+        self.sample, self.axis, self.batch, self.tokens, self.fusion = sample, axis, batch, tokens, fusion
+        self.fuse = fusion != "none"
         self.trace = sample.trace
         self.flow = Dataflow.of(self.trace)
         self.parts = parts(sample)
@@ -239,6 +240,17 @@ class _Builder:
                     found[narrow or value] = self._value_size(narrow or value)
         return found
 
+    def _gathered(self, kept: dict[str, Floats]) -> Floats:
+        """[5] the copies that sequence parallelism gathers for the forward pass and wants again in the backward."""
+        again = total([])
+        for value in kept:
+            users = [u for u in self.flow.uses.get(value, ()) if not self._runs_by_sequence(u.user)]
+            wanted = {is_backward(u.user) for u in users}
+            if wanted == {False, True} and self._is_held_by_sequence(value):
+                tensor = self.made_by[value].meta["val"]
+                again = again + self._size(tensor[0] if isinstance(tensor, (tuple, list)) else tensor, "R", False)
+        return again
+
     def _is_kept(self, value: str) -> bool:
         users = [u.user for u in self.flow.uses.get(value, ())]
         later = [u for u in users if is_backward(u)]
@@ -262,7 +274,7 @@ class _Builder:
     def _narrow_copy(self, value: str) -> str | None:
         """The cast of a value to a narrower dtype, if a fused kernel makes one: it can be kept instead."""
         maker = self.made_by[value]
-        if not self.fuse or not is_fusable(maker):
+        if self.fusion != "all" or not is_fusable(maker):
             return None
         for use in self.flow.uses.get(value, ()):
             if use.user.target is aten._to_copy.default and not is_backward(use.user):
@@ -312,6 +324,7 @@ class _Builder:
             backward=self._pass(backward, kept, backward=True),
             kept=total(list(kept.values())),
             kept_selective=total([s for v, s in kept.items() if v not in core]),
+            gathered=self._gathered(kept),
             again=self._again(forward, set(core), set(kept) - set(core)),
             boundary=self._boundary(forward),
             parameters=total([self._numbers(p) for p in used]),
@@ -320,11 +333,13 @@ class _Builder:
         )
 
     def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], *, backward: bool) -> Pass:
-        kernels = groups(self.flow, ops, self._node_grows, fuse=self.fuse)
+        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self.leaves)
         return Pass(
             tuple(self._kernel(k) for k in kernels),
             self._messages(ops, backward=backward),
             self._alive(kernels, kept, backward=backward),
+            self._host_ops(ops),
+            backward,
         )
 
     def _is_quadratic(self, value: str) -> bool:
@@ -347,8 +362,12 @@ class _Builder:
             needed.add(node)
             stack += [self.made_by[o.value] for o in self.flow.operands_of[node] if o.value not in there and o.value in self.made_by]
         ops = [n for n in forward if n in needed]
-        kernels = groups(self.flow, ops, self._node_grows, fuse=self.fuse)
-        return Pass(tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)))
+        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self.leaves)
+        return Pass(tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._host_ops(ops), False)
+
+    def _host_ops(self, ops: list[fx.Node]) -> int:
+        """Ops that eager execution dispatches: views too."""
+        return len(ops) + len({v.node for n in ops for o in self.flow.operands_of[n] for v in o.views})
 
     def _boundary(self, forward: list[fx.Node]) -> Floats:
         inside = set(forward)

@@ -11,23 +11,32 @@ from collections.abc import Callable
 from torch import fx
 
 from autopar.cost.compute import OpClass, op_class
-from autopar.dataflow import Dataflow, result_metas
+from autopar.dataflow import Dataflow, module_path, result_metas
 
 _FUSABLE = (OpClass.ELEMENTWISE, OpClass.REDUCTION, OpClass.RANDOM)
 _ALONE = ("nll_loss", "cumsum", "embedding")
 
 
-def groups(flow: Dataflow, ops: list[fx.Node], grows: Callable[[fx.Node], bool], *, fuse: bool) -> list[list[fx.Node]]:
+FUSION = ("none", "modules", "all")
+
+
+def groups(
+    flow: Dataflow, ops: list[fx.Node], grows: Callable[[fx.Node], bool], fusion: str, leaves: frozenset[str]
+) -> list[list[fx.Node]]:
     """The ops in kernels, in order of each kernel's last op.
 
     grows: whether an op's first result grows with the batch: a sum over tokens is a kernel of its own.
+    fusion: "none", "modules" (a norm or an activation is one kernel, the rest is eager) or "all".
+    leaves: paths of the modules that have none inside.
     """
     kernel_of: dict[fx.Node, int] = {}
     kernels: list[list[fx.Node]] = []
     before: list[set[int]] = []  # per kernel, those it depends on
     for node in ops:
         sources = [kernel_of[o.node] for o in flow.operands_of[node] if o.node in kernel_of]
-        joined = _group_to_join(node, sources, kernels, before, grows) if fuse else None
+        joined = _group_to_join(node, sources, kernels, before, grows) if fusion != "none" else None
+        if joined is not None and fusion == "modules" and not _in_one_module(node, kernels[joined], leaves):
+            joined = None
         if joined is None:
             joined = len(kernels)
             kernels.append([])
@@ -39,6 +48,11 @@ def groups(flow: Dataflow, ops: list[fx.Node], grows: Callable[[fx.Node], bool],
                 before[joined] |= {source} | before[source]
     place = {node: i for i, node in enumerate(ops)}
     return sorted(kernels, key=lambda kernel: place[kernel[-1]])
+
+
+def _in_one_module(node: fx.Node, kernel: list[fx.Node], leaves: frozenset[str]) -> bool:
+    path = module_path(node)
+    return path in leaves and all(module_path(n) == path for n in kernel)
 
 
 def _group_to_join(

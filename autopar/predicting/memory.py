@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.layouts import Layout
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Floats, Shape
 from autopar.predicting.stages import Stage, kept_of
 from autopar.predicting.table import ModelTable, Part
@@ -72,14 +73,14 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
 
 
 def stage_memory(
-    table: ModelTable, stage: Stage, at: int, layout: Layout, shape: Shape, micro_batches: int, precision: Precision
+    table: ModelTable, stage: Stage, at: int, layout: Layout, shape: Shape, micro_batches: int, precision: Precision, run: Run
 ) -> StageMemory:
     """The peak on the ranks of stage `at`."""
     weights = shape.weights
     numbers = local_numbers(table, stage, shape)
     replicas = layout.dp * layout.cp
-    kept = sum(times * float(kept_of(part, table, layout) @ weights) for part, times in stage.parts(table))
-    extra = max((_extra(part, table, layout, weights) for part, _ in stage.parts(table)), default=0.0)
+    kept = sum(times * float(kept_of(part, table, layout, run) @ weights) for part, times in stage.parts(table))
+    extra = max((_extra(part, table, layout, weights, run) for part, _ in stage.parts(table)), default=0.0)
     gathered = 0.0
     if layout.zero == 3 and table.block is not None:
         gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
@@ -92,9 +93,10 @@ def stage_memory(
     )
 
 
-def _extra(part: Part, table: ModelTable, layout: Layout, weights: Floats) -> float:
+def _extra(part: Part, table: ModelTable, layout: Layout, weights: Floats, run: Run) -> float:
     """How far the passes of a part rise above what it keeps."""
-    kept = float(kept_of(part, table, layout) @ weights)
-    forward = float((part.forward.alive @ weights).max()) - kept
-    backward = float((part.backward.alive @ weights).max()) - kept
+    kept = float(kept_of(part, table, layout, run) @ weights)
+    again = kept - float(part.gathered @ weights) if run.keeps_gathered and layout.sp else kept
+    forward = float((part.forward.alive @ weights).max()) - again
+    backward = float((part.backward.alive @ weights).max()) - again
     return max(0.0, forward, backward)

@@ -18,14 +18,16 @@ from autopar.models import example_inputs as inputs_for
 from autopar.precision import MODEL
 from autopar.predicting.build import build_table
 from autopar.predicting.memory import Precision, StageMemory, stage_memory
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.stages import Stage, split
-from autopar.predicting.step import Run, StepTime, step_time
+from autopar.predicting.step import StepTime, step_time
 from autopar.predicting.table import ModelTable
 from autopar.predicting.tensor_axis import tensor_axis
 from autopar.predicting.work import Pricer
 from autopar.trace import trace_sample
 
+_USUAL = Run()
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
@@ -69,8 +71,7 @@ class Predictor:
         global_batch: int,
         precision: str = MODEL,
         optimizer: str = "adamw",
-        fused: bool = True,
-        run: Run = Run(),
+        run: Run = _USUAL,
     ) -> None:
         self.cluster, self.global_batch, self.run = cluster, global_batch, run
         self.optimizer = OptimizerSpec(optimizer)
@@ -79,8 +80,8 @@ class Predictor:
         sample = trace_sample(model, call, precision=precision)
         tokens = _tokens(sample.trace.inputs)
         axis = tensor_axis(sample.trace, cluster, tokens)
-        self.table: ModelTable = build_table(sample, axis, batch, tokens, fuse=fused)
-        self.pricer = Pricer(cluster, host_op_s=_host_op_s(cluster, fused))
+        self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=run.fusion)
+        self.pricer = Pricer(cluster, run)
 
     def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
         """Price one layout; LayoutError where it cannot be."""
@@ -91,7 +92,7 @@ class Predictor:
         precision = Precision.of(table, found, self.optimizer.states_per_param)
         stages = split(table, found, self.pricer, shape)
         time = step_time(table, stages, found, self.cluster, self.pricer, shape, micro_batches, precision, self.run)
-        memory = [stage_memory(table, s, i, found, shape, micro_batches, precision) for i, s in enumerate(stages)]
+        memory = [stage_memory(table, s, i, found, shape, micro_batches, precision, self.run) for i, s in enumerate(stages)]
         return self._prediction(found, time, stages, max(memory, key=lambda m: m.total))
 
     def _check(self, layout: Layout) -> None:
@@ -138,10 +139,6 @@ def predict(
     if isinstance(layout, (str, Mapping, Layout)):
         return predictor.predict(layout)
     return [predictor.predict(one) for one in layout]
-
-
-def _host_op_s(cluster: ClusterSpec, fused: bool) -> float:
-    return float(getattr(cluster.device, "host_op_s", cluster.device.launch_overhead_s))
 
 
 def _prime_for(model: nn.Module, seq: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.layouts import Layout
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Floats, Shape
 from autopar.predicting.table import ModelTable, Part
 from autopar.predicting.work import Pricer, Work
@@ -92,8 +93,9 @@ def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
     return pricer.work(block.again, shape) if layout.recompute == "selective" else Work()
 
 
-def kept_of(part: Part, table: ModelTable, layout: Layout) -> Floats:
+def kept_of(part: Part, table: ModelTable, layout: Layout, run: Run) -> Floats:
     """[5] bytes that one part holds of one micro-batch from forward to backward."""
+    copies = part.gathered if run.keeps_gathered and layout.sp else 0.0
     if part is table.block and layout.recompute == "full":
         return part.boundary
-    return part.kept_selective if layout.recompute == "selective" else part.kept
+    return (part.kept_selective if layout.recompute == "selective" else part.kept) + copies

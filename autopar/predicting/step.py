@@ -8,6 +8,7 @@ from autopar.cluster import ClusterSpec
 from autopar.cost.collectives import MeshAxis, collective_time_s
 from autopar.layouts import Layout
 from autopar.predicting.memory import Precision, local_numbers
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.stages import Stage, StageWork, stage_work
 from autopar.predicting.table import ModelTable
@@ -37,17 +38,6 @@ class StepTime:
         """All of it."""
         parts = (self.forward_s, self.backward_s, self.recompute_s, self.tensor_messages_s, self.bubble_s)
         return sum(parts) + self.send_s + self.gradients_s + self.gathers_s + self.optimizer_s
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a framework runs a layout. overlap: gradient reductions run beside the last backward pass.
-
-    accumulates_apart: gradients are added to their sum by a kernel of its own, not by the product that makes them.
-    """
-
-    overlap: bool = True
-    accumulates_apart: bool = True
 
 
 def step_time(

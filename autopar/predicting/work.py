@@ -10,8 +10,13 @@ from autopar.cluster import ClusterSpec, DeviceSpec
 from autopar.cost.collectives import MeshAxis, collective_time_s
 from autopar.cost.compute import OpClass, op_time_s
 from autopar.cost.gemm import gemm_times_s
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.table import Pass
+
+# A collective from Python: the buffer, the stream's events, the work object, the wait, and an autograd function of the
+# framework's own around it.
+_COLLECTIVE_OPS = 10
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,10 @@ class Work:
 
 
 class Pricer:
-    """Prices passes on one cluster; every (pass, shape) once.
+    """Prices passes on one cluster; every (pass, shape) once."""
 
-    host_ops: whether the host launches aten ops one by one (eager), and not kernels (compiled, fused).
-    """
-
-    def __init__(self, cluster: ClusterSpec, *, host_op_s: float) -> None:
-        self.cluster, self.device, self.host_op_s = cluster, cluster.device, host_op_s
+    def __init__(self, cluster: ClusterSpec, run: Run) -> None:
+        self.cluster, self.device, self.run = cluster, cluster.device, run
         self._known: dict[tuple[int, Shape], Work] = {}
 
     def work(self, of: Pass, shape: Shape) -> Work:
@@ -78,12 +80,21 @@ class Pricer:
                 seconds += _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
         seconds += len(of.kernels) * self.device.launch_overhead_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
-        host_s = (len(of.kernels) + len(of.messages)) * self.host_op_s
+        messages = len(of.messages) if shape.tensor > 1 else 0
+        host_s = self._host_s(of, messages)
         return Work(seconds, messages_s, host_s, flops)
+
+    def _host_s(self, of: Pass, messages: int) -> float:
+        """What it takes to launch it all."""
+        device = self.device
+        if not self.run.eager:
+            return (len(of.kernels) + messages) * device.host_replay_s
+        op_s = device.host_backward_op_s if of.backward else device.host_op_s
+        return of.host_ops * op_s + messages * _COLLECTIVE_OPS * device.host_op_s
 
     def _message_s(self, kind: str, nbytes: float, shape: Shape) -> float:
         if shape.tensor == 1 or kind == "regather":
-            return 0.0
+            return 0.0  # what is gathered again comes while other products run
         axis = MeshAxis(shape.tensor, 1)
         if kind == "sum" and shape.sequence:
             return collective_time_s("reduce_scatter", nbytes, axis, self.cluster)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autopar.explain import Report
     from autopar.layouts import Layout
     from autopar.plans import Plan
+    from autopar.predicting.predict import Prediction, predict
     from autopar.profiling.run import profile
     from autopar.runtime.program import Program
 
@@ -43,10 +44,12 @@ _LAZY = {
     "ClusterSpec": "autopar.cluster",
     "Layout": "autopar.layouts",
     "Plan": "autopar.plans",
+    "Prediction": "autopar.predicting.predict",
     "Program": "autopar.runtime.program",
     "Report": "autopar.explain",
     "compile": "autopar.api",
     "plan": "autopar.api",
+    "predict": "autopar.predicting.predict",
     "profile": "autopar.profiling.run",
     "verify": "autopar.api",
 }
@@ -62,6 +65,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatch",
+    "Prediction",
     "Program",
     "Report",
     "RuntimeFailure",
@@ -70,6 +74,7 @@ __all__ = [
     "__version__",
     "compile",
     "plan",
+    "predict",
     "profile",
     "verify",
 ]

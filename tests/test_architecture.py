@@ -218,6 +218,7 @@ def test_public_names() -> None:
         "Plan",
         "PlanError",
         "PlanMismatch",
+        "Prediction",
         "Program",
         "Report",
         "RuntimeFailure",
@@ -226,6 +227,7 @@ def test_public_names() -> None:
         "__version__",
         "compile",
         "plan",
+        "predict",
         "profile",
         "verify",
     ]

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
 from autopar.cost.compute import OpClass, op_class, op_name
-from autopar.dataflow import Dataflow, is_backward, module_path, resolve, result_metas, value_name
+from autopar.dataflow import Dataflow, Operand, is_backward, resolve, result_metas, value_name
 from autopar.opcost import compute_dtype, op_flops_of
 from autopar.placements import PARTIAL, Placement, shard_dim
-from autopar.predicting.fusing import groups, is_fusable
-from autopar.predicting.segments import AFTER, BEFORE, BLOCK, leaf_modules, parts
-from autopar.predicting.sizes import ACT, ACT_CUT, ACT_SEQ, FIXED, FIXED_CUT, Floats, share
+from autopar.predicting.fusing import groups
+from autopar.predicting.reading import Reading
+from autopar.predicting.segments import AFTER, BEFORE, BLOCK
+from autopar.predicting.sizes import ACT, ACT_CUT, FIXED, FIXED_CUT, Floats, share
 from autopar.predicting.table import Kernel, Message, ModelTable, Part, Pass, total
 from autopar.predicting.tensor_axis import TensorAxis, is_cut
 from autopar.trace import Sample
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
+_PRODUCTS = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+}
 
 
 def build_table(sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fusion: str) -> ModelTable:
@@ -33,18 +40,14 @@ def build_table(sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fu
     return _Builder(sample, axis, batch, tokens, fusion).table()
 
 
-class _Builder:
-    def __init__(self, sample: Sample, axis: TensorAxis, batch: int, tokens: int, fusion: str) -> None:
-        self.sample, self.axis, self.batch, self.tokens, self.fusion = sample, axis, batch, tokens, fusion
-        self.fuse = fusion != "none"
-        self.trace = sample.trace
-        self.flow = Dataflow.of(self.trace)
-        self.parts = parts(sample)
-        self.leaves = leaf_modules(self.flow)
-        self.params = {p.node: p for p in self.trace.params}
-        self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}
+def keeps_scores(sample: Sample, tokens: int) -> bool:
+    """Whether attention is written out, with a number for every pair of tokens and head."""
+    nodes = Dataflow.of(sample.trace).ops
+    made = [t for n in nodes if op_class(n.target) is OpClass.MATMUL for t in result_metas(n) if t is not None]
+    return tokens > 1 and any(t.dim() > 2 and t.shape[-1] == t.shape[-2] == tokens for t in made)
 
+
+class _Builder(Reading):
     def table(self) -> ModelTable:
         trained = [p for p in self.trace.params if p.fqn in self.trace.grads]
         blocks = self.sample.count
@@ -65,48 +68,6 @@ class _Builder:
             dtype=str(dtype).removeprefix("torch."),
             flops=flops / self.batch,
         )
-
-    # -- sizes ---------------------------------------------------------------------------
-
-    def _kind(self, grows: bool, placement: Placement | None, seq: bool) -> int:
-        if not grows:
-            return FIXED_CUT if is_cut(placement) else FIXED
-        if is_cut(placement):
-            return ACT_CUT
-        return ACT_SEQ if seq and placement != PARTIAL else ACT
-
-    def _size(self, tensor: torch.Tensor, placement: Placement | None, seq: bool) -> Floats:
-        """[5] bytes of a tensor in a placement."""
-        grows = self._grows(tensor)
-        nbytes = tensor.numel() * tensor.element_size() / (self.batch if grows else 1)
-        return share(nbytes, self._kind(grows, placement, seq))
-
-    def _grows(self, tensor: torch.Tensor) -> bool:
-        return any(int(d) % self.batch == 0 for d in tensor.shape if int(d))
-
-    def _node_grows(self, node: fx.Node) -> bool:
-        return any(self._grows(t) for t in result_metas(node) if t is not None)
-
-    def _runs_by_sequence(self, node: fx.Node) -> bool:
-        """Whether the op is one of those that sequence parallelism cuts: nothing it takes or makes is cut already."""
-        rule = self.axis.rules[node.name]
-        operands = self.flow.operands_of[node]
-        taken = [p for o, p in zip(operands, rule.inputs, strict=True) if self._grows(o.tensor)]
-        made = [p for t, p in zip(result_metas(node), rule.outputs, strict=True) if t is not None and self._grows(t)]
-        plain = all(p == "R" for p in (*taken, *made))
-        return plain and op_class(node.target) not in (OpClass.MATMUL, OpClass.ATTENTION, OpClass.CONVOLUTION)
-
-    def _value_size(self, value: str) -> Floats:
-        """[5] bytes of a base value as it is held: after its summands are summed."""
-        node = self.made_by[value]
-        tensor = result_metas(node)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        assert tensor is not None
-        placement = self.axis.made[value]
-        return self._size(tensor, "R" if placement == PARTIAL else placement, self._is_held_by_sequence(value))
-
-    def _is_held_by_sequence(self, value: str) -> bool:
-        node = self.made_by[value]
-        return self.axis.made[value] == PARTIAL or self._runs_by_sequence(node)
 
     # -- kernels --------------------------------------------------------------------------
 
@@ -130,7 +91,13 @@ class _Builder:
         dtype = compute_dtype(first, self.flow.operands_of[first])
         kind = op_class(first.target)
         return Kernel(
-            op_name(first.target), kind, dtype, self._dims(first), flops, total([*read.values(), *written]), len(members)
+            op_name(first.target),
+            kind,
+            dtype,
+            self._dims(first),
+            flops,
+            total([*read.values(), *written]),
+            len(members),
         )
 
     def _is_internal(self, value: str, members: list[fx.Node]) -> bool:
@@ -148,11 +115,11 @@ class _Builder:
 
     def _dims(self, node: fx.Node) -> Floats | None:
         """[4, 5] batch, rows, columns, contracted dim."""
-        slots = _PRODUCTS.get(node.target)
+        target: Any = node.target
+        slots = _PRODUCTS.get(target)
         if slots is None:
             return None
         operands, rule = self.flow.operands_of[node], self.axis.rules[node.name]
-        # a bias that is no operand of its own shifts the slots
         left, right = operands[slots[0]].tensor, operands[slots[1]].tensor
         cut_left, cut_right = shard_dim(rule.inputs[slots[0]]), shard_dim(rule.inputs[slots[1]])
         at = left.dim() - 2
@@ -173,31 +140,40 @@ class _Builder:
     # -- messages ---------------------------------------------------------------------------
 
     def _messages(self, ops: list[fx.Node], *, backward: bool) -> tuple[Message, ...]:
-        found: dict[tuple[str, str], Message] = {}
+        found: list[Message] = []
         for node in ops:
-            seq = self._runs_by_sequence(node)
-            for operand, taken in zip(self.flow.operands_of[node], self.axis.taken[node.name], strict=True):
-                made = self.axis.made.get(operand.value, "R")
-                maker = self.made_by.get(operand.value)
-                if maker is None:
-                    continue
-                size = self._size(operand.base_tensor, "R", False)
-                grows = self._grows(operand.base_tensor)
-                if made == PARTIAL and taken == "R":
-                    at_home = is_backward(maker) == backward
-                    if at_home:
-                        kind = "sum" if grows else "reduce"
-                        found[operand.value, kind] = Message(kind, size)
-                seen = operand.base_tensor
-                if seen.dim() < 3 and not seen.is_floating_point():
-                    continue  # token ids, positions: whole on every rank
-                if grows and taken == "R" and not seq and self._is_held_by_sequence(operand.value) and not (
-                    self._has_pairs(seen) and seen.shape[-3] == 1
-                ):
-                    kind = "gather" if is_backward(maker) == backward else "regather"
-                    found[operand.value, kind] = Message(kind, size)
-            found |= {(node.name, str(i)): m for i, m in enumerate(self._inner(node))}
-        return tuple(found.values())
+            found += [m for i in range(len(result_metas(node))) for m in self._summed(value_name(node, i), backward)]
+            found += self._inner(node)
+        gathered = {o.value: o for n in ops for o in self._gathered_operands(n)}
+        for value, operand in gathered.items():
+            kind = "gather" if is_backward(self.made_by[value]) == backward else "regather"
+            found.append(Message(kind, self._size(operand.base_tensor, "R", False)))
+        return tuple(found)
+
+    def _summed(self, value: str, backward: bool) -> list[Message]:
+        """The all-reduce of a value that is made in summands and used whole."""
+        uses = self.flow.uses.get(value, ())
+        if self.axis.made.get(value) != PARTIAL or not uses:
+            return []
+        if not any(self.axis.taken[u.user.name][u.slot] == "R" for u in uses):
+            return []
+        tensor = uses[0].operand.base_tensor
+        return [Message("sum" if self._grows(tensor) else "reduce", self._size(tensor, "R", False))]
+
+    def _gathered_operands(self, node: fx.Node) -> list[Operand]:
+        """What sequence parallelism cuts and this op wants whole. Token ids and masks are whole everywhere."""
+        if self._runs_by_sequence(node):
+            return []
+        found = []
+        for operand, taken in zip(self.flow.operands_of[node], self.axis.taken[node.name], strict=True):
+            tensor = operand.base_tensor
+            mask = self._has_pairs(tensor) and tensor.shape[-3] == 1
+            whole = operand.value not in self.made_by or taken != "R" or not self._grows(tensor) or mask
+            if whole or not tensor.is_floating_point():
+                continue
+            if self._is_held_by_sequence(operand.value):
+                found.append(operand)
+        return found
 
     def _inner(self, node: fx.Node) -> list[Message]:
         """The collectives inside of a lowering, as in a loss over a cut vocabulary."""
@@ -211,77 +187,6 @@ class _Builder:
             grows = any(int(s) % self.batch == 0 for s in kept)
             found.append(Message("reduce", share(nbytes / (self.batch if grows else 1), ACT if grows else FIXED)))
         return found
-
-    # -- what lives how long ----------------------------------------------------------------
-
-    def _is_remade(self, value: str, user: fx.Node) -> bool:
-        """Whether a backward op gets a value of a leaf module (a norm, an activation) by making it again on the way."""
-        maker = self.made_by[value]
-        path = module_path(maker)
-        if is_backward(maker) or not is_backward(user) or path not in self.leaves or not is_fusable(maker):
-            return False
-        users = [u.user for u in self.flow.uses.get(value, ())]
-        return self.fuse and all(module_path(u) == path for u in users) and self._grows_much(value)
-
-    def _grows_much(self, value: str) -> bool:
-        """More than a number per token: statistics are kept."""
-        maker = self.made_by[value]
-        tensor = result_metas(maker)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        return tensor is not None and self._grows(tensor) and tensor.numel() > 4 * self.batch * self.tokens
-
-    def _kept(self, ops: list[fx.Node]) -> dict[str, Floats]:
-        """Forward values of these ops that the backward pass uses, in bytes; of wide ones, a narrow copy if made."""
-        found: dict[str, Floats] = {}
-        for node in ops:
-            for index, tensor in enumerate(result_metas(node)):
-                value = value_name(node, index)
-                if tensor is not None and self._is_kept(value):
-                    narrow = self._narrow_copy(value)
-                    found[narrow or value] = self._value_size(narrow or value)
-        return found
-
-    def _gathered(self, kept: dict[str, Floats]) -> Floats:
-        """[5] the copies that sequence parallelism gathers for the forward pass and wants again in the backward."""
-        again = total([])
-        for value in kept:
-            users = [u for u in self.flow.uses.get(value, ()) if not self._runs_by_sequence(u.user)]
-            wanted = {is_backward(u.user) for u in users}
-            if wanted == {False, True} and self._is_held_by_sequence(value):
-                tensor = self.made_by[value].meta["val"]
-                again = again + self._size(tensor[0] if isinstance(tensor, (tuple, list)) else tensor, "R", False)
-        return again
-
-    def _is_kept(self, value: str) -> bool:
-        users = [u.user for u in self.flow.uses.get(value, ())]
-        later = [u for u in users if is_backward(u)]
-        if any(not self._is_remade(value, u) for u in later):
-            return True
-        # what a value that is made again is made of
-        return any(self._feeds_remade(value, u) for u in users if not is_backward(u))
-
-    def _feeds_remade(self, value: str, user: fx.Node) -> bool:
-        path = module_path(user)
-        if not self.fuse or path not in self.leaves or module_path(self.made_by[value]) == path or not is_fusable(user):
-            return False
-        if not self._grows_much(value):
-            return False
-        inside = [n for n in self.flow.ops if module_path(n) == path and not is_backward(n)]
-        remade = (value_name(n, i) for n in inside for i in range(len(result_metas(n))))
-        return any(
-            self._is_remade(v, u.user) for v in remade if v in self.made_by for u in self.flow.uses.get(v, ())
-        )
-
-    def _narrow_copy(self, value: str) -> str | None:
-        """The cast of a value to a narrower dtype, if a fused kernel makes one: it can be kept instead."""
-        maker = self.made_by[value]
-        if self.fusion != "all" or not is_fusable(maker):
-            return None
-        for use in self.flow.uses.get(value, ()):
-            if use.user.target is aten._to_copy.default and not is_backward(use.user):
-                (made,) = result_metas(use.user)
-                if made is not None and made.element_size() < use.operand.base_tensor.element_size():
-                    return value_name(use.user)
-        return None
 
     def _alive(self, kernels: list[list[fx.Node]], kept: dict[str, Floats], *, backward: bool) -> Floats:
         """[kernels, 5]: what the pass made and still needs, while each kernel runs; backward also what was kept."""
@@ -333,23 +238,14 @@ class _Builder:
         )
 
     def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], *, backward: bool) -> Pass:
-        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self.leaves)
+        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self._alike)
         return Pass(
             tuple(self._kernel(k) for k in kernels),
             self._messages(ops, backward=backward),
             self._alive(kernels, kept, backward=backward),
-            self._host_ops(ops),
+            self._views(ops),
             backward,
         )
-
-    def _is_quadratic(self, value: str) -> bool:
-        """Scores of all pairs of tokens: what grows with the square of the sequence."""
-        maker = self.made_by[value]
-        tensor = result_metas(maker)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        return tensor is not None and self._has_pairs(tensor) and math.prod(tensor.shape[:-2]) > self.batch
-
-    def _has_pairs(self, tensor: torch.Tensor) -> bool:
-        return tensor.dim() > 2 and self.tokens > 1 and tensor.shape[-1] == tensor.shape[-2] == self.tokens
 
     def _again(self, forward: list[fx.Node], wanted: set[str], there: set[str]) -> Pass:
         """The forward ops that make `wanted` from what is there."""
@@ -360,14 +256,17 @@ class _Builder:
             if node in needed or node not in inside:
                 continue
             needed.add(node)
-            stack += [self.made_by[o.value] for o in self.flow.operands_of[node] if o.value not in there and o.value in self.made_by]
+            stack += [
+                self.made_by[o.value]
+                for o in self.flow.operands_of[node]
+                if o.value not in there and o.value in self.made_by
+            ]
         ops = [n for n in forward if n in needed]
-        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self.leaves)
-        return Pass(tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._host_ops(ops), False)
+        kernels = groups(self.flow, ops, self._node_grows, self.fusion, self._alike)
+        return Pass(tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._views(ops), False)
 
-    def _host_ops(self, ops: list[fx.Node]) -> int:
-        """Ops that eager execution dispatches: views too."""
-        return len(ops) + len({v.node for n in ops for o in self.flow.operands_of[n] for v in o.views})
+    def _views(self, ops: list[fx.Node]) -> int:
+        return len({v.node for n in ops for o in self.flow.operands_of[n] for v in o.views})
 
     def _boundary(self, forward: list[fx.Node]) -> Floats:
         inside = set(forward)
@@ -376,7 +275,11 @@ class _Builder:
             for index, tensor in enumerate(result_metas(node)):
                 value = value_name(node, index)
                 users = [u.user for u in self.flow.uses.get(value, ())]
-                if tensor is not None and self._grows_much(value) and any(u not in inside and not is_backward(u) for u in users):
+                if (
+                    tensor is not None
+                    and self._grows_much(value)
+                    and any(u not in inside and not is_backward(u) for u in users)
+                ):
                     found[value] = self._value_size(value)
         return total(list(found.values()))
 
@@ -390,5 +293,3 @@ class _Builder:
     def _numbers(self, node: str) -> Floats:
         param = self.params[node]
         return share(math.prod(param.shape), FIXED_CUT if is_cut(self.axis.params[param.fqn]) else FIXED)
-
-

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import fx
 
 from autopar.cost.compute import OpClass, op_class
-from autopar.dataflow import Dataflow, module_path, result_metas
+from autopar.dataflow import Dataflow, result_metas
 
 _FUSABLE = (OpClass.ELEMENTWISE, OpClass.REDUCTION, OpClass.RANDOM)
 _ALONE = ("nll_loss", "cumsum", "embedding")
@@ -21,13 +21,18 @@ FUSION = ("none", "modules", "all")
 
 
 def groups(
-    flow: Dataflow, ops: list[fx.Node], grows: Callable[[fx.Node], bool], fusion: str, leaves: frozenset[str]
+    flow: Dataflow,
+    ops: list[fx.Node],
+    grows: Callable[[fx.Node], bool],
+    fusion: str,
+    alike: Callable[[fx.Node, fx.Node], bool],
 ) -> list[list[fx.Node]]:
     """The ops in kernels, in order of each kernel's last op.
 
     grows: whether an op's first result grows with the batch: a sum over tokens is a kernel of its own.
-    fusion: "none", "modules" (a norm or an activation is one kernel, the rest is eager) or "all".
-    leaves: paths of the modules that have none inside.
+    fusion: "none", "modules" (what is written as a module of its own, a norm or an activation, is one kernel, and so
+        is what lies between the two products of attention that keeps its scores) or "all".
+    alike: whether two ops are of one such module.
     """
     kernel_of: dict[fx.Node, int] = {}
     kernels: list[list[fx.Node]] = []
@@ -35,7 +40,7 @@ def groups(
     for node in ops:
         sources = [kernel_of[o.node] for o in flow.operands_of[node] if o.node in kernel_of]
         joined = _group_to_join(node, sources, kernels, before, grows) if fusion != "none" else None
-        if joined is not None and fusion == "modules" and not _in_one_module(node, kernels[joined], leaves):
+        if joined is not None and fusion == "modules" and not all(alike(node, n) for n in kernels[joined]):
             joined = None
         if joined is None:
             joined = len(kernels)
@@ -48,11 +53,6 @@ def groups(
                 before[joined] |= {source} | before[source]
     place = {node: i for i, node in enumerate(ops)}
     return sorted(kernels, key=lambda kernel: place[kernel[-1]])
-
-
-def _in_one_module(node: fx.Node, kernel: list[fx.Node], leaves: frozenset[str]) -> bool:
-    path = module_path(node)
-    return path in leaves and all(module_path(n) == path for n in kernel)
 
 
 def _group_to_join(

@@ -1,8 +1,8 @@
 """The peak of device memory on each pipeline stage.
 
-    parameters, gradients, optimizer state     by ZeRO stage (Rajbhandari et al. 2020)
-    what is kept for the backward pass          times the micro-batches in flight (Narayanan et al. 2021)
-    the highest point of a pass above that      from the life of every tensor of the trace
+parameters, gradients, optimizer state     by ZeRO stage (Rajbhandari et al. 2020)
+what is kept for the backward pass          times the micro-batches in flight (Narayanan et al. 2021)
+the highest point of a pass above that      from the life of every tensor of the trace
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of one number: of a parameter, of its gradient as it is summed, of the optimizer's state and master copy."""
+    """Bytes of one number: a parameter, its gradient as it is summed, the optimizer's state with the master copy."""
 
     parameter: int
     gradient: int
@@ -73,7 +73,14 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
 
 
 def stage_memory(
-    table: ModelTable, stage: Stage, at: int, layout: Layout, shape: Shape, micro_batches: int, precision: Precision, run: Run
+    table: ModelTable,
+    stage: Stage,
+    at: int,
+    layout: Layout,
+    shape: Shape,
+    micro_batches: int,
+    precision: Precision,
+    run: Run,
 ) -> StageMemory:
     """The peak on the ranks of stage `at`."""
     weights = shape.weights

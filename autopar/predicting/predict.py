@@ -16,7 +16,7 @@ from autopar.errors import LayoutError
 from autopar.layouts import Layout, check_layout, parse_layout
 from autopar.models import example_inputs as inputs_for
 from autopar.precision import MODEL
-from autopar.predicting.build import build_table
+from autopar.predicting.build import build_table, keeps_scores
 from autopar.predicting.memory import Precision, StageMemory, stage_memory
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
@@ -27,7 +27,6 @@ from autopar.predicting.tensor_axis import tensor_axis
 from autopar.predicting.work import Pricer
 from autopar.trace import trace_sample
 
-_USUAL = Run()
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
@@ -71,17 +70,18 @@ class Predictor:
         global_batch: int,
         precision: str = MODEL,
         optimizer: str = "adamw",
-        run: Run = _USUAL,
+        run: Run | None = None,
     ) -> None:
-        self.cluster, self.global_batch, self.run = cluster, global_batch, run
+        self.cluster, self.global_batch = cluster, global_batch
         self.optimizer = OptimizerSpec(optimizer)
         batch = _prime_for(model, seq)
         call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
         sample = trace_sample(model, call, precision=precision)
         tokens = _tokens(sample.trace.inputs)
+        self.run = run or Run.usual(keeps_scores(sample, tokens))
         axis = tensor_axis(sample.trace, cluster, tokens)
-        self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=run.fusion)
-        self.pricer = Pricer(cluster, run)
+        self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=self.run.fusion)
+        self.pricer = Pricer(cluster, self.run)
 
     def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
         """Price one layout; LayoutError where it cannot be."""
@@ -92,7 +92,9 @@ class Predictor:
         precision = Precision.of(table, found, self.optimizer.states_per_param)
         stages = split(table, found, self.pricer, shape)
         time = step_time(table, stages, found, self.cluster, self.pricer, shape, micro_batches, precision, self.run)
-        memory = [stage_memory(table, s, i, found, shape, micro_batches, precision, self.run) for i, s in enumerate(stages)]
+        memory = [
+            stage_memory(table, s, i, found, shape, micro_batches, precision, self.run) for i, s in enumerate(stages)
+        ]
         return self._prediction(found, time, stages, max(memory, key=lambda m: m.total))
 
     def _check(self, layout: Layout) -> None:
@@ -132,7 +134,7 @@ def predict(
 ) -> Prediction | list[Prediction]:
     """Price a layout that a person names, or a list of them with one trace.
 
-    options: those of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer.
+    options: of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer.
     Raises LayoutError for a layout that cannot be, TraceError for a model that cannot be traced.
     """
     predictor = Predictor(model, cluster, global_batch=global_batch, **options)
@@ -144,7 +146,11 @@ def predict(
 def _prime_for(model: nn.Module, seq: int | None) -> int:
     """A batch by which no other size of the model divides."""
     sizes = {d for p in (*model.parameters(), *model.buffers()) for d in p.shape} | ({seq} if seq else set())
-    heads = {v for v in vars(getattr(model, "config", None) or object()).values() if isinstance(v, int) and v > 0} if hasattr(model, "config") else set()
+    heads = (
+        {v for v in vars(getattr(model, "config", None) or object()).values() if isinstance(v, int) and v > 0}
+        if hasattr(model, "config")
+        else set()
+    )
     found = next((p for p in _PRIMES if all(s % p for s in sizes | heads)), None)
     if found is None:
         raise LayoutError(f"every batch of {_PRIMES} divides some size of the model; change the model's width a little")

@@ -7,16 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """Defaults are those of a careful eager framework of today.
+    """Defaults are those of most published runs: eager PyTorch, norms and activations fused by hand.
 
-    fusion: see `autopar.predicting.fusing`. eager: the host dispatches every aten op, not every kernel.
-    overlap: gradient reductions run beside the last backward pass.
+    fusion: see `autopar.predicting.fusing`. eager: Python dispatches every kernel; else compiled code does.
+    overlap: gradient reductions run beside the last backward pass (with ZeRO stage 3 they always do).
     accumulates_apart: gradients are added to their sum by a kernel of its own, not by the product that makes them.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
     """
 
-    fusion: str = "all"
+    fusion: str = "modules"
     eager: bool = True
-    overlap: bool = True
+    overlap: bool = False
     accumulates_apart: bool = True
     keeps_gathered: bool = False
+
+    @staticmethod
+    def usual(keeps_scores: bool) -> Run:
+        """That of published runs.
+
+        keeps_scores: attention is written out and keeps a score for every pair of tokens, as in Megatron-LM of 2021
+        and 2022, which has kernels of its own for all that is elementwise, and for the accumulation of gradients.
+        """
+        return Run(fusion="all", accumulates_apart=False) if keeps_scores else Run()

@@ -14,8 +14,6 @@ from autopar.predicting.stages import Stage, StageWork, stage_work
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer, Work
 
-_CLIP_READS = 2  # of every gradient: its norm, and its scaling
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -56,13 +54,17 @@ def step_time(
         _with_accumulation(stage_work(table, s, layout, pricer, shape), table, s, cluster, shape, precision, run)
         for s in stages
     ]
-    zero3_s = [_zero3_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True)]
+    zero3_s = [
+        _zero3_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True)
+    ]
     slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + zero3_s[i])
     worst = works[slow]
     send_s = _send_s(table, layout, cluster, shape)
     bubble_s = _bubble_s(layout, works, slow, send_s)
     sends = 0.0 if layout.pp == 1 else 2 * micro_batches * layout.vpp * send_s
-    reduce_s = max(_reduce_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True))
+    reduce_s = max(
+        _reduce_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True)
+    )
     numbers = max(local_numbers(table, s, shape) for s in stages)
     messages = worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s
     return StepTime(
@@ -123,7 +125,11 @@ def _send_s(table: ModelTable, layout: Layout, cluster: ClusterSpec, shape: Shap
     part = table.block or table.before
     stride = layout.tp * layout.cp * layout.dp
     nbytes = float(part.boundary @ shape.weights)
-    return collective_time_s("permute", nbytes, MeshAxis(layout.pp, stride), cluster)
+    if layout.tp == 1 or layout.sp:
+        return collective_time_s("permute", nbytes, MeshAxis(layout.pp, stride), cluster)
+    # each rank of a tensor group sends its part, which is gathered there (Narayanan et al. 2021, section 4.1)
+    gather_s = collective_time_s("all_gather", nbytes, MeshAxis(layout.tp, 1), cluster)
+    return gather_s + collective_time_s("permute", nbytes / layout.tp, MeshAxis(layout.pp, stride), cluster)
 
 
 def _data_axis(layout: Layout) -> MeshAxis:
@@ -146,8 +152,9 @@ def _reduce_s(
     tied_s = 0.0
     if layout.pp > 1 and (stage.first or stage.last):
         tied = float(table.after.tied @ shape.weights) * precision.gradient
-        pair = MeshAxis(2, layout.tp * layout.cp * layout.dp)  # as far apart as neighbours, or further
-        tied_s = collective_time_s("all_reduce", tied, pair, cluster) if tied else 0.0
+
+        ends = MeshAxis(layout.pp, layout.tp * layout.cp * layout.dp)
+        tied_s = collective_time_s("permute", tied, ends, cluster) if tied else 0.0  # they exchange and add
     if axis.size == 1 or layout.zero == 3:
         return tied_s
     kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
@@ -178,8 +185,6 @@ def _zero3_s(
     numbers = local_numbers(table, stage, shape)
     gather_s = collective_time_s("all_gather", numbers * precision.parameter, axis, cluster)
     scatter_s = collective_time_s("reduce_scatter", numbers * precision.gradient, axis, cluster)
-    if not run.overlap:
-        return 2 * gather_s + scatter_s
     first = 1 / max(1, stage.blocks + 1)
     forward = max(gather_s - work.forward.seconds, gather_s * first)
     backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * first)
@@ -189,8 +194,14 @@ def _zero3_s(
 def _optimizer_s(
     table: ModelTable, numbers: float, layout: Layout, cluster: ClusterSpec, precision: Precision
 ) -> float:
-    """State is read and written, the gradient read (and once for its norm, once for its scaling), parameters written."""
+    """Every pass of the optimizer over its share reads and writes memory, and nothing else counts.
+
+    Gradients: read for their norm, read and written to clip them, read by the update; in float16 read and written once
+    more to take the loss scale out. State: read and written. A master copy is read again to write the parameter.
+    """
     own = numbers / (layout.dp * layout.cp if layout.zero else 1)
-    nbytes = own * ((1 + _CLIP_READS) * precision.gradient + 2 * precision.state + precision.parameter)
+    gradient_passes = 4 + (2 if table.dtype == "float16" else 0)
+    copied = 4 if table.itemsize < 4 else 0
+    nbytes = own * (gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter)
     rate = cluster.device.memory_bytes_per_s * cluster.device.memory_efficiency_fraction
     return nbytes / rate

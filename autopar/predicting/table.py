@@ -42,23 +42,23 @@ class Message:
 @dataclass(frozen=True)
 class Pass:
     """Forward or backward pass of one part. alive: [kernels, 5] bytes that exist while each kernel runs, of what the
-    pass makes itself, and (backward) of what was kept for it. host_ops: what eager execution dispatches."""
+    pass makes itself, and (backward) of what was kept for it. views: that eager execution makes."""
 
     kernels: tuple[Kernel, ...]
     messages: tuple[Message, ...]
     alive: Floats
-    host_ops: int
+    views: int
     backward: bool
 
 
 @dataclass(frozen=True)
 class Part:
-    """Before the blocks, a block, or after them.
+    """Before the blocks, a block, or after them. Sizes are vectors of five shares (`autopar.predicting.sizes`).
 
-    kept: [5] bytes from forward to backward. kept_selective: without what only the attention core needs, which
-    `again` recomputes. gathered: [5] copies that sequence parallelism gathers and that may be kept, too. boundary: [5] bytes that go on to the next part (all that full recomputation keeps of a block).
-    parameters: numbers (count) stored whole and cut on the tensor axis, and of these the trained ones that are cut no
-    further; tied: the numbers among them that another part uses as well. tensors: how many parameters.
+    kept: bytes from forward to backward. kept_selective: without what only the attention core needs, which `again`
+        makes once more. gathered: copies that sequence parallelism gathers and that may be kept, too.
+    boundary: bytes that go on to the next part, all that full recomputation keeps of a block.
+    parameters: how many numbers; tied: those among them that another part uses as well. tensors: how many parameters.
     """
 
     forward: Pass

@@ -32,6 +32,7 @@ _RANKS = 2
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
 _LARGE = 4  # times the activation it makes: a table of that size is cut though that costs a collective
 _TIME_LIMIT_S = 20.0
+_GAP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def tensor_axis(trace: Trace, cluster: ClusterSpec, tokens: int) -> TensorAxis:
     large = _large_tables(trace, tokens)
     pins = Pins(allow_param=lambda p, state: p.fqn not in large or state != ("R",))
     stated = build_problem(trace, costs, OptimizerSpec("none"), pins=pins, views=MergedDims(costs.mesh))
-    found = solve(_only_sums(stated), time_limit_s=_TIME_LIMIT_S)
+    found = solve(_only_sums(stated), time_limit_s=_TIME_LIMIT_S, gap=_GAP)
     return _read(trace, stated.decisions(found.solution))
 
 
@@ -88,7 +89,7 @@ def resolve_shape(view: fx.Node) -> tuple[int, ...]:
 
 def merged_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The groups of dims that a reshape merges or splits: dims before, dims after, of equal product."""
-    groups = []
+    groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) and j < len(after):
         left, right = [i], [j]

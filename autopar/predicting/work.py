@@ -14,9 +14,10 @@ from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.table import Pass
 
-# A collective from Python: the buffer, the stream's events, the work object, the wait, and an autograd function of the
-# framework's own around it.
-_COLLECTIVE_OPS = 10
+# What a collective of the tensor axis costs the host, in ops of the forward pass: the framework's autograd function,
+# the buffer, contiguity, the stream's events, the work object, the wait, and Python around all of them. From the floor
+# of 4.4 ms a layer and micro-batch that eager tensor parallelism shows at any degree on one node of H100.
+_COLLECTIVE_OPS = 28
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Pricer:
             if kernel.dims is None:
                 nbytes = float(kernel.bytes @ weights)
                 seconds += _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
-        seconds += len(of.kernels) * self.device.launch_overhead_s
+        seconds += len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0
         host_s = self._host_s(of, messages)
@@ -88,9 +89,12 @@ class Pricer:
         """What it takes to launch it all."""
         device = self.device
         if not self.run.eager:
-            return (len(of.kernels) + messages) * device.host_replay_s
-        op_s = device.host_backward_op_s if of.backward else device.host_op_s
-        return of.host_ops * op_s + messages * _COLLECTIVE_OPS * device.host_op_s
+            return (len(of.kernels) + messages) * device.host_compiled_op_s
+        op_s, view_s = device.host_op_s, device.host_view_s
+        if of.backward:
+            op_s, view_s = device.host_backward_op_s, 0.0
+        collective_s = _COLLECTIVE_OPS * device.host_op_s
+        return len(of.kernels) * op_s + of.views * view_s + messages * collective_s
 
     def _message_s(self, kind: str, nbytes: float, shape: Shape) -> float:
         if shape.tensor == 1 or kind == "regather":

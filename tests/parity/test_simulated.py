@@ -131,3 +131,31 @@ def test_unmodified_llama(monkeypatch: pytest.MonkeyPatch) -> None:
 def _dtype(node: torch.fx.Node) -> torch.dtype | None:
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+class BiasedPair(torch.nn.Module):
+    """A column-parallel layer and a row-parallel one, both with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(16, 32, dtype=torch.float64)
+        self.down = torch.nn.Linear(32, 16, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, 16]."""
+        return self.down(torch.nn.functional.gelu(self.up(x))).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mesh", [(2,), (3,), (2, 2)], ids=["2", "3", "2x2"])
+def test_each_rank_adds_its_share_of_a_bias(mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    size = 48 if 3 in mesh else 32
+    model = BiasedPair()
+    if size != 32:
+        model.up, model.down = (torch.nn.Linear(a, b, dtype=torch.float64) for a, b in ((16, size), (size, 16)))
+    of = make_case(model, ((torch.randn(6, 16, dtype=torch.float64),), {}))
+    cut = {"up.weight": ("S(0)",) * len(mesh), "down.weight": ("S(1)",) * len(mesh)}
+    plan = planned(of, mesh, monkeypatch, pin={"mesh": list(mesh), **cut})
+    lowered = [r.lowering for d in plan.decisions.nodes.values() for r in d.rules]
+    assert "shared_bias" in lowered
+    assert_equal_to_eager(of, plan)

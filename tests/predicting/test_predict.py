@@ -1,0 +1,143 @@
+"""Predictions of named layouts: what the model's tensors and products must come to."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autopar
+from autopar.predicting.predict import Predictor
+from autopar.predicting.sizes import Shape
+from autopar.predicting.table import ModelTable
+
+HEADS, HIDDEN, SEQ, LAYERS, VOCAB = 16, 1024, 512, 8, 4096
+CLUSTER = autopar.ClusterSpec.preset("a100-80g", gpus=8)
+
+
+def gpt(**changes: Any) -> nn.Module:
+    """Megatron's GPT: separate projections, GELU, dropout, scores written out."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, ffn_dim=4 * HIDDEN, vocab_size=VOCAB,
+        max_position_embeddings=SEQ, word_embed_proj_dim=HIDDEN, activation_function="gelu", use_cache=False, **changes,
+    )  # fmt: skip
+    config.dropout = config.attention_dropout = 0.1
+    with torch.device("meta"):
+        return OPTForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float16).train()
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=2816, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, vocab_size=VOCAB, max_position_embeddings=SEQ, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+
+
+@cache
+def predictor(name: str, batch: int = 32) -> Predictor:
+    return Predictor({"gpt": gpt, "llama": llama}[name](), CLUSTER, seq=SEQ, global_batch=batch)
+
+
+def block(name: str) -> Any:
+    table: ModelTable = predictor(name).table
+    assert table.block is not None
+    return table.block
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (8, False), (8, True)])
+def test_activations_of_a_gpt_layer(tensor: int, sequence: bool) -> None:
+    """Korthikanti et al. 2022, table 2: bytes a layer keeps, s b h (...), from nothing but the trace."""
+    micro_batch = 4
+    tokens = SEQ * micro_batch * HIDDEN
+    scores = 5 * HEADS * SEQ / HIDDEN
+    expected = tokens * (34 + scores) / tensor if sequence else tokens * (10 + 24 / tensor + scores / tensor)
+    kept = float(block("gpt").kept @ Shape(micro_batch, tensor, 1, sequence).weights)
+    assert kept == pytest.approx(expected, rel=1e-3)
+
+
+def test_selective_and_full_recomputation_keep_what_the_paper_says() -> None:
+    weights = Shape(4, 8, 1, True).weights
+    tokens = SEQ * 4 * HIDDEN
+    assert float(block("gpt").kept_selective @ weights) == pytest.approx(34 * tokens / 8, rel=1e-3)
+    assert float(block("gpt").boundary @ Shape(4, 8).weights) == pytest.approx(2 * tokens)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_tensor_parallelism_is_megatrons(name: str) -> None:
+    """Two sums a layer and pass, all matrices cut, and the products of a rank are its share."""
+    for one in (block(name).forward, block(name).backward):
+        assert [m.kind for m in one.messages].count("sum") == 2
+    whole, cut = block(name).parameters[:2]
+    assert whole < cut / 100
+    flops = sum(k.flops for k in block(name).forward.kernels)
+    assert float(flops @ Shape(2, 8).weights) == pytest.approx(float(flops @ Shape(2).weights) / 8, rel=0.02)
+
+
+def test_flops_are_the_models() -> None:
+    """2 FLOPs a parameter of a matrix and token, thrice, and the attention (causal or not, as traced)."""
+    table = predictor("gpt").table
+    matrices = LAYERS * 12 * HIDDEN**2 + VOCAB * HIDDEN
+    attention = LAYERS * 4 * SEQ * HIDDEN
+    assert table.flops == pytest.approx(3 * SEQ * (2 * matrices + attention), rel=1e-3)
+
+
+def test_parameters_and_state_in_memory() -> None:
+    """18 bytes a parameter in half precision with float32 gradients; less per rank with each ZeRO stage."""
+    count = sum(p.numel() for p in llama().parameters())
+    found = {zero: predictor("llama").predict({"zero": zero}).breakdown["memory_bytes"] for zero in (0, 1, 2)}
+    assert found[0]["parameters"] == 2 * count
+    assert found[0]["gradients"] == 4 * count
+    assert found[0]["optimizer"] == 12 * count
+    assert found[1]["optimizer"] == pytest.approx(12 * count / 8, abs=1)
+    assert (found[1]["gradients"], found[2]["gradients"]) == (4 * count, pytest.approx(4 * count / 8, abs=1))
+
+
+def test_more_devices_of_a_degree_do_what_they_are_for() -> None:
+    base = predictor("llama").predict("dp=8")
+    assert predictor("llama").predict("tp=8").peak_bytes < base.peak_bytes
+    assert predictor("llama").predict("pp=8").peak_bytes < base.peak_bytes
+    assert predictor("llama").predict("dp=8,recompute=full").peak_bytes < base.peak_bytes
+    assert predictor("llama").predict("dp=8,recompute=full").step_time_s > base.step_time_s
+    bubbles = [predictor("llama").predict(x).breakdown["bubble_s"] for x in ("pp=4", "pp=4,vpp=2")]
+    assert bubbles[0] == pytest.approx(2 * bubbles[1], rel=0.35)
+
+
+def test_figures_agree_with_each_other() -> None:
+    found = predictor("llama").predict("dp=2,tp=2,pp=2")
+    parts = sum(v for k, v in found.breakdown.items() if k.endswith("_s"))
+    assert found.step_time_s == pytest.approx(parts, rel=1e-9)
+    assert found.tokens_per_s_per_gpu == pytest.approx(32 * SEQ / found.step_time_s / 8)
+    assert found.mfu == pytest.approx(found.hfu) and 0 < found.mfu < 1
+    assert found.peak_bytes == pytest.approx(sum(found.breakdown["memory_bytes"].values()), abs=8)
+
+
+def test_a_list_of_layouts_is_priced_quickly() -> None:
+    """200 layouts a second, once the model is traced."""
+    one = predictor("llama", 128)
+    layouts = [
+        {"tp": t, "pp": p, "micro_batch": m, "zero": z}
+        for t in (1, 2, 4) for p in (1, 2) for m in (1, 2, 4) for z in (0, 1, 2)
+    ]  # fmt: skip
+    one.predict(layouts[0])
+    began = time.process_time()
+    assert all(one.predict(layout).step_time_s > 0 for layout in layouts)
+    assert len(layouts) / (time.process_time() - began) > 200
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [("tp=3", "8"), ("pp=16,tp=1", "16"), ("dp=8,micro_batch=3", "micro_batch"), ("tp=8,nonsense=1", "nonsense")],
+)
+def test_impossible_layouts_are_refused(layout: str, message: str) -> None:
+    with pytest.raises(autopar.LayoutError, match=message):
+        predictor("llama").predict(layout)

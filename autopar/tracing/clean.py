@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
+from autopar.tracing.causal import use_causal_attention
 from autopar.tracing.rewrites import rewrite
 
 aten = torch.ops.aten
@@ -25,6 +26,7 @@ _Noop = Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]
 
 def clean(graph: fx.Graph) -> None:
     """Clean a graph in place. Nodes carry meta["phase"]; placeholders stay even if unused."""
+    use_causal_attention(graph)
     while True:
         drop_noops(graph)
         share_repeated(graph)

@@ -1,0 +1,143 @@
+"""Attention with a mask that says no more than "look back only" becomes causal attention.
+
+Models of transformers build their causal mask as a tensor [batch, 1, query, key], from positions that are numbered in
+the graph itself. Given to a fused attention op, it costs reading, and the half of the scores that it hides is computed
+all the same. Where the mask is causal for sure the op's own causal mode takes its place. The numbers are the same: what
+the mask hid had weight 0.
+
+What is known of a mask follows from small tensors that depend on no input (positions, packed-sequence numbers), which
+are computed here, and from how comparisons, conjunctions and `where` combine them. The mask itself is never made: it
+has as many elements as there are pairs of tokens.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+_MOST_ELEMENTS = 2**20  # of a tensor that is computed here
+_FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_DEFAULTS = (None, None, None, 0.0, False)  # of the forward op's arguments: query, key, value, dropout_p, is_causal
+_ANDS = (aten.bitwise_and.Tensor, aten.logical_and.default)
+_SPREADS = (aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.clone.default)
+_POSITIONS = (
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.unsqueeze.default, aten.expand.default,
+    aten.slice.Tensor, aten.select.int, aten.view.default, aten.cat.default, aten.sub.Tensor, aten.add.Tensor,
+    aten.mul.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Scalar, aten.cumsum.default, aten.index.Tensor,
+    aten.full.default, aten.zeros.default, aten.ones.default, aten.new_ones.default, aten.scalar_tensor.default,
+    aten._to_copy.default,
+)  # fmt: skip
+
+
+class Mask(Enum):
+    """What a mask lets through: everything, or keys that are not after the query."""
+
+    ALL = "all"
+    CAUSAL = "causal"
+
+
+def use_causal_attention(graph: fx.Graph) -> None:
+    """Give fused attention its causal mode where its mask is causal; the mask is left without a user."""
+    facts = _Facts()
+    for node in graph.nodes:
+        mask = node.kwargs.get("attn_mask") if node.target in (_FORWARD, _BACKWARD) else None
+        if not isinstance(mask, fx.Node) or not _has_as_many_keys_as_queries(node):
+            continue
+        place = 4 if node.target is _FORWARD else 7  # of is_causal among the arguments
+        args = (*node.args, *_DEFAULTS[len(node.args) :]) if node.target is _FORWARD else node.args
+        if not args[place] and facts.mask(mask) is Mask.CAUSAL:
+            node.args = (*args[:place], True)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
+
+
+def _has_as_many_keys_as_queries(node: fx.Node) -> bool:
+    query, key = node.args[:2] if node.target is _FORWARD else node.args[1:3]
+    return bool(query.meta["val"].shape[-2] == key.meta["val"].shape[-2])  # type: ignore[union-attr]
+
+
+class _Facts:
+    """What is known of the tensors of one graph."""
+
+    def __init__(self) -> None:
+        self.values: dict[fx.Node, torch.Tensor | None] = {}
+        self.masks: dict[fx.Node, Mask | None] = {}
+
+    def value(self, node: Any) -> torch.Tensor | None:
+        """The numbers of a small tensor that depends on no input, on the CPU."""
+        if node not in self.values:
+            self.values[node] = self._value(node)
+        return self.values[node]
+
+    def _value(self, node: fx.Node) -> torch.Tensor | None:
+        made = node.meta.get("val")
+        if node.target not in _POSITIONS or not isinstance(made, torch.Tensor) or made.numel() > _MOST_ELEMENTS:
+            return None
+        if any(self.value(source) is None for source in node.all_input_nodes):
+            return None
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: self.value(a) if isinstance(a, fx.Node) else a
+        )
+        kwargs = {name: v for name, v in kwargs.items() if name not in ("device", "pin_memory", "layout")}
+        result: torch.Tensor = node.target(*args, **kwargs)
+        return result
+
+    def mask(self, node: fx.Node) -> Mask | None:
+        """What a mask lets through, if that is known: True or 0 lets through, False and -inf do not."""
+        if node not in self.masks:
+            self.masks[node] = self._mask(node)
+        return self.masks[node]
+
+    def _mask(self, node: fx.Node) -> Mask | None:
+        target = node.target
+        if target in _SPREADS and _keeps_last_two_dims(node):
+            return self.mask(node.args[0])  # type: ignore[arg-type]
+        if target in _ANDS:
+            sides = [self.mask(side) for side in node.args]  # type: ignore[arg-type]
+            return None if None in sides else Mask.CAUSAL if Mask.CAUSAL in sides else Mask.ALL
+        if target is aten.where.self:
+            return self._bias(*node.args)
+        if target in (aten.le.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.gt.Tensor, aten.eq.Tensor):
+            return self._comparison(target, *node.args)
+        known = self.value(node)
+        return Mask.ALL if known is not None and known.dtype == torch.bool and bool(known.all()) else None
+
+    def _bias(self, condition: Any, shown: Any, hidden: Any) -> Mask | None:
+        """`where(mask, 0, -inf)`, or the lowest number there is."""
+        zero, lowest = self.value(shown), self.value(hidden)
+        if zero is None or lowest is None or bool((zero != 0).any()):
+            return None
+        hides = bool((lowest <= torch.finfo(lowest.dtype).min).all()) if lowest.is_floating_point() else False
+        return self.mask(condition) if hides else None
+
+    def _comparison(self, target: Any, left: Any, right: Any) -> Mask | None:
+        a, b = self.value(left), self.value(right)
+        if a is None or b is None:
+            return None
+        if target in (aten.ge.Tensor, aten.gt.Tensor):
+            a, b, target = b, a, aten.le.Tensor if target is aten.ge.Tensor else aten.lt.Tensor
+        low_a, high_a, low_b, high_b = a.min(), a.max(), b.min(), b.max()
+        if target is aten.eq.Tensor:
+            return Mask.ALL if bool((low_a == high_a) & (low_b == high_b) & (low_a == low_b)) else None
+        if bool(target(high_a, low_b)):
+            return Mask.ALL
+        causal = target is aten.le.Tensor and _counts(a, -1) and _counts(b, -2) and a.shape[-1] == b.shape[-2]
+        return Mask.CAUSAL if causal else None
+
+
+def _counts(positions: torch.Tensor, dim: int) -> bool:
+    """Whether a tensor holds 0, 1, 2, ... along a dim and is the same along all others, the other of the last two 1."""
+    if positions.dim() < 2 or positions.shape[-3 - dim] != 1:
+        return False
+    rows = positions.transpose(dim, -1)
+    return bool((rows == torch.arange(positions.shape[dim], dtype=positions.dtype)).all())
+
+
+def _keeps_last_two_dims(node: fx.Node) -> bool:
+    source = node.args[0].meta["val"]  # type: ignore[union-attr]
+    made = node.meta["val"]
+    return bool(source.dim() >= 2 and made.dim() >= 2 and source.shape[-2:] == made.shape[-2:])

@@ -38,7 +38,7 @@ check: setup
 
 # All of them run, also after one that is beyond its limits.
 bench: setup
-	failed=0; for script in planning throughput; do \
+	failed=0; for script in planning throughput published; do \
 	  echo "== $$script"; $(BIN)/python "benchmarks/$$script.py" || failed=1; done; exit $$failed
 
 # Pages that are made from the code; tests/test_docs.py and tests/test_compatibility.py compare them.

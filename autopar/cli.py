@@ -1,7 +1,7 @@
-"""The command line: `autopar plan`, `autopar explain`, `autopar verify`, `autopar profile`.
+"""The command line: `autopar plan`, `predict`, `explain`, `verify` and `profile`.
 
-It only parses, calls the public API and prints. Results go to stdout, everything else
-(progress, errors) to stderr. Exit codes are in `EPILOG`.
+It calls the public API and prints. Results go to stdout, everything else (progress, errors) to stderr. Options and
+exit codes are in `autopar.command_line`.
 """
 
 from __future__ import annotations
@@ -12,190 +12,40 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from autopar import __version__
+from autopar import command_line
 from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
-from autopar.placements import is_placement
 from autopar.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from autopar.cluster import ClusterSpec
     from autopar.explain import Report
     from autopar.plans import Plan
 
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_ERROR, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 3, 4, 130
 
 # How a plan file records the attention that `--attention` chose, so that `verify` loads the same model.
 ATTENTION_MARK = "#attention="
 
 MOST_COMPARED_OPS = 1500  # of a model whose plan is compared with the usual layouts without being asked
 
-EPILOG = """\
-exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 nothing fits the limits,
-4 the program differs from the single-device model"""
 
-DESCRIPTION = "Turns a single-device PyTorch model into a program for a cluster, and says why it looks as it does."
-
-PLAN_EXAMPLES = """\
-examples:
-  autopar plan --model llama3-8b --cluster h100-sxm --gpus 64 --seq 8192 --global-batch 256 -o plan.json
-  autopar plan --model path/to/config.json --cluster cluster.json --seq 2048 --global-batch 64 --json
-  autopar plan --model my_package.models:build --cluster a100-80g --gpus 8 --global-batch 64 \\
-               --pin tp=4 --pin 'layers.*.mlp.up_proj.weight=R,S(0)' --pin 'layers.*.mlp=recompute'"""
-
-EXPLAIN_EXAMPLES = """\
-examples:
-  autopar explain plan.json
-  autopar explain plan.json --html plan.html
-  autopar explain plan.json --again
-  autopar explain plan.json --why-not tp=8
-  autopar explain plan.json --next-best mesh --json
-  autopar explain plan.json --diff other.json"""
-
-VERIFY_EXAMPLES = """\
-examples:
-  autopar verify plan.json
-  autopar verify plan.json --model my_package.models:build --json"""
-
-PROFILE_EXAMPLES = """\
-examples:
-  autopar profile -o cluster.json
-  autopar profile --quick -o cluster.json
-  torchrun --nproc-per-node 8 -m autopar.cli profile -o cluster.json
-  autopar plan --model llama3-8b --cluster cluster.json --seq 8192 --global-batch 256"""
-
-PIN_HELP = (
-    "fix a layout key (tp=4), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
-    "(PATTERN=recompute); may be repeated"
-)
-
-WHY_NOT_HELP = "solve again with this pin (as for autopar plan) and say what it costs; repeated, pins hold together"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where to read on."""
-        self.exit(EXIT_USAGE, f"autopar: error: {message} (see {self.prog} --help)\n")
-
-
-def build_parser() -> Parser:
+def build_parser() -> command_line.Parser:
     """The whole command line."""
-    parser = Parser(prog="autopar", description=DESCRIPTION, epilog=EPILOG, formatter_class=_formatter)
-    parser.add_argument("--version", action="version", version=f"autopar {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_plan(commands)
-    _add_explain(commands)
-    _add_verify(commands)
-    _add_profile(commands)
-    return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """Examples and exit codes keep their lines; the width does not depend on the terminal."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=100)
-
-
-def _command(commands: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Parser:
-    parser: Parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=examples,
-        formatter_class=_formatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_plan(commands: Any) -> None:
-    parser = _command(commands, "plan", "find the fastest layout that fits the cluster", PLAN_EXAMPLES, run_plan)
-    add = parser.add_argument
-    add("--model", required=True, help="a name of the zoo, a Hugging Face config.json, or package.module:callable")
-    add("--cluster", required=True, help="a preset (such as h100-sxm) or a JSON file")
-    add("--gpus", type=_positive_int, metavar="N", help="number of devices of a preset (default 8)")
-    add("--seq", type=_positive_int, metavar="N", help="tokens in a sequence, for a transformers model")
-    add("--global-batch", type=_positive_int, required=True, metavar="N", help="samples in a step, over all devices")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--memory-limit-gb", type=_positive_float, metavar="GB", help="per device, in 10^9 bytes")
-    limit.add_argument("--memory-limit-bytes", type=_positive_int, metavar="BYTES", help="per device, in bytes")
-    add("--precision", metavar="NAME", help="model (its own dtypes, the default), fp32, or bf16 (float32 weights)")
-    add("--optimizer", help="whose state is planned for (default adamw), as in autopar.plan")
-    add("--time-limit-s", type=_positive_float, metavar="S", help="stop proving after S seconds; the gap is reported")
-    add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=PIN_HELP)
-    add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
-    add("-o", "--output", type=Path, metavar="FILE", help="write the plan to FILE")
-    add("--dump-dir", type=Path, metavar="DIR", help="write every stage to DIR as readable Python or JSON")
-    add("--compare", action="store_true", help="solve the usual layouts too (small models: always)")
-    add("--json", action="store_true", help="print one JSON object: the layout and its figures")
-
-
-def _add_explain(commands: Any) -> None:
-    parser = _command(commands, "explain", "say what a plan does and why", EXPLAIN_EXAMPLES, run_explain)
-    add = parser.add_argument
-    add("plan", type=Path, help="a file made by autopar plan -o")
-    add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--again", action="store_true", help="trace the model again and solve the alternatives of the report")
-    add("--why-not", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=WHY_NOT_HELP)
-    add("--next-best", metavar="NAME", help="solve again with this decision forbidden (mesh, storage, op, or a name)")
-    add("--diff", type=Path, metavar="FILE", help="say what another plan of the same model does differently")
-    add("--model", help="the model, where the plan file does not name it (as for autopar plan)")
-    add("--time-limit-s", type=_positive_float, metavar="S", help="for what is solved again (default 30)")
-
-
-def _add_verify(commands: Any) -> None:
-    summary = "run every rank of a plan on this CPU and compare with the single-device model"
-    parser = _command(commands, "verify", summary, VERIFY_EXAMPLES, run_verify)
-    parser.add_argument("plan", type=Path, help="a file made by autopar plan -o")
-    parser.add_argument("--model", help="the model, where the plan file does not name it (as for autopar plan)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-
-
-def _add_profile(commands: Any) -> None:
-    summary = "measure the devices and links that are present, and write them as a cluster file"
-    parser = _command(commands, "profile", summary, PROFILE_EXAMPLES, run_profile)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="write the cluster to FILE")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the time: fewer ops, sizes and repetitions")
-
-
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
-
-
-def parse_pin(text: str) -> tuple[str, Any]:
-    """One --pin: the key, and its value as an int, a bool, a tuple of placements or a word."""
-    key, equals, value = (part.strip() for part in text.partition("="))
-    if not (key and equals and value):
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    if value.isdecimal():
-        return key, int(value)
-    if value in ("true", "false"):
-        return key, value == "true"
-    parts = tuple(part.strip() for part in value.split(","))
-    return key, parts if all(is_placement(part) for part in parts) else value
+    commands: dict[str, command_line.Run] = {
+        "plan": run_plan,
+        "predict": run_predict,
+        "explain": run_explain,
+        "verify": run_verify,
+        "profile": run_profile,
+    }
+    return command_line.build_parser(commands)
 
 
 # -- the commands -----------------------------------------------------------------------
@@ -208,8 +58,8 @@ def run_plan(args: argparse.Namespace) -> int:
     import autopar  # late, as it brings torch
     from autopar.api import with_model
 
-    cluster = _load_cluster(args.cluster, args.gpus)
-    spec = args.model + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
+    cluster = _load_cluster(args)
+    spec = _model_spec(args)
     model = _load_model(spec, args.precision)
     options = {
         "seq": args.seq,
@@ -234,6 +84,29 @@ def run_plan(args: argparse.Namespace) -> int:
     print(_to_json({**plan.layout(), **plan.to_summary()}) if args.json else plan.explain())
     if args.output is not None and not args.json:
         print(f"Written to {args.output}; next: autopar verify {args.output}")
+    return EXIT_OK
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Price the layouts, and print what they take."""
+    import torch
+
+    import autopar
+    from autopar.layouts import parse_layout
+    from autopar.prediction_text import describe
+
+    cluster = _load_cluster(args)
+    layouts = [parse_layout(text, cluster.devices) for text in args.layout]  # before the trace, which takes seconds
+    options = {"seq": args.seq, "precision": args.precision, "optimizer": args.optimizer}
+    given = {name: value for name, value in options.items() if value is not None}
+    model = _load_model(_model_spec(args), args.precision, open_dtype=torch.bfloat16)
+    found = autopar.predict(model, cluster, layouts, global_batch=args.global_batch, **given)
+    assert isinstance(found, list)
+    if args.json:
+        dicts = [prediction.to_dict() for prediction in found]
+        print(_to_json(dicts[0] if len(dicts) == 1 else {"predictions": dicts}))
+    else:
+        print(describe(found))
     return EXIT_OK
 
 
@@ -311,12 +184,16 @@ def _recorded_model(args: argparse.Namespace, plan: Plan) -> str:
     return plan.options.model
 
 
-def _load_cluster(spec: str, gpus: int | None) -> ClusterSpec:
+def _load_cluster(args: argparse.Namespace) -> ClusterSpec:
     """A preset, or what a JSON file says."""
     import autopar
 
+    spec, gpus = args.cluster, args.gpus
     if not spec.endswith(".json"):
-        return autopar.ClusterSpec.preset(spec, **({} if gpus is None else {"gpus": gpus}))
+        wanted = {"gpus": gpus, "inter_node_gbit_per_s": args.inter_node_gbit_per_s}
+        return autopar.ClusterSpec.preset(spec, **{name: v for name, v in wanted.items() if v is not None})
+    if args.inter_node_gbit_per_s is not None:
+        raise ClusterSpecError(f"--inter-node-gbit-per-s goes with a preset; {spec} says what its network is: edit it")
     cluster = autopar.ClusterSpec.load(spec)
     if gpus is not None and gpus != cluster.devices:
         raise ClusterSpecError(
@@ -325,13 +202,22 @@ def _load_cluster(spec: str, gpus: int | None) -> ClusterSpec:
     return cluster
 
 
-def _load_model(spec: str, precision: str | None) -> nn.Module:
-    """The model on meta device, with the attention that is recorded in its name, in the dtype of a precision."""
+def _model_spec(args: argparse.Namespace) -> str:
+    """The model's name, with its attention."""
+    return str(args.model) + (f"{ATTENTION_MARK}{args.attention}" if args.attention else "")
+
+
+def _load_model(spec: str, precision: str | None, open_dtype: torch.dtype | None = None) -> nn.Module:
+    """The model on meta device, with the attention that is recorded in its name, in the dtype of a precision.
+
+    open_dtype: of a model whose config and precision leave it open.
+    """
     from autopar.models import load_model
     from autopar.precision import checked_precision, parameter_dtype
 
     name, _, attention = spec.partition(ATTENTION_MARK)
-    return load_model(name, attention=attention or None, dtype=parameter_dtype(checked_precision(precision)))
+    dtype = parameter_dtype(checked_precision(precision))
+    return load_model(name, attention=attention or None, dtype=dtype, open_dtype=open_dtype)
 
 
 def _memory_limit_bytes(args: argparse.Namespace) -> int | None:

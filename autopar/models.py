@@ -25,6 +25,7 @@ from autopar.errors import TraceError
 from autopar.zoo import ZOO
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Dtypes = tuple[torch.dtype | None, torch.dtype | None]  # what is asked for, and what an open config gets
 
 
 def load_model(
@@ -34,10 +35,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     experts: str | None = None,
+    open_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model that `spec` names (see the module), in train mode, with random weights on `device`.
 
-    dtype: of the parameters; None: the config's own, else float32.
+    dtype: of the parameters; None: the config's own, else `open_dtype`, else float32.
     attention / experts: implementation of attention ("eager", "sdpa") and of experts ("grouped_mm",
         "batched_mm") of a transformers model; None: its default.
     Raises TraceError for an unknown name, an unreadable config, or a callable that returns no nn.Module.
@@ -48,9 +50,9 @@ def load_model(
         entry = ZOO[spec]
         transformers = _transformers(f"model {spec!r}")
         config = getattr(transformers, entry.config_class)(**entry.config)
-        return _build(getattr(transformers, entry.model_class), config, device, dtype, options)
+        return _build(getattr(transformers, entry.model_class), config, device, (dtype, open_dtype), options)
     if spec.endswith(".json") or os.path.sep in spec or Path(spec).exists():
-        return _from_config_file(Path(spec), device, dtype, options)
+        return _from_config_file(Path(spec), device, (dtype, open_dtype), options)
     if ":" in spec:
         if options:
             raise TraceError(f"{', '.join(options)} can't be set for {spec!r}; set it in the callable")
@@ -86,6 +88,14 @@ def example_inputs(model: nn.Module, batch: int, seq: int | None = None, *, devi
     _check_length(model, seq)
     ids = torch.zeros(batch, seq, dtype=torch.long, device=device)
     return (), {"input_ids": ids, "labels": build(batch, seq, device)}
+
+
+def attention_heads(model: nn.Module) -> tuple[int | None, int | None]:
+    """(heads, key-value heads) of a transformers model's attention, by its config; None where that names none."""
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    return (heads, shared or heads) if isinstance(heads, int) else (None, None)
 
 
 def _token_labels(batch: int, seq: int, device: str) -> torch.Tensor:
@@ -130,8 +140,9 @@ def _transformers(wanted_for: str) -> ModuleType:
         raise TraceError(f"{wanted_for} needs transformers ({error}); pip install transformers") from None
 
 
-def _build(model_class: Any, config: Any, device: str, dtype: torch.dtype | None, options: dict[str, str]) -> nn.Module:
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+def _build(model_class: Any, config: Any, device: str, dtypes: Dtypes, options: dict[str, str]) -> nn.Module:
+    wanted, otherwise = dtypes
+    dtype = wanted or getattr(config, "dtype", None) or otherwise or torch.float32
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache of keys and values is for generation; training has none
     try:
@@ -144,7 +155,7 @@ def _build(model_class: Any, config: Any, device: str, dtype: torch.dtype | None
     return model.train()
 
 
-def _from_config_file(path: Path, device: str, dtype: torch.dtype | None, options: dict[str, str]) -> nn.Module:
+def _from_config_file(path: Path, device: str, dtypes: Dtypes, options: dict[str, str]) -> nn.Module:
     path = path / "config.json" if path.is_dir() else path
     transformers = _transformers(f"config {str(path)!r}")
     try:
@@ -158,7 +169,7 @@ def _from_config_file(path: Path, device: str, dtype: torch.dtype | None, option
         config = transformers.AutoConfig.for_model(**values)
     except Exception as error:  # whatever transformers finds wrong with a config, in many types
         raise TraceError(f"transformers does not accept {str(path)!r}: {_line(error)}; change the config") from error
-    return _build(_model_class(transformers, config, str(path)), config, device, dtype, options)
+    return _build(_model_class(transformers, config, str(path)), config, device, dtypes, options)
 
 
 def _model_class(transformers: ModuleType, config: Any, path: str) -> Any:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
-from autopar.cli import parse_pin
+from autopar.command_line import parse_pin
 from autopar.runtime.memory import measure_peak
 
 MEASURED_STEP = 2  # gradients and optimizer state exist from the second step on

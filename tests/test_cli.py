@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import autopar
-from autopar import cli, errors
+from autopar import cli, command_line, errors
 
 ROOT = Path(__file__).parent.parent
 PLAN = ["plan", "--model", "llama3-8b", "--cluster", "h100-sxm", "--global-batch", "8"]
+PREDICT = ["predict", *PLAN[1:], "--seq", "1024"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -40,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     ],
 )
 def test_pins(text: str, pin: tuple[str, Any]) -> None:
-    assert cli.parse_pin(text) == pin
+    assert command_line.parse_pin(text) == pin
 
 
 @pytest.mark.parametrize(
@@ -53,13 +54,14 @@ def test_pins(text: str, pin: tuple[str, Any]) -> None:
         ([*PLAN, "--memory-limit-gb", "nan"], "argument --memory-limit-gb: expected a positive number, got nan"),
         ([*PLAN, "--pin", "tp"], "argument --pin: expected KEY=VALUE, got 'tp' (see autopar plan --help)"),
         ([*PLAN, "--memory-limit-gb", "8", "--memory-limit-bytes", "8"], "not allowed with argument --memory-limit-gb"),
+        (PREDICT, "the following arguments are required: --layout (see autopar predict --help)"),
         (["explain"], "the following arguments are required: plan (see autopar explain --help)"),
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     code, out, err = run(capsys, *argv)
-    assert (code, out) == (cli.EXIT_USAGE, "")
+    assert (code, out) == (command_line.EXIT_USAGE, "")
     assert err.startswith("autopar: error: ")
     assert err.count("\n") == 1
     assert message in err
@@ -74,6 +76,21 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], 
         ([*PLAN, "-o", "/"], "cannot write /: it is a folder"),
         ([*PLAN[:4], "h100-sxn", *PLAN[5:]], "h100-sxn"),
         ([*PLAN[:2], "llama3-8c", *PLAN[3:]], "llama3-8c"),
+        ([*PREDICT, "--layout", "tp=3"], "layout: tp * pp * cp = 3 * 1 * 1 = 3 does not divide the 8 devices"),
+        ([*PREDICT, "--layout", "tp=8", "--layout", "tpp=2"], "layout: unknown key 'tpp' (did you mean tp?)"),
+        (
+            [*PREDICT, "--layout", "pp=64", "--gpus", "64"],
+            "layout: pp * vpp = 64 * 1 = 64 stages, but the model has 32",
+        ),
+        (
+            [*PREDICT, "--layout", "tp=64", "--gpus", "64"],
+            "layout: 32 attention heads do not divide by tp=64; change tp",
+        ),
+        ([*PREDICT, "--layout", "tp=8,zero=4"], "layout: zero=4 is out of range; give 0 to 3"),
+        ([*PREDICT, "--layout", "pp=8,micro_batch=3"], "layout: global batch 8 does not divide by dp * micro_batch"),
+        ([*PREDICT, "--layout", "dp=8", "--precision", "bf17"], "precision='bf17' is unknown"),
+        ([*PREDICT, "--layout", "dp=8", "--optimizer", "adamm"], "unknown optimizer 'adamm'"),
+        ([*PREDICT[:-2], "--layout", "dp=8"], "LlamaForCausalLM reads sequences of any length; pass seq="),
         ([*PLAN, "--pin", "tp=2", "--pin", "tp=4"], "pin tp is given twice, as 2 and as 4: keep one"),
     ],
 )
@@ -209,6 +226,46 @@ def test_explain_compares_plans(
     other.write_text(json.dumps(data))
     code, out, _ = run(capsys, "explain", path, "--diff", str(other), "--json")
     assert code == 0 and set(json.loads(out)["layout"]) == {"sp"}
+
+
+def predicted(capsys: pytest.CaptureFixture[str], *layouts: str, as_json: bool = True) -> str:
+    argv = ["predict", "--model", "tiny-llama", "--cluster", "h100-sxm", "--gpus", "4", "--seq", "64"]
+    argv += ["--global-batch", "8", *(part for layout in layouts for part in ("--layout", layout))]
+    code, out, err = run(capsys, *argv, *(["--json"] if as_json else []))
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_predict_prints_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = json.loads(predicted(capsys, "tp=2,micro_batch=2,recompute=full"))
+    assert {"step_time_s", "tokens_per_s_per_gpu", "mfu", "hfu", "peak_bytes", "fits", "breakdown"} <= set(printed)
+    assert printed["layout"]["dp"] == 2 and printed["layout"]["sp"] is True and printed["fits"] is True
+    assert printed["tokens_per_s_per_gpu"] == pytest.approx(64 * 8 / 4 / printed["step_time_s"])
+    text = predicted(capsys, "tp=2,micro_batch=2,recompute=full", as_json=False)
+    assert "on the fullest device: fits" in text and "dp=2,tp=2,pp=1" in text
+
+
+def test_predict_compares_layouts(capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = ("tp=4", "pp=2,micro_batch=1", "dp=4,micro_batch=2")
+    found = json.loads(predicted(capsys, *layouts))["predictions"]
+    assert [p["layout"]["tp"] for p in found] == [4, 1, 1] and [p["layout"]["dp"] for p in found] == [1, 2, 4]
+    lines = predicted(capsys, *layouts, as_json=False).splitlines()
+    fastest = min(range(3), key=lambda i: found[i]["step_time_s"])
+    assert [line.startswith("*") for line in lines[1:4]] == [i == fastest for i in range(3)]
+    assert lines[2].endswith("dp=2,pp=2,micro_batch=1,zero=0,schedule=1f1b") and lines[4] == "* the fastest that fits"
+
+
+def test_the_network_is_an_option_of_presets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["predict", "--model", "tiny-llama", "--seq", "64", "--global-batch", "64", "--layout", "dp=16", "--json"]
+    seconds = []
+    for rate in ("400", "1"):
+        argv_ = [*argv, "--cluster", "h100-sxm", "--gpus", "16", "--inter-node-gbit-per-s", rate]
+        seconds.append(json.loads(run(capsys, *argv_)[1])["step_time_s"])
+    assert seconds[1] > seconds[0]
+    path = tmp_path / "cluster.json"
+    autopar.ClusterSpec.preset("h100-sxm", gpus=16).save(path)
+    code, _, err = run(capsys, *argv, "--cluster", str(path), "--inter-node-gbit-per-s", "100")
+    assert code == cli.EXIT_ERROR and "--inter-node-gbit-per-s goes with a preset" in err
 
 
 def test_verify_finds_the_model_in_the_plan(

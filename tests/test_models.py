@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autopar.errors import TraceError
-from autopar.models import example_inputs, load_model
+from autopar.models import attention_heads, example_inputs, load_model
 from autopar.trace import trace
 
 
@@ -166,3 +166,21 @@ def test_sequence_length_is_checked() -> None:
         example_inputs(model, 8, 513)
     with pytest.raises(TraceError, match="pass seq="):
         example_inputs(model, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("llama3-8b", (32, 8)), ("megatron-22b", (64, 64)), ("bloom-176b", (112, 112)), ("vit-22b", (48, 48))],
+)
+def test_attention_heads(name: str, heads: tuple[int, int]) -> None:
+    assert attention_heads(load_model(name)) == heads
+    assert attention_heads(nn.Linear(4, 4)) == (None, None)
+
+
+def test_an_open_config_takes_the_open_dtype(tmp_path: Path) -> None:
+    path = write_config(tmp_path, model_type="gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=4)
+    made = [load_model(path), load_model(path, open_dtype=torch.bfloat16)]
+    made += [load_model(path, dtype=torch.float64, open_dtype=torch.bfloat16)]
+    made += [load_model("mistral-7b", open_dtype=torch.float16)]
+    dtypes = [next(model.parameters()).dtype for model in made]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float64, torch.bfloat16]

@@ -14,6 +14,7 @@ from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import LayoutError
 from autopar.layouts import Layout, check_layout, parse_layout
+from autopar.models import attention_heads
 from autopar.models import example_inputs as inputs_for
 from autopar.precision import MODEL
 from autopar.predicting.build import build_table, keeps_scores
@@ -74,6 +75,7 @@ class Predictor:
     ) -> None:
         self.cluster, self.global_batch = cluster, global_batch
         self.optimizer = OptimizerSpec(optimizer)
+        self.heads, self.kv_heads = attention_heads(model)
         batch = _prime_for(model, seq)
         call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
         sample = trace_sample(model, call, precision=precision)
@@ -98,7 +100,14 @@ class Predictor:
         return self._prediction(found, time, stages, max(memory, key=lambda m: m.total))
 
     def _check(self, layout: Layout) -> None:
-        check_layout(layout, global_batch=self.global_batch, blocks=max(1, self.table.blocks), seq=self.table.tokens)
+        check_layout(
+            layout,
+            global_batch=self.global_batch,
+            blocks=max(1, self.table.blocks),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            seq=self.table.tokens,
+        )
         if layout.ep > 1:
             raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
 

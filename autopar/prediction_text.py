@@ -1,0 +1,68 @@
+"""Predictions for people: one in full, several as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autopar.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from autopar.predicting.predict import Prediction
+
+# What the table shows of a layout, besides the degrees.
+_DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
+
+
+def describe(predictions: Sequence[Prediction]) -> str:
+    """One prediction with where its time and memory go; several as a table in their order, the fastest that fits
+    marked."""
+    return _one(predictions[0]) if len(predictions) == 1 else _table(predictions)
+
+
+def _one(prediction: Prediction) -> str:
+    seconds = {k.removesuffix("_s"): v for k, v in prediction.breakdown.items() if k.endswith("_s") and v}
+    held = {k: v for k, v in prediction.breakdown["memory_bytes"].items() if v}
+    rows = [
+        ("layout", str(prediction.layout)),
+        ("step", f"{seconds_text(prediction.step_time_s)}, {_rates(prediction)}"),
+        ("where time goes", ", ".join(f"{k} {seconds_text(v)}" for k, v in seconds.items())),
+        ("memory", f"{bytes_text(prediction.peak_bytes)} on the fullest device: {_fit(prediction)}"),
+        ("where memory goes", ", ".join(f"{k} {bytes_text(v)}" for k, v in held.items())),
+    ]
+    return "\n".join(f"{name:<18} {text}" for name, text in rows)
+
+
+def _rates(prediction: Prediction) -> str:
+    tokens = f"{prediction.tokens_per_s_per_gpu:,.0f} tokens/s on a device"
+    return f"{tokens}, MFU {prediction.mfu:.1%}, HFU {prediction.hfu:.1%}"
+
+
+def _fit(prediction: Prediction) -> str:
+    return "fits" if prediction.fits else "does not fit"
+
+
+def _table(predictions: Sequence[Prediction]) -> str:
+    possible = [p for p in predictions if p.fits]
+    best = min(possible, key=lambda p: p.step_time_s, default=None)
+    lines = [f"  {'step':>12} {'tokens/s':>10} {'MFU':>7} {'memory':>12}  layout"]
+    for p in predictions:
+        figures = f"{seconds_text(p.step_time_s):>12} {p.tokens_per_s_per_gpu:>10,.0f} {p.mfu:>7.1%}"
+        mark, full = "*" if p is best else " ", "" if p.fits else "  (does not fit)"
+        lines.append(f"{mark} {figures} {bytes_text(p.peak_bytes):>12}  {_short(p)}{full}")
+    lines.append("* the fastest that fits" if best is not None else "none of them fits")
+    return "\n".join(lines)
+
+
+def _short(prediction: Prediction) -> str:
+    """The layout without what has its default."""
+    keys = prediction.layout.to_dict()
+    shown = [f"{k}={keys[k]}" for k in _DEGREES if keys[k] > 1]
+    shown += [f"micro_batch={keys['micro_batch']}", f"zero={keys['zero']}"]
+    if keys["tp"] > 1:
+        shown.append(f"sp={'true' if keys['sp'] else 'false'}")
+    if keys["recompute"] != "none":
+        shown.append(f"recompute={keys['recompute']}")
+    if keys["pp"] > 1:
+        shown.append(f"schedule={keys['schedule']}")
+    return ",".join(shown)

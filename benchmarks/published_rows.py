@@ -272,6 +272,7 @@ def caveats_of(row: dict[str, Any]) -> tuple[str, ...]:
         "power limit of 500 W": "500 W" in cluster["gpu"],
         "recomputation chosen op by op": "op)" in (config["recompute"] or ""),
         "collectives inside of products (async TP)": "async TP" in config["framework"],
+        "attention by the first FlashAttention": "(Triton)" in (row["model"]["attention"] or ""),
         "torch.compile": "compile" in row["id"] or "compile" in config["framework"],
         "ZeRO over a part of the data-parallel ranks": _is_part(config),
         "network rate assumed": "400 assumed" in note and "H100" in cluster["gpu"] and cluster["n_gpus"] > 8,

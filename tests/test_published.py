@@ -80,6 +80,7 @@ def test_torchtitan_prints_tokens_of_one_device() -> None:
     assert case.peak_bytes == 62.0 * GIB
     assert {"torch.compile", "power limit of 500 W"} <= set(case.caveats)
     assert cluster_of(case.machine).device.memory_bytes_per_s == 2.4e12
+    assert CASES["mpt-a100_80gb-1b-s512-n8"].caveats == ("attention by the first FlashAttention",)
 
 
 def test_internevo_prints_tokens_of_one_device() -> None:

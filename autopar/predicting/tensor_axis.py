@@ -19,17 +19,23 @@ from torch import fx
 from autopar.cluster import ClusterSpec, LinkSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.dataflow import Dataflow, View, ViewMaps, result_metas
+from autopar.dataflow import Dataflow, View, ViewMaps, is_backward, result_metas, value_name
 from autopar.placements import Placement, shard, shard_dim
 from autopar.plan_types import Decisions
 from autopar.rules import operands
+from autopar.rules.schema import normalized, op_call
 from autopar.rules.types import AxisRule
-from autopar.sharding import Pins, ShardingProblem, build_problem
-from autopar.solver import Problem, solve
+from autopar.sharding import OpOption, Pins, ShardingProblem, build_problem
+from autopar.solver import Choice, Problem, solve
 from autopar.trace import ParamInfo, Trace
 
 _RANKS = 2
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
+_PIECES = {
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.slice.Tensor,
+}
 _LARGE = 4  # times the activation it makes: a table of that size is cut though that costs a collective
 _TIME_LIMIT_S = 20.0
 _GAP = 1e-3
@@ -55,8 +61,10 @@ def tensor_axis(trace: Trace, cluster: ClusterSpec, tokens: int) -> TensorAxis:
     costs = CostModel(pair, (_RANKS,))
     large = _large_tables(trace, tokens)
     pins = Pins(allow_param=lambda p, state: p.fqn not in large or state != ("R",))
-    stated = build_problem(trace, costs, OptimizerSpec("none"), pins=pins, views=MergedDims(costs.mesh))
-    found = solve(_only_sums(stated), time_limit_s=_TIME_LIMIT_S, gap=_GAP)
+    views = MergedDims(costs.mesh)
+    stated = build_problem(trace, costs, OptimizerSpec("none"), pins=pins, views=views)
+    stated = _with_packed_cats(stated, trace, views)
+    found = solve(_only_sums(stated, trace), time_limit_s=_TIME_LIMIT_S, gap=_GAP)
     return _read(trace, stated.decisions(found.solution))
 
 
@@ -65,10 +73,15 @@ class MergedDims(ViewMaps):
 
     [batch, heads, ...] cut by heads is, merged to [batch x heads, ...], no even cut of a dim in rank order. Only the
     share that a rank holds matters here, and which dim is meant is certain: the batch of the trace is odd.
+
+    Several matrices packed into one (query, key and value) are cut each for itself: the columns of the packed one can
+    be stored in any order, so a piece of what is cut is cut.
     """
 
     def _map(self, view: View, size: int) -> dict[Placement, Placement]:
         mapping = dict(super()._map(view, size))
+        if view.node.target in _PIECES:
+            mapping.setdefault(piece := shard(dim_of(view.node)), piece)
         if view.node.target in _RESHAPES:
             tensor = result_metas(view.node)[view.index]
             assert tensor is not None
@@ -118,9 +131,55 @@ def _large_tables(trace: Trace, tokens: int) -> set[str]:
     return {p.fqn for p in tables if p.shape[0] > _LARGE * tokens}
 
 
-def _only_sums(stated: ShardingProblem) -> Problem:
+def dim_of(node: fx.Node) -> int:
+    """The dim along which a node takes pieces or puts them together."""
+    call = op_call(node)
+    return normalized(int(call.arg("dim", 0)), call.inputs[0].dim())
+
+
+def _with_packed_cats(stated: ShardingProblem, trace: Trace, views: MergedDims) -> ShardingProblem:
+    """The gradients of pieces, put together again: cut pieces make a cut whole, see `MergedDims`."""
+    flow, ops, options = Dataflow.of(trace), list(stated.problem.ops), dict(stated.options)
+    for node in flow.ops:
+        if node.target is not torch.ops.aten.cat.default or not is_backward(node):
+            continue
+        at, cut = stated.op_index[node.name], (shard(dim_of(node)),)
+        op, base = ops[at], []
+        for operand, value in zip(flow.operands_of[node], op.operands, strict=True):
+            base.append(views.preimages(operand, stated.states[value]).get(cut))
+        made = stated.states[op.results[0]]
+        if None in base or cut not in made:
+            continue
+        states = tuple(state for state in base if state is not None)
+        uses = tuple(stated.states[v].index(s) for v, s in zip(op.operands, states, strict=True))
+        choice = Choice(min(c.cost_s for c in op.choices) / _RANKS, uses, (made.index(cut),))
+        rule = AxisRule(cut * len(base), cut)
+        ops[at] = replace(op, choices=(*op.choices, choice))
+        options[node.name] = (*options[node.name], OpOption((rule,), (cut,) * len(base), states, (cut,)))
+    return replace(stated, problem=replace(stated.problem, ops=tuple(ops)), options=options)
+
+
+def _side_values(trace: Trace) -> set[str]:
+    """Forward values that no parameter has a part in: masks, positions. Any rank can make its piece of them."""
+    flow, params = Dataflow.of(trace), {p.node for p in trace.params}
+    learnt: set[str] = set(params)
+    side: set[str] = set()
+    for node in flow.ops:
+        names = {value_name(node, i) for i in range(len(result_metas(node)))}
+        if is_backward(node) or any(o.value in learnt for o in flow.operands_of[node]):
+            learnt |= names
+        else:
+            side |= names
+    return side
+
+
+def _only_sums(stated: ShardingProblem, trace: Trace) -> Problem:
     values = []
-    for value, states in zip(stated.problem.values, stated.states, strict=True):
+    side = {stated.value_index[name] for name in _side_values(trace)}
+    for index, (value, states) in enumerate(zip(stated.problem.values, stated.states, strict=True)):
+        if index in side:
+            values.append(value)
+            continue
         allowed = np.full(value.convert_s.shape, np.inf)
         np.fill_diagonal(allowed, 0.0)
         if ("P",) in states and ("R",) in states:

@@ -24,12 +24,15 @@ KINDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """What a size depends on. micro_batch: sequences. tensor, context: degrees. sequence: sequence parallelism."""
+    """What a size depends on. micro_batch: sequences. tensor, context: degrees. sequence: sequence parallelism.
+    far_pipeline: whether a pipeline spans nodes.
+    """
 
     micro_batch: int
     tensor: int = 1
     context: int = 1
     sequence: bool = False
+    far_pipeline: bool = False
 
     @property
     def weights(self) -> Floats:

@@ -82,7 +82,8 @@ class Pricer:
         seconds += len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0
-        host_s = self._host_s(of, messages)
+        stall_s = self.run.pipeline_stall_s * shape.tensor if shape.far_pipeline else 0.0
+        host_s = self._host_s(of, messages) + messages * stall_s
         return Work(seconds, messages_s, host_s, flops)
 
     def _host_s(self, of: Pass, messages: int) -> float:

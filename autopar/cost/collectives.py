@@ -1,127 +1,149 @@
-"""What a collective costs: an alpha-beta model per algorithm and per level of the network.
+"""What a collective costs: alpha-beta models of the algorithms that NCCL chooses from, and the fastest of them.
 
 Sources. [T] Thakur, Rabenseifner, Gropp, "Optimization of collective communication
 operations in MPICH" (2005): steps and bytes of each algorithm. [N] NCCL's own model
-(src/graph/tuning.cc) and its note on bus bandwidth (nccl-tests, doc/PERFORMANCE.md):
-of the hops of a ring, those that leave a node pay the network's latency, the rest the
-latency inside. [S] Sanders, Speck, Traeff, "Two-tree algorithms" (2009).
+(src/graph/tuning.cc) and its note on bus bandwidth (nccl-tests, doc/PERFORMANCE.md).
+[S] Sanders, Speck, Traeff, "Two-tree algorithms" (2009). [V] Vidur's profiles of a DGX H100
+(Agrawal et al. 2024; data/profiling/network/h100_dgx): all-reduces of 2 KB to 64 MB.
 
-An axis of the mesh is a set of groups. How one group lies over the nodes decides:
+An axis of the mesh is a set of groups. How one group lies over the units of each level
+of links (devices, nodes, racks: `autopar.cost.axes`) decides what each level carries:
 
-* Inside a node, links[0] counts. Groups of the same axis share a switched fabric, where
-  each device has its own bandwidth.
-* With one member a node, links[1] counts. `bytes_per_s` is per device, so groups side
-  by side, one for each device of a node, do not share it further.
-* With several members a node, and several nodes, a ring enters and leaves each node
-  once, and cut into as many rings as there are members it uses the network share of
-  each: m members give m x links[1], at most links[0].
+* A ring enters and leaves every unit once, and is cut into as many rings as the group has members there, so that it
+  uses the network share of each: m members give m x the link. The slowest level on the way binds.
+* `bytes_per_s` of a link is per device, so groups side by side, one for each device of a node, do not share it further;
+  what a level cannot carry if all devices send at once is its oversubscription.
+* A tree is a chain inside a node and a double binary tree over the nodes [N].
+* Where switches add up (`LinkSpec.reduces`), an all-reduce inside a node crosses them once each way; over several
+  nodes, each device then reduces its share over the network, mostly at the same time.
+
+Each algorithm sends by the protocol that is fastest for the size [N]: LL flags every 8 bytes (soon there, little
+bandwidth), LL128 every 128 bytes (inside a node only), Simple none (all of the bandwidth, but a hop takes several
+times longer). The latency of a link is that of LL128. gloo has one protocol.
 
 Where `autopar profile` measured this collective in groups of this size on this link, its curve goes before the model.
 A group with several members on each of several nodes is always priced by the model.
 
 nbytes is the larger of a rank's input and output: the full tensor for all_reduce,
-all_gather and reduce_scatter, the local one for all_to_all, broadcast and permute.
+all_gather and reduce_scatter, the local one for all_to_all, broadcast, permute and send.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from typing import TypeAlias
 
 from autopar.cluster import ClusterSpec
+from autopar.cost.axes import Crossing, MeshAxis, Span, axis_crossings, axis_span, mesh_axes
 from autopar.curves import CollectiveCurve
-from autopar.errors import ClusterSpecError
+from autopar.hardware import LinkSpec
+
+__all__ = ["COLLECTIVES", "MeshAxis", "Span", "axis_span", "collective_time_s", "mesh_axes"]
+
+
+Ways: TypeAlias = tuple[tuple[float, float], ...]  # by protocol: seconds before the first byte, bytes a second
 
 
 @dataclass(frozen=True)
-class MeshAxis:
-    """One axis of a mesh: its groups are `size` ranks, `stride` apart."""
+class Protocol:
+    """bandwidth: share of a link's. inside, between: factors of its latency, inside a node and between nodes."""
 
-    size: int
-    stride: int
+    bandwidth: float
+    inside: float
+    between: float
+
+
+# [N]: microseconds a hop over NVLink 0.6, 1.9, 3.4, over the network 2.7, 4.0, 14. LL128 has 120 of 128 bytes, in
+# NCCL's own account 0.92; LL 4 of 8, but inside a node no more than 87 GB/s of a ring's 235 or 351, over the network 20
+# of 340. Over the network LL128 needs adapters that keep the order of writes, which is not counted on.
+_LL, _LL128, SIMPLE = Protocol(0.25, 0.32, 0.68), Protocol(0.92, 1.0, 1.0), Protocol(1.0, 1.8, 3.5)
+_INSIDE, _BETWEEN = (_LL, _LL128, SIMPLE), (Protocol(0.06, 0.32, 0.68), SIMPLE)
+_GLOO = (Protocol(1.0, 1.0, 1.0),)
+
+
+def _protocols(kind: str, nodes: int) -> tuple[Protocol, ...]:
+    if kind == "cpu":
+        return _GLOO
+    return _INSIDE if nodes == 1 else _BETWEEN
+
+
+# Of an all-reduce in the switches, bytes a second over the wire's, and what it costs beyond its launch. [V] 31 us at
+# 0.5 MB, 322 us at 64 MB; The Ultra-Scale Playbook (2025) 436 GB/s of bus bandwidth, which is 0.55 of 450 GB/s
+_IN_SWITCH_SHARE = 0.54
+_IN_SWITCH_S = 2e-5  # [V]; [N] has 23 us instead of a ring's 8
+_NOT_HIDDEN = 0.25  # of the shorter of both parts, in the switches and over the network: two nodes give 362 GB/s
 
 
 @dataclass(frozen=True)
-class Span:
-    """How the worst placed group of an axis lies over the nodes.
+class _Step:
+    """A crossing and its link. Bandwidths are per rank, one direction."""
 
-    per_node: its members in the node that has fewest of them.
-    """
+    crossing: Crossing
+    link: LinkSpec
 
-    nodes: int
-    per_node: int
+    @property
+    def inside(self) -> bool:
+        return self.crossing.level == 0
+
+    def latency_s(self, protocol: Protocol) -> float:
+        """Of one hop."""
+        return self.link.latency_s * (protocol.inside if self.inside else protocol.between)
+
+    @property
+    def ring_bytes_per_s(self) -> float:
+        """Of data that goes around all members: all rings of a unit together."""
+        return self.crossing.members * self.link.reached_bytes_per_s
 
 
 @dataclass(frozen=True)
 class _Path:
-    """Numbers that the formulas share. Bandwidths per rank, one direction.
+    """What the formulas share: the levels that the group crosses, innermost first.
 
-    ring_bytes_per_s: of data that goes around all members.
+    senders_share: by how much more than its share of the network a device has when only the last members of groups in
+    a node send to the next node.
     """
 
     size: int
     span: Span
-    intra_latency_s: float
-    inter_latency_s: float
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
+    steps: tuple[_Step, ...]
+    protocols: tuple[Protocol, ...]
+    senders_share: float
 
-    @property
+    @cached_property
     def ring_bytes_per_s(self) -> float:
-        if self.span.nodes == 1:
-            return self.intra_bytes_per_s
-        return min(self.intra_bytes_per_s, self.span.per_node * self.inter_bytes_per_s)
+        """Of data that goes around all members."""
+        return min(step.ring_bytes_per_s for step in self.steps)
 
-    @property
-    def ring_latency_s(self) -> float:
-        """Once around: size - 1 hops, of which nodes - 1 leave a node [N]."""
-        inter = self.span.nodes - 1
-        return (self.size - 1 - inter) * self.intra_latency_s + inter * self.inter_latency_s
+    @cached_property
+    def rings(self) -> Ways:
+        """Once around: size - 1 hops, of which units - 1 leave a unit [N]."""
+        return self._ways(lambda protocol: sum(s.crossing.hops * s.latency_s(protocol) for s in self.steps))
 
-    @property
-    def tree_latency_s(self) -> float:
-        """From the root to the last rank: a binary tree over nodes, and one inside each."""
-        inside = _log2(math.ceil(self.size / self.span.nodes))
-        return inside * self.intra_latency_s + _log2(self.span.nodes) * self.inter_latency_s
+    @cached_property
+    def trees(self) -> Ways:
+        """From the root to the last rank: a chain inside a node, a binary tree over nodes [N] and what joins them."""
+        chain = self.size // self.span.nodes - 1
+        depths = [(chain if s.inside else _log2(s.crossing.hops + 1), s) for s in self.steps]
+        return self._ways(lambda protocol: sum(depth * s.latency_s(protocol) for depth, s in depths))
 
+    def _ways(self, latency_s: Callable[[Protocol], float]) -> Ways:
+        return tuple((latency_s(p), self.ring_bytes_per_s * p.bandwidth) for p in self.protocols)
 
-def mesh_axes(cluster: ClusterSpec, mesh_shape: Sequence[int]) -> tuple[MeshAxis, ...]:
-    """The axes of a row-major mesh over all devices of the cluster; ClusterSpecError if the counts differ."""
-    if any(size < 1 for size in mesh_shape) or math.prod(mesh_shape) != cluster.devices:
-        raise ClusterSpecError(
-            f"a mesh of {tuple(mesh_shape)} has {math.prod(mesh_shape)} ranks, cluster {cluster.name!r} has "
-            f"{cluster.devices}; choose sizes whose product is {cluster.devices}"
-        )
-    return tuple(MeshAxis(size, math.prod(mesh_shape[i + 1 :])) for i, size in enumerate(mesh_shape))
-
-
-@cache
-def axis_span(axis: MeshAxis, cluster: ClusterSpec) -> Span:
-    """How the group of the axis that touches most nodes lies over them."""
-    worst = Span(1, axis.size)
-    for base in range(cluster.devices):
-        if base // axis.stride % axis.size:
-            continue  # not the first member of its group
-        ranks = range(base, base + axis.size * axis.stride, axis.stride)
-        if ranks[-1] >= cluster.devices:
-            raise ClusterSpecError(
-                f"axis {axis} does not fit into the {cluster.devices} devices of cluster {cluster.name!r}"
-            )
-        nodes = [rank // cluster.devices_per_node for rank in ranks]
-        span = Span(len(set(nodes)), min(nodes.count(node) for node in set(nodes)))
-        if (span.nodes, -span.per_node) > (worst.nodes, -worst.per_node):
-            worst = span
-    return worst
+    @cached_property
+    def outside(self) -> tuple[_Step, ...]:
+        """The levels between nodes."""
+        return tuple(step for step in self.steps if not step.inside)
 
 
 @lru_cache(maxsize=1 << 16)
 def collective_time_s(kind: str, nbytes: float, axis: MeshAxis, cluster: ClusterSpec) -> float:
     """Seconds of one collective on one axis, launch included; 0 on an axis of size 1.
 
-    kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast" or
-    "permute" (each rank sends its tensor to the next). nbytes: see the module docstring.
+    kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute" (each rank sends its tensor
+    to the next, the last one to the first) or "send" (each rank but the last). nbytes: see the module docstring.
     """
     if kind not in _FORMULAS:
         raise ValueError(f"unknown collective {kind!r}; kinds are {', '.join(_FORMULAS)}")
@@ -141,56 +163,97 @@ def _measured(kind: str, axis: MeshAxis, cluster: ClusterSpec) -> CollectiveCurv
     if span.nodes > 1 and span.per_node > 1:
         return None
     link = cluster.inter_link if span.nodes > 1 else cluster.intra_link
-    return next((c for c in link.measured if (c.kind, c.ranks) == (kind, axis.size)), None)
+    kinds = ("send", "permute") if kind == "send" else (kind,)
+    return next((c for k in kinds for c in link.measured if (c.kind, c.ranks) == (k, axis.size)), None)
 
 
 @cache
 def _path(axis: MeshAxis, cluster: ClusterSpec) -> _Path:
-    span, intra = axis_span(axis, cluster), cluster.intra_link
-    inter = cluster.inter_link if span.nodes > 1 else intra
-    return _Path(
-        axis.size, span, intra.latency_s, inter.latency_s, intra.reached_bytes_per_s, inter.reached_bytes_per_s
-    )
+    span = axis_span(axis, cluster)
+    steps = tuple(_Step(c, cluster.links[c.level]) for c in axis_crossings(axis, cluster))
+    share = 1.0
+    if span.nodes > 1:  # those that send to another node have the adapters to themselves
+        per_node = cluster.devices_per_node
+        senders = max(per_node // span.per_node, 1)
+        share = min(per_node / (cluster.inter_link.rails or per_node), per_node / senders)
+    return _Path(axis.size, span, steps, _protocols(cluster.device.kind, span.nodes), share)
+
+
+def _fastest(ways: Ways, nbytes: float) -> float:
+    """Seconds by the best protocol."""
+    return min(latency_s + nbytes / bytes_per_s for latency_s, bytes_per_s in ways)
 
 
 def _all_gather_s(path: _Path, nbytes: float) -> float:
     """Ring [T]: (n-1) steps, (n-1)/n of the full tensor. NCCL has no other for most sizes [N]."""
-    return path.ring_latency_s + (path.size - 1) / path.size * nbytes / path.ring_bytes_per_s
+    return _fastest(path.rings, (path.size - 1) / path.size * nbytes)
 
 
 def _all_reduce_s(path: _Path, nbytes: float) -> float:
-    """The faster of ring (reduce-scatter, all-gather) [T] and double binary tree, 2 x nbytes up and down [S]."""
-    ring = 2 * _all_gather_s(path, nbytes)
-    tree = 2 * (path.tree_latency_s + nbytes / path.ring_bytes_per_s)
-    return min(ring, tree)
+    """The fastest of ring (reduce-scatter, all-gather) [T], double binary tree, 2 x nbytes up and down [S], and, where
+    there is one, the sum in the switches."""
+    return min(_all_reduces_s(path, nbytes))
+
+
+def _all_reduces_s(path: _Path, nbytes: float) -> Iterator[float]:
+    yield 2 * _all_gather_s(path, nbytes)
+    yield 2 * min(_in_pieces_s(latency_s, nbytes / bytes_per_s) for latency_s, bytes_per_s in path.trees)
+    inner = path.steps[0]
+    if inner.inside and inner.link.reduces:
+        yield _in_switch_s(path, inner, nbytes)
+
+
+def _in_pieces_s(latency_s: float, moving_s: float) -> float:
+    """[S]: a pipeline that takes `latency_s` for its first byte, `moving_s` at full rate, in as many pieces as pay."""
+    return latency_s + moving_s + 2 * math.sqrt(latency_s * moving_s)
+
+
+def _in_switch_s(path: _Path, inner: _Step, nbytes: float) -> float:
+    """Summed in the switches of a node; over several nodes, each device sums its share of it over the network."""
+    inside = nbytes / (inner.link.bytes_per_s * _IN_SWITCH_SHARE)
+    if not path.outside:
+        return _IN_SWITCH_S + inside
+    nodes, share = path.span.nodes, nbytes / path.span.per_node
+    slowest = min(s.ring_bytes_per_s for s in path.outside) / path.span.per_node
+    across = 2 * (nodes - 1) / nodes * share / slowest
+    latency = 2 * sum(_log2(s.crossing.hops + 1) * s.latency_s(SIMPLE) for s in path.outside)
+    return _IN_SWITCH_S + _in_pieces_s(latency, max(inside, across)) + _NOT_HIDDEN * min(inside, across)
 
 
 def _all_to_all_s(path: _Path, nbytes: float) -> float:
     """Pairwise exchange [T]: each rank keeps 1/n of its local tensor and sends 1/n to each other rank.
 
-    The share for other nodes goes over the rank's own share of the network, at the same
-    time as the rest goes inside.
+    The share for other units goes over the rank's own share of the links between them, at the same time as the rest
+    goes inside.
     """
-    inside, outside = path.span.per_node - 1, path.size - path.span.per_node
     each = nbytes / path.size
-    latency = inside * path.intra_latency_s + outside * path.inter_latency_s
-    return latency + max(inside * each / path.intra_bytes_per_s, outside * each / path.inter_bytes_per_s)
+    latency = seconds = 0.0
+    for step, beyond in zip(path.steps, (*path.steps[1:], None), strict=True):
+        within = beyond.crossing.members if beyond else path.size  # ranks that this level or a lower one reaches
+        latency += (within - step.crossing.members) * step.link.latency_s
+        carried = (within if step.inside else path.size) - step.crossing.members
+        seconds = max(seconds, carried * each / step.link.reached_bytes_per_s)
+    return latency + seconds
 
 
 def _broadcast_s(path: _Path, nbytes: float) -> float:
     """The faster of a pipelined ring [N] and a binomial tree, which sends the whole tensor at each level [T]."""
-    ring = path.ring_latency_s + nbytes / path.ring_bytes_per_s
-    inside, outside = _log2(math.ceil(path.size / path.span.nodes)), _log2(path.span.nodes)
-    tree = path.tree_latency_s + nbytes * (inside / path.intra_bytes_per_s + outside / path.inter_bytes_per_s)
-    return min(ring, tree)
+    depths = [
+        (_log2(math.ceil(path.size / path.span.nodes) if s.inside else s.crossing.hops + 1), s) for s in path.steps
+    ]
+    whole_s = nbytes * sum(depth / step.link.reached_bytes_per_s for depth, step in depths)
+    tree = min(sum(d * s.latency_s(p) for d, s in depths) + whole_s / p.bandwidth for p in path.protocols)
+    return min(_fastest(path.rings, nbytes), tree)
 
 
 def _permute_s(path: _Path, nbytes: float) -> float:
-    """One step of a ring of single transfers. Some member sends to another node if the axis spans several."""
-    if path.span.nodes == 1:
-        return path.intra_latency_s + nbytes / path.intra_bytes_per_s
-    slowest = min(path.intra_bytes_per_s, path.inter_bytes_per_s)
-    return max(path.intra_latency_s, path.inter_latency_s) + nbytes / slowest
+    """One step of single transfers, by the worst of them: some member sends over every level that the axis crosses.
+
+    The network is shared by the devices of a node that send to another node at the same time.
+    """
+    share = path.senders_share
+    slowest = min(step.link.reached_bytes_per_s * (1.0 if step.inside else share) for step in path.steps)
+    return max(step.link.latency_s for step in path.steps) + nbytes / slowest
 
 
 def _log2(count: int) -> int:
@@ -204,5 +267,6 @@ _FORMULAS: dict[str, Callable[[_Path, float], float]] = {
     "all_to_all": _all_to_all_s,
     "broadcast": _broadcast_s,
     "permute": _permute_s,
+    "send": _permute_s,
 }
 COLLECTIVES = tuple(_FORMULAS)

@@ -62,6 +62,9 @@ class DeviceSpec:
     host_replay_s: one kernel of a CUDA graph.
     kernel_gap_s: on the device, between the end of a kernel and the start of the next in a stream that is never empty.
 
+    step_fraction: of the rates at which kernels run one by one, what is left in training steps that go on for hours
+        (power, heat, several kernels at once).
+
     price_per_hour_usd: of one device with its share of node and network; None where unknown.
     """
 
@@ -92,6 +95,7 @@ class DeviceSpec:
     host_compiled_op_s: NonNegative = 0.0
     host_replay_s: NonNegative = 0.0
     kernel_gap_s: NonNegative = 0.0
+    step_fraction: Fraction = 1.0
     price_per_hour_usd: OptionalNonNegative = None
 
     def __post_init__(self) -> None:

@@ -79,7 +79,7 @@ class Pricer:
             if kernel.dims is None:
                 nbytes = float(kernel.bytes @ weights)
                 seconds += _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
-        seconds += len(of.kernels) * self.device.kernel_gap_s
+        seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0
         stall_s = self.run.pipeline_stall_s * shape.tensor if shape.far_pipeline else 0.0

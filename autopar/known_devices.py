@@ -94,9 +94,20 @@ _MI300X = _Chip(
 
 
 def _device(
-    name: str, chip: _Chip, memory_mib: int, memory_bytes_per_s: float, price: float | None, host: float = 1.0
+    name: str,
+    chip: _Chip,
+    memory_mib: int,
+    memory_bytes_per_s: float,
+    price: float | None,
+    host: float = 1.0,
+    in_steps: float = 0.85,
 ) -> DeviceSpec:
-    """host: how many times longer its host takes than those of the H100's nodes."""
+    """host: how many times longer its host takes than those of the H100's nodes.
+
+    in_steps: `DeviceSpec.step_fraction`. On H100 fitted to the runs on one node in benchmarks/data/h100_sweep.json that
+    no host and no network holds up (0.85), on A100 to training runs on one node in benchmarks/data/runs.json (0.95);
+    V100 as the A100, later devices as the H100, for want of a measurement.
+    """
     forward, backward, both = chip.attention
     return DeviceSpec(
         name=name,
@@ -123,16 +134,17 @@ def _device(
         host_compiled_op_s=host * 4.0e-6,
         host_replay_s=1e-9,
         kernel_gap_s=1.0e-6,
+        step_fraction=in_steps,
         price_per_hour_usd=price,
     )
 
 
 # Prices: [PRICE]. Memory: what nvidia-smi or rocm-smi report as total.
-V100_16G = _device("V100-SXM2-16GB", _V100, 16160, 900e9, 0.97, host=1.5)
-V100_32G = _device("V100-SXM2-32GB", _V100, 32510, 900e9, 0.97, host=1.5)
-A100_40G = _device("A100-SXM4-40GB", _A100, 40536, 1.555e12, None, host=1.5)
-A100_80G = _device("A100-SXM4-80GB", _A100, 81920, 2.039e12, 1.30, host=1.5)
-A100_PCIE = _device("NVIDIA A100 80GB PCIe", _A100_PCIE, 81920, 1.935e12, None, host=1.5)
+V100_16G = _device("V100-SXM2-16GB", _V100, 16160, 900e9, 0.97, host=1.5, in_steps=0.95)
+V100_32G = _device("V100-SXM2-32GB", _V100, 32510, 900e9, 0.97, host=1.5, in_steps=0.95)
+A100_40G = _device("A100-SXM4-40GB", _A100, 40536, 1.555e12, None, host=1.5, in_steps=0.95)
+A100_80G = _device("A100-SXM4-80GB", _A100, 81920, 2.039e12, 1.30, host=1.5, in_steps=0.95)
+A100_PCIE = _device("NVIDIA A100 80GB PCIe", _A100_PCIE, 81920, 1.935e12, None, host=1.5, in_steps=0.95)
 H100_SXM = _device("NVIDIA H100 80GB HBM3", _H100, 81559, 3.35e12, 2.95)
 H200 = _device("NVIDIA H200", _H100, 143771, 4.8e12, 4.00)
 B200 = _device("B200", _B200, 183359, 7.7e12, 5.25)

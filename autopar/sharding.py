@@ -122,9 +122,7 @@ def build_problem(
 
 
 class _Builder:
-    def __init__(
-        self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins, views: ViewMaps
-    ) -> None:
+    def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins, views: ViewMaps) -> None:
         self.trace, self.costs, self.optimizer, self.pins = trace, costs, optimizer, pins
         self.mesh = costs.mesh
         self.flow = Dataflow.of(trace)

@@ -15,8 +15,8 @@ from autopar.predicting.sizes import Floats, Shape
 from autopar.predicting.stages import Stage, kept_of
 from autopar.predicting.table import ModelTable, Part
 
-# What a step takes beyond its tensors: blocks of the caching allocator that are cut to the wrong size, and workspaces of
-# cuBLAS and NCCL. Of eager training with nanotron on H100 (benchmarks/data/h100_sweep.json), whose tensors alone are
+# What a step takes beyond its tensors: blocks of the caching allocator cut to the wrong size, and workspaces of cuBLAS
+# and NCCL. Of eager training with nanotron on H100 (benchmarks/data/h100_sweep.json), whose tensors alone are
 # short of the measured peaks by these on average.
 _FRAGMENTATION = 0.3  # of what is kept from forward to backward
 _WORKSPACES = 1 << 30

@@ -89,8 +89,9 @@ class Predictor:
         """Price one layout; LayoutError where it cannot be."""
         found = parse_layout(layout, self.cluster.devices)
         self._check(found)
-        table, shape = self.table, Shape(
-            found.micro_batch, found.tp, found.cp, found.sp, found.pp > 1 and self.cluster.nodes > 1
+        table, shape = (
+            self.table,
+            Shape(found.micro_batch, found.tp, found.cp, found.sp, found.pp > 1 and self.cluster.nodes > 1),
         )
         micro_batches = self.global_batch // (found.dp * found.micro_batch)
         precision = Precision.of(table, found, self.optimizer.states_per_param)

@@ -107,6 +107,8 @@ class Reading:
         path = module_path(maker)
         if is_backward(maker) or not is_backward(user) or path not in self.leaves or not is_fusable(maker):
             return False
+        if op_class(maker.target) is OpClass.RANDOM:
+            return False  # the numbers drawn are gone
         users = [u.user for u in self.flow.uses.get(value, ())]
         return self.fuse and all(module_path(u) == path for u in users) and self._grows_much(value)
 

@@ -57,15 +57,14 @@ def _even(blocks: int, stages: int) -> list[int]:
 
 
 def _balanced(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> list[int]:
-    """Blocks go one by one to the stage that is then the least slow (exact for equal blocks)."""
+    """Blocks go one by one to the stage that is then the least slow; one with the vocabulary may end up with none."""
     assert table.block is not None
     block_s = _both(table.block, pricer, shape)
     load = [0.0] * stages
     load[0] += _both(table.before, pricer, shape)
     load[-1] += _both(table.after, pricer, shape)
-    counts = [1] * stages
-    load = [x + block_s for x in load]
-    for _ in range(table.blocks - stages):
+    counts = [0] * stages
+    for _ in range(table.blocks):
         at = min(range(stages), key=lambda i: (load[i], -i))
         counts[at] += 1
         load[at] += block_s

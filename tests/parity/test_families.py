@@ -21,8 +21,10 @@ from autopar.errors import Infeasible
 from autopar.placements import State, local_shape, replicated
 from autopar.sample import sample_values
 from autopar.trace import Trace, trace
+from autopar.tracing.capture import find_loss
+from autopar.verification import gradient_errors, relative_error
 from tests.families import FAMILIES, NAMED
-from tests.parity.simulate import Case, assert_equal_to_eager, make_case, mixed, planned
+from tests.parity.simulate import TOLERANCE, Case, assert_equal_to_eager, make_case, mixed, planned
 from tests.widen import widened
 
 MESHES = [(2,), (4,), (2, 2), (2, 4)]
@@ -74,6 +76,23 @@ def test_equal_to_one_device(name: str, kind: str, mesh: tuple[int, ...], monkey
     assert {fqn: plan.decisions.params[fqn] for fqn in pins} == pins
     assert cut_ops(plan), "nothing runs in parts"
     assert_equal_to_eager(of, plan)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if quick_cases(name)])
+def test_on_one_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single rank has no axes, no groups and no conversions, and still a program, through the face."""
+    of = case(name)
+    monkeypatch.setattr(autopar.api, "trace", lambda model, call: of.traced)
+    cluster = autopar.ClusterSpec.preset("cpu", gpus=1)
+    program = autopar.compile(of.model, cluster, example_inputs=of.call, time_limit_s=TIME_LIMIT_S)
+    loss = find_loss(program(*of.call[0], **of.call[1]))
+    loss.backward()
+    assert relative_error(loss.detach(), of.losses[0]) <= TOLERANCE
+    grads = {n: p.grad for n, p in program.named_parameters() if p.grad is not None}
+    assert grads.keys() == of.grads.keys()
+    errors = gradient_errors(grads, of.grads)
+    worst = max(errors, key=lambda k: errors[k])
+    assert errors[worst] <= TOLERANCE, f"{worst} is off by {errors[worst]:.1e}"
 
 
 @pytest.mark.parametrize("mesh", [(2,), pytest.param((2, 2), marks=pytest.mark.slow)], ids=["2", "2x2"])

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
-from autopar._torch_compat import pytree
+from autopar._torch_compat import dtensor_maker, local_detached, pytree
 from autopar.errors import RuntimeFailure
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
@@ -40,6 +40,9 @@ class Compiled:
         self.trace, self.plan, self.rank_program, self.mesh = trace, plan, rank_program, mesh
         self.backward_needs = {name for name, _ in rank_program.emitted.backward_inputs}
         self.device_type = plan.cluster.device.kind
+        self.gradient_makers: dict[
+            object, Callable[[torch.Tensor], DTensor]
+        ] = {}  # by name and layout of a gradient, from the first of the kind
         self.tangents_of = gradient_sources(trace)
         self.tangent_metas = {n.name: n.meta["val"] for n in trace.graph_module.graph.nodes if n.name in trace.tangents}
 
@@ -188,14 +191,15 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any, compiled: Compiled, buffers: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], *params: Any
     ) -> tuple[torch.Tensor, ...]:
-        values = {p.node: _local(t) for p, t in zip(compiled.trace.params, params, strict=True)}
+        values = {p.node: local_detached(t) for p, t in zip(compiled.trace.params, params, strict=True)}
         values.update(buffers)
         values.update(inputs)
         with compiled.own_precision():
             outputs, saved = compiled.rank_program.forward(values)
         # Detached: an output that holds its own graph would never be freed. Changes in place are still seen.
         ctx.compiled, ctx.saved, ctx.values = compiled, [t.detach() for t in saved], values
-        ctx.versions = {name: value._version for name, value in values.items()}
+        ctx.watched = {**values, **{p.node: t for p, t in zip(compiled.trace.params, params, strict=True)}}
+        ctx.versions = {name: value._version for name, value in ctx.watched.items()}  # a DTensor counts, not its part
         ctx.saved_versions = [tensor._version for tensor in saved]
         ctx.names = compiled.rank_program.emitted.output_names
         differentiable = {o.node for o in compiled.trace.outputs if o.tangent is not None}
@@ -208,13 +212,13 @@ class _Step(torch.autograd.Function):
         compiled: Compiled = ctx.compiled
         if ctx.saved is None:
             raise RuntimeError("backward was called twice on one forward pass; call the program again first")
-        changed = [n for n, v in ctx.versions.items() if n in compiled.backward_needs and ctx.values[n]._version != v]
+        changed = [n for n, v in ctx.versions.items() if n in compiled.backward_needs and ctx.watched[n]._version != v]
         if changed:
             raise RuntimeError(f"{changed[0]} was changed in place between forward and backward")
         if [tensor._version for tensor in ctx.saved] != ctx.saved_versions:
             raise RuntimeError("a result of the program was changed in place before backward, which needs it; clone it")
         saved, ctx.saved = ctx.saved, None
-        values, ctx.values = ctx.values, None
+        values, ctx.values, ctx.watched = ctx.values, None, None
         given = dict(zip(ctx.names, grad_outputs, strict=True))
         tangents = {o.tangent: given.pop(o.node, None) for o in compiled.trace.outputs if o.tangent and o.node}
         values.update({name: _tangent(tensor, compiled.tangent_metas[name]) for name, tensor in tangents.items()})
@@ -263,13 +267,14 @@ def _as_gradient(compiled: Compiled, fqn: str, grads: dict[str, torch.Tensor]) -
     grad = grads.pop(fqn, None)
     if grad is None or compiled.mesh is None:
         return grad
-    state = compiled.plan.decisions.params[fqn]
-    return DTensor.from_local(grad, compiled.mesh, torch_placements(state), run_check=False)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    detached = tensor.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    layout = (fqn, grad.shape, grad.stride(), grad.dtype)
+    make = compiled.gradient_makers.get(layout)
+    if make is not None and not grad.requires_grad:
+        return make(grad)
+    placements = torch_placements(compiled.plan.decisions.params[fqn])
+    made = DTensor.from_local(grad, compiled.mesh, placements, run_check=False)
+    compiled.gradient_makers[layout] = dtensor_maker(made)
+    return made
 
 
 def torch_placements(state: State) -> list[TorchPlacement]:

@@ -87,7 +87,7 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     order = _most_promising_first(_stated(trace, meshes, request, settings), began + limit_s)
     for index, one in enumerate(order):
         now = time.perf_counter()
-        share = max(0.0, began + limit_s - now) / (len(order) - index)
+        share = max(0.0, began + limit_s - now) / min(2, len(order) - index)  # half: the first often settles the rest
         one.solve(now + share, _fastest(tried))
         tried.append(one)
         if settings.progress:

@@ -17,7 +17,7 @@ from torch import fx
 
 from autopar._torch_compat import OpOverload
 from autopar.dataflow import Dataflow, is_backward, module_path, result_metas, value_name
-from autopar.rules import is_random
+from autopar.rules import is_random, may_be_random
 from autopar.rules.schema import op_call
 
 _MIN_BLOCK_OPS = 6
@@ -51,7 +51,7 @@ def segments(flow: Dataflow) -> list[list[fx.Node]]:
 
 def is_deterministic(node: fx.Node) -> bool:
     """Whether running a node twice gives the same result."""
-    return isinstance(node.target, OpOverload) and not is_random(op_call(node))
+    return isinstance(node.target, OpOverload) and not (may_be_random(node.target) and is_random(op_call(node)))
 
 
 def recompute_times(

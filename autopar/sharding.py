@@ -366,8 +366,11 @@ class _Builder:
                 class_of[f"param:{param.fqn}"], class_of[f"grad:{param.fqn}"] = f"param:{kind}", f"grad:{kind}"
         first: dict[tuple[object, ...], int] = {}
         twinned = []
+        offers_of: dict[int, tuple[object, ...]] = {}
         for index, op in enumerate(ops):
-            offers = tuple((c.uses, c.makes) for c in op.choices)
+            offers = offers_of.get(id(op.choices))
+            if offers is None:  # identical layers share their choices
+                offers = offers_of[id(op.choices)] = tuple((c.uses, c.makes) for c in op.choices)
             kind_key = (class_of[op.name], offers, op.recompute_time is None, op.must_rerun)
             leader = first.setdefault(kind_key, index)
             twinned.append(op if leader == index else replace(op, twin_of=leader))

@@ -11,7 +11,8 @@ def check_problem(problem: Problem) -> None:
     """Raise ValueError (what, where, what to do) unless the problem keeps its contract."""
     if not 0 <= problem.forward_ops <= len(problem.ops):
         raise ValueError(f"forward_ops is {problem.forward_ops}, but there are {len(problem.ops)} ops: correct it")
-    for value in problem.values:
+    tables = {(id(v.convert_s), id(v.state_bytes)): v for v in reversed(problem.values)}  # identical layers share them
+    for value in reversed(tables.values()):
         _check_value(value)
     made: set[int] = set()
     seen: set[tuple[int, ...]] = set()

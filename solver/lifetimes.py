@@ -129,6 +129,8 @@ def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> dict[tuple[ob
 
 def distinct_slots(op: Op) -> list[int]:
     """The slots of an op less those that take the same value in the same state in every choice."""
+    if len(set(op.operands)) == len(op.operands):  # by far the most
+        return list(range(len(op.operands)))
     seen: dict[tuple[int, tuple[int, ...]], int] = {}
     for slot, v in enumerate(op.operands):
         seen.setdefault((v, tuple(c.uses[slot] for c in op.choices)), slot)

@@ -25,7 +25,7 @@ Allowed = list[npt.NDArray[np.bool_]]  # per op, which choices; the same for tie
 
 NEAR = 1e-3  # of the bound: choices with a margin below this come in
 MOST_NEAR = 3  # per op and round
-CLOSE = 2e-5  # of the bound: the two bounds agree
+CLOSE = 0.2  # of the gap that is to be proven: the two bounds agree
 MOST_ROUNDS = 12
 TURN_SWEEPS, MOST_SWEEPS = 12, 40  # of an ascent in the turns, and of one that is to prove all it can
 MOST_MEMORY_COSTS = 3.0  # of the bound: what all memory together can sensibly be worth
@@ -93,6 +93,7 @@ class Narrowing:
 
     limit_bytes: None where memory is free. groups: conversions to start with; those that turn out to matter are
     added to the set. whole: for problems so small that all choices may come in at once, and no turns are taken.
+    gap: what is to be proven, relative.
     """
 
     def __init__(
@@ -107,10 +108,11 @@ class Narrowing:
         excess: bool,
         groups: set[tuple[int, int, int]],
         whole: bool,
+        gap: float,
     ) -> None:
         self.problem, self.lives, self.clock, self.cost_scale = problem, lives, clock, cost_scale
         self.limit_bytes, self.byte_reference, self.excess = limit_bytes, byte_reference, excess
-        self.groups, self.whole = groups, whole
+        self.groups, self.whole, self.close = groups, whole, CLOSE * gap
         self._graph: DualAscent | None = None
 
     def run(self, allowed: Allowed, *, enough: float = np.inf) -> Narrowed:
@@ -127,7 +129,7 @@ class Narrowing:
             priced = self.ascend(self._sensible(now, bound), enough)
             if priced.bound > bound or best is None:
                 bound, best = max(bound, priced.bound), priced
-            agree = now.relaxed.bound - bound <= CLOSE * max(now.relaxed.bound, 1.0)
+            agree = now.relaxed.bound - bound <= self.close * max(now.relaxed.bound, 1.0)
             if agree or bound >= enough or self.clock.out() or turn == MOST_ROUNDS - 1:
                 break
             fresh = [a | b for a, b in zip(nearest(priced), allowed, strict=True)]

@@ -27,6 +27,7 @@ the safe side: they cover every use that may happen.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -194,3 +195,17 @@ class InfeasibleProblem(Exception):
         self.peak_time = peak_time
         self.leanest = leanest
         self.bound_s = bound_s
+
+
+def sum_of_choices(problem: Problem, pick: Callable[[Iterable[float]], float]) -> float:
+    """Seconds of all ops with their cheapest (min) or dearest (max) choices."""
+    found: dict[int, float] = {}
+    for op in problem.ops:
+        if id(op.choices) not in found:  # identical layers share their choices
+            found[id(op.choices)] = pick(c.cost_s for c in op.choices)
+    return sum(found[id(op.choices)] for op in problem.ops)
+
+
+def mean_conversions(problem: Problem) -> float:
+    """Seconds of one conversion of every value, the mean of those that are possible."""
+    return sum(v.convert_s[np.isfinite(v.convert_s)].mean() for v in problem.values if len(v.state_bytes))

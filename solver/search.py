@@ -20,8 +20,16 @@ from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evalu
 from autopar.solver.lifetimes import lifetimes
 from autopar.solver.linear import Floats
 from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, nearest, within
-from autopar.solver.problem import InfeasibleProblem, NothingCheaper, Problem, Solution, SolveResult
-from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound
+from autopar.solver.problem import (
+    InfeasibleProblem,
+    NothingCheaper,
+    Problem,
+    Solution,
+    SolveResult,
+    mean_conversions,
+    sum_of_choices,
+)
+from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound, worthwhile
 
 NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
@@ -33,6 +41,7 @@ EXPLAIN_S, EXPLAIN_LONGER_S = 4.0, 12.0  # for the capacity that an infeasible p
 EXPLAIN_GAP = 1e-2  # to this precision
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 ROUGH_GAP = 0.05  # when there is no time left and nothing to show
+FINE_GAP = 1e-4  # the least that turns of LP and ascent aim at
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
 
 
@@ -57,11 +66,10 @@ class Search:
         self.problem, self.gap, self.progress = problem, gap, progress
         self.clock, self.cutoff_s = Clock(None), math.inf
         self.lives = lifetimes(problem)
-        cheapest = sum(min(c.cost_s for c in op.choices) for op in problem.ops)
-        dearest = sum(max(c.cost_s for c in op.choices) for op in problem.ops)
-        conversions = [v.convert_s[np.isfinite(v.convert_s)].mean() for v in problem.values if len(v.state_bytes)]
-        self.cost_scale = COST_UNITS / (cheapest or dearest or sum(conversions) or 1.0)
-        self.bound_s = cheapest
+        self.bound_s = sum_of_choices(problem, min)
+        self.cost_scale = COST_UNITS / (
+            self.bound_s or sum_of_choices(problem, max) or mean_conversions(problem) or 1.0
+        )
         self.best: tuple[Solution, Evaluation] | None = None
         self.free_peak = 1
         self.groups: set[tuple[int, int, int]] = set()
@@ -179,7 +187,7 @@ class Search:
         return all(a.all() for a in self.allowed)
 
     def _widen(self, narrowing: Narrowing, found: Narrowed, proven: float) -> None:
-        """Let in every choice that a better solution can use, and search again.
+        """Let in every choice that a solution better by more than the gap can use, and search again.
 
         proven: bound on the solutions that use the choices let in so far.
         """
@@ -188,14 +196,14 @@ class Search:
         slack = FIRST_WIDENING * found.bound
         while not self._closed() and not self.clock.out():
             if self._cutoff() < np.inf:
-                slack = self._cutoff() - low
+                slack = max(worthwhile(self._cutoff(), self.gap) - low, 0.0)
             wider = within(found.priced, slack)
             if not all((a | ~b).all() for a, b in zip(self.allowed, wider, strict=True)):
                 self.allowed[:] = [a | b for a, b in zip(self.allowed, wider, strict=True)]
                 proven = self._search_in(narrowing.limited(self.allowed))
             self._raise_bound(min(proven, math.inf if self._is_whole() else low + slack))
             self._report("in integers")
-            if self._is_whole() or slack >= self._cutoff() - low:
+            if self._is_whole() or slack >= worthwhile(self._cutoff(), self.gap) - low:
                 break
             slack = slack * WIDENING_GROWTH if slack < found.bound else math.inf
 
@@ -231,6 +239,7 @@ class Search:
             excess=excess,
             groups=self.groups,
             whole=self._is_small(),
+            gap=FINE_GAP if excess else max(self.gap, FINE_GAP),
         )
 
     def _check_feasible(self, limit: int) -> None:

@@ -31,6 +31,7 @@ PRICED_OUT = 1e-7  # gains below this, in cost units, are rounding
 FIRST_SLACK = 1e-3  # of the bound
 SLACK_GROWTH = 8.0
 MOST_ROWS = 24  # memory rows that come in at once
+AIM = 0.9  # of a gap that is good enough: what bounds aim at, so that rounding does not leave them short
 LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
 
 Accept = Callable[[Solution, Evaluation], None]
@@ -184,15 +185,16 @@ class Stage:
         slack = max(FIRST_SLACK * low, PRICED_OUT)
         while not self.clock.out():
             if best < np.inf:
-                slack = min(slack, max(best - low, 0.0))
+                slack = min(slack, max(worthwhile(best, gap) - low, 0.0))
             if slack > LAST_SLACK * max(low, 1.0) and best == np.inf:
                 slack = np.inf
             mip, found = self._restricted(relaxed.result, slack, accept, gap)
             best = min(best, found)
             proven = max(proven, min(mip.bound, low + slack))
-            if slack == np.inf or (best < np.inf and (best - proven <= gap * best or low + slack >= best)):
+            aim = worthwhile(best, gap)
+            if slack == np.inf or (best < np.inf and (best - proven <= gap * best or low + slack >= aim)):
                 break
-            slack = best - low if best < np.inf else slack * SLACK_GROWTH
+            slack = aim - low if best < np.inf else slack * SLACK_GROWTH
         return min(proven, best)
 
     def _restricted(self, lp: LpResult, slack: float, accept: Accept, gap: float) -> tuple[MipResult, float]:
@@ -258,6 +260,11 @@ class Stage:
                 f"the model says {mip.objective / self.cost_scale:.9g} s, but the solution costs {found.cost_s:.9g} s "
                 "priced from scratch: report this problem"
             )
+
+
+def worthwhile(cost: float, gap: float) -> float:
+    """What a solution must cost less than for a known one not to be good enough: others need not be looked at."""
+    return cost * (1 - AIM * gap)
 
 
 def bytes_bound(stage: Stage, bound: float) -> int:

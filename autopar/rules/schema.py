@@ -154,9 +154,14 @@ def op_call(node: fx.Node) -> OpCall:
     return OpCall(node.target, tuple(args), dict(kwargs), named, inputs, results(node))
 
 
+def may_be_random(op: OpOverload) -> bool:
+    """Whether some calls of the op draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
 def is_random(call: OpCall) -> bool:
     """Whether the op draws random numbers. Ops with a dropout probability do not where it is zero."""
-    if torch.Tag.nondeterministic_seeded not in call.op.tags:
+    if not may_be_random(call.op):
         return False
     switches = [call.arg(a) for a in _DROPOUT_ARGUMENTS if any(x.name == a for x in call.op._schema.arguments)]
     if "scaled_dot_product" in call.name or call.name == "aten.native_dropout":

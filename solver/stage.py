@@ -32,6 +32,7 @@ FIRST_SLACK = 1e-3  # of the bound
 SLACK_GROWTH = 8.0
 MOST_ROWS = 24  # memory rows that come in at once
 AIM = 0.9  # of a gap that is good enough: what bounds aim at, so that rounding does not leave them short
+MOST_MIP_GAP = 1e-2  # of an integer program, where the gap of all that is proven may be more
 LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
 
 Accept = Callable[[Solution, Evaluation], None]
@@ -207,7 +208,8 @@ class Stage:
             alive[self.model.excess] = self.excess
             self.stats["mips"] += 1
             self.stats["mip_columns"] = max(self.stats["mip_columns"], float(alive.sum()))
-            mip = solve_mip(self.model, alive, self.costs(), gap=gap, time_limit_s=self.clock.left_s())
+            mip_gap = min(gap, MOST_MIP_GAP)
+            mip = solve_mip(self.model, alive, self.costs(), gap=mip_gap, time_limit_s=self.clock.left_s())
             bound = max(bound, mip.bound)
             mip = MipResult(mip.status, mip.values, mip.objective, bound)
             if mip.values is None:

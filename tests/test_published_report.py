@@ -61,7 +61,7 @@ def test_exact_predictions_pass(part: str, capsys: pytest.CaptureFixture[str]) -
             "step time, training rows: median error",
             "step time, training rows: 90th percentile",
         ]),
-        ("memory", 1, 1.04, ["memory, arXiv 2205.05198: largest error"]),
+        ("memory", 1, 1.04, ["activations and total, arXiv 2205.05198: largest error"]),
         ("sweep", 1.15, 1.06, ["sweep: tokens/s, median error", "sweep: peak memory, median error"]),
     ],
 )  # fmt: skip

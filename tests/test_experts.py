@@ -156,7 +156,7 @@ def test_norms_are_cut_along_the_sequence_when_memory_is_tight() -> None:
 
 
 def test_tensor_parallelism_inside_the_node_and_data_parallelism_across_a_slow_link() -> None:
-    # On A100, whose all-reduces are rings: on H100, a node sums in its switches, which makes eight replicas over 2 nodes
+    # On A100, whose all-reduces are rings: on H100 a node sums in its switches, which makes eight replicas on two
     # as cheap for the network as two, and tensor parallelism of two is then enough for these short sequences.
     a100 = ClusterSpec.preset("a100-80g", gpus=16, inter_node_gbit_per_s=100)
     for plan in (planned(8192, 1, 16, 3072, a100), planned(8192, 1, 2, 24576, h100(16, gbit=100))):

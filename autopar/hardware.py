@@ -17,6 +17,7 @@ from autopar.cost.checks import (
     Positive,
     checked,
     read_object,
+    shown,
 )
 from autopar.curves import MAX_CURVES, NOTHING_MEASURED, CollectiveCurve, DeviceCurves, once
 from autopar.errors import ClusterSpecError
@@ -171,7 +172,7 @@ class LinkSpec:
     def __post_init__(self) -> None:
         checked(self, "link")
         if not isinstance(self.reduces, bool):
-            raise ClusterSpecError(f"link.reduces is {self.reduces!r}; use true or false")
+            raise ClusterSpecError(f"link.reduces is {shown(self.reduces)}; use true or false")
         object.__setattr__(self, "measured", tuple(self.measured))
         if len(self.measured) > MAX_CURVES or not all(isinstance(c, CollectiveCurve) for c in self.measured):
             raise ClusterSpecError(f"link.measured must hold at most {MAX_CURVES} CollectiveCurves")

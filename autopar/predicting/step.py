@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autopar.cluster import ClusterSpec
@@ -13,6 +14,8 @@ from autopar.predicting.sizes import Shape
 from autopar.predicting.stages import Stage, StageWork, stage_work
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer, Work
+
+_BUCKET_BYTES = 25 << 20  # of gradients and of parameters that travel together: torch's default
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,12 @@ def _send_s(table: ModelTable, layout: Layout, cluster: ClusterSpec, shape: Shap
     return gather_s + collective_time_s("permute", nbytes / layout.tp, MeshAxis(layout.pp, stride), cluster)
 
 
+def _in_messages(kind: str, nbytes: float, size: float, axis: MeshAxis, cluster: ClusterSpec) -> float:
+    """Seconds of a collective over `nbytes` in messages of about `size` bytes: each goes around all ranks."""
+    count = max(1, math.ceil(nbytes / size)) if size else 1
+    return count * collective_time_s(kind, nbytes / count, axis, cluster)
+
+
 def _data_axis(layout: Layout) -> MeshAxis:
     return MeshAxis(layout.dp * layout.cp, layout.tp)
 
@@ -158,13 +167,13 @@ def _reduce_s(
     if axis.size == 1 or layout.zero == 3:
         return tied_s
     kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-    reduce_s = collective_time_s(kind, numbers * precision.gradient, axis, cluster)
+    reduce_s = _in_messages(kind, numbers * precision.gradient, _BUCKET_BYTES, axis, cluster)
     if run.overlap:
         hidden = work.whole_backward.seconds
         reduce_s = max(reduce_s - hidden, reduce_s / max(1, stage.blocks + 1))
     gather_s = 0.0
     if layout.zero:
-        gather_s = collective_time_s("all_gather", numbers * precision.parameter, axis, cluster)
+        gather_s = _in_messages("all_gather", numbers * precision.parameter, _BUCKET_BYTES, axis, cluster)
     return reduce_s + gather_s + tied_s
 
 
@@ -183,8 +192,10 @@ def _zero3_s(
     if layout.zero != 3 or axis.size == 1:
         return 0.0
     numbers = local_numbers(table, stage, shape)
-    gather_s = collective_time_s("all_gather", numbers * precision.parameter, axis, cluster)
-    scatter_s = collective_time_s("reduce_scatter", numbers * precision.gradient, axis, cluster)
+    blocks = max(1, stage.blocks)  # one message each (FSDP)
+    gathered, scattered = numbers * precision.parameter, numbers * precision.gradient
+    gather_s = _in_messages("all_gather", gathered, gathered / blocks, axis, cluster)
+    scatter_s = _in_messages("reduce_scatter", scattered, scattered / blocks, axis, cluster)
     first = 1 / max(1, stage.blocks + 1)
     forward = max(gather_s - work.forward.seconds, gather_s * first)
     backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * first)

@@ -32,13 +32,17 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight, mean, scale = ctx.saved_tensors
         grad, shape = grads[0], (1, -1, 1, 1)
-        normalized = (x - mean.view(shape)) * scale.view(shape)
-        of_bias, of_weight = grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))
+        of_bias = grad.sum((0, 2, 3))
+        of_weight = scale * ((grad * x).sum((0, 2, 3)) - mean * of_bias)
         sums = torch.cat([of_bias, of_weight])
         dist.all_reduce(sums)
-        means = (sums / ctx.count).chunk(2)
-        inner = grad - means[0].view(shape) - normalized * means[1].view(shape)
-        return inner * (weight * scale).view(shape), of_weight, of_bias, None
+        bias_mean, weight_mean = (sums / ctx.count).chunk(2)
+        # weight * scale * (grad - bias_mean - (x - mean) * scale * weight_mean), in two passes over the images
+        by_grad = weight * scale
+        by_x = -by_grad * scale * weight_mean
+        rest = -by_grad * bias_mean - by_x * mean
+        of_x = torch.addcmul(rest.view(shape), x, by_x.view(shape)).addcmul_(grad, by_grad.view(shape))
+        return of_x, of_weight, of_bias, None
 
 
 class SynchronizedBatchNorm(nn.BatchNorm2d):

@@ -19,8 +19,6 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.batch_norm import SynchronizedBatchNorm
-
 Batch = dict[str, torch.Tensor]
 
 
@@ -160,9 +158,7 @@ def rows(batch: Batch, rank: int, world: int) -> Batch:
 def data_parallel(model: nn.Module, mesh: DeviceMesh, work: Workload) -> nn.Module:
     """DDP; gradients are views of the buckets, as torch recommends. A batch norm in the model sees a rank's share of
     the batch only: the model is then another function than on one device."""
-    # broadcast_buffers=False where batch norm is synchronized: its running statistics are equal anyway
-    plain = not any(isinstance(m, SynchronizedBatchNorm) for m in model.modules())
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=plain)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def has_batch_norm(model: nn.Module) -> bool:

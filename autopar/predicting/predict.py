@@ -89,10 +89,9 @@ class Predictor:
         """Price one layout; LayoutError where it cannot be."""
         found = parse_layout(layout, self.cluster.devices)
         self._check(found)
-        table, shape = (
-            self.table,
-            Shape(found.micro_batch, found.tp, found.cp, found.sp, found.pp > 1 and self.cluster.nodes > 1),
-        )
+        table = self.table
+        by_sequence, far = found.sp and table.tokens > 1, found.pp > 1 and self.cluster.nodes > 1
+        shape = Shape(found.micro_batch, found.tp, found.cp, by_sequence, far)
         micro_batches = self.global_batch // (found.dp * found.micro_batch)
         precision = Precision.of(table, found, self.optimizer.states_per_param)
         stages = split(table, found, self.pricer, shape)
@@ -109,7 +108,7 @@ class Predictor:
             blocks=max(1, self.table.blocks),
             heads=self.heads,
             kv_heads=self.kv_heads,
-            seq=self.table.tokens,
+            seq=self.table.tokens if self.table.tokens > 1 else None,
         )
         if layout.ep > 1:
             raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
@@ -183,5 +182,7 @@ def _with_batch(example_inputs: Any, batch: int) -> Any:
 
 
 def _tokens(inputs: Any) -> int:
+    """Of one sequence: the second dim of integer inputs; images and the like have none."""
     first = next((i for i in inputs if i.batch_dim == 0), None)
-    return int(first.shape[1]) if first is not None and len(first.shape) > 1 else 1
+    counted = first is not None and len(first.shape) > 1 and not first.dtype.is_floating_point
+    return int(first.shape[1]) if first is not None and counted else 1

@@ -141,3 +141,15 @@ def test_a_list_of_layouts_is_priced_quickly() -> None:
 def test_impossible_layouts_are_refused(layout: str, message: str) -> None:
     with pytest.raises(autopar.LayoutError, match=message):
         predictor("llama").predict(layout)
+
+
+def test_models_without_sequences_or_blocks() -> None:
+    """A classifier of images: convolutions, no tokens, no list of layers."""
+    from tests.families import FAMILIES
+
+    model, call = FAMILIES["resnet"]()
+    plain, cut = autopar.predict(model, CLUSTER, ["dp=8", "dp=4,tp=2"], example_inputs=call, global_batch=64)
+    assert plain.tokens_per_s_per_gpu == pytest.approx(64 / plain.step_time_s / 8)
+    assert cut.step_time_s > 0
+    with pytest.raises(autopar.LayoutError, match="1 block"):
+        autopar.predict(model, CLUSTER, "pp=2", example_inputs=call, global_batch=64)

@@ -127,7 +127,7 @@ def _compared(
         simulated = Simulation(traced, decisions, emitted, groups, coordinates)
         try:
             outputs, grads = simulated.step(values)
-        except RuntimeError as error:  # local shapes that do not go together
+        except (RuntimeError, IndexError) as error:  # local shapes that do not go together
             node, detail = simulated.first_difference(values, expected, TOLERANCE[torch.float64])
             raise VerifyError(f"the program cannot run ({error}); first node that is wrong: {detail}", node) from error
         errors = gradient_errors(grads, {fqn: expected[node] for fqn, node in traced.grads.items()})
@@ -138,7 +138,7 @@ def _compared(
         worst_error = errors[worst] if worst else 0.0
         if not max(output_error, worst_error) <= tolerance:
             node, detail = simulated.first_difference(values, expected, tolerance)
-            what = "loss" if traced.loss is not None else f"output {output}"
+            what = "loss" if output == traced.loss else f"output {output}"
             what = what if output_error > tolerance or worst is None else f"gradient of {worst}"
             if node is None:  # all values are right, so it is a conversion on the way out
                 node = traced.grads[worst] if worst and output_error <= tolerance else output
@@ -306,13 +306,17 @@ class Simulation:
         return found
 
     def step(self, values: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The whole outputs by node (the loss, where there is one), and whole gradients by parameter name."""
+        """Outputs and new buffers of floating point by node, gradients by parameter name, all of them whole."""
         local = self.start(values)
         with torch.no_grad():
             outputs, saved = self.program.forward(local)
             grads = self.program.backward(saved, local)
-        state = ("R",) * len(self.mesh)
-        whole = {n: self.gather(t, state) for n, t in zip(self.traced.whole_outputs, outputs, strict=False)}
+        states = self.emitted.output_states
+        whole = {
+            name: self.gather(tensor, states[name])
+            for name, tensor in zip(self.emitted.output_names, outputs, strict=True)
+            if tensor.is_floating_point()
+        }
         named = zip(self.emitted.grads, grads, strict=True)
         return whole, {fqn: self.gather(g, self.param_states[fqn]) for fqn, g in named}
 
@@ -354,7 +358,7 @@ class _Checker(fx.Interpreter):
             return None  # what follows has nothing right to work on
         try:
             result = super().run_node(n)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             self.wrong = (str(n.meta.get("origin", n.name)), f"{n.name} ({n.target}) fails: {error}")
             return None
         version = n.meta.get("version")

@@ -90,7 +90,7 @@ class _Emitter:
         self, trace: Trace, decisions: Decisions, mesh: tuple[int, ...], costs: StepCosts, bucket_bytes: int
     ) -> None:
         self.trace, self.decisions, self.mesh = trace, decisions, mesh
-        self.flow = Dataflow.of(trace)
+        self.flow, self.costs = Dataflow.of(trace), costs
         self.views = ViewMaps(mesh)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.params = {p.node: p.fqn for p in trace.params}
@@ -221,7 +221,8 @@ class _Pass:
         self.emitter = emitter
         self.forward = backward  # the forward pass, seen from the backward pass
         fake_mode = next(iter(emitter.flow.placeholders)).meta["val"].fake_mode
-        self.builder = GraphBuilder(emitter.mesh, fake_mode)
+        by_exchange = emitter.costs.scatters_by_exchange
+        self.builder = GraphBuilder(emitter.mesh, fake_mode, scatters_by_exchange=by_exchange)
         self.versions: dict[Version, fx.Node] = {}
         self.inputs: list[Version] = []
         self._viewed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}

@@ -151,8 +151,8 @@ class Parts(Simulation):
 @cache
 def masks(seed: int, again: bool = False) -> dict[str, dict[int, torch.Tensor]]:
     """Each rank's part of the masks of two dropouts, cut on one axis and on both, on a mesh of 2 x 2."""
-    model = nn.Sequential(nn.Dropout(0.25), nn.Linear(64, 256), nn.Dropout(0.25), nn.Linear(256, 8))
-    call = ((torch.randn(256, 64),), {})
+    model = nn.Sequential(nn.Dropout(0.25), nn.Linear(65, 256), nn.Dropout(0.25), nn.Linear(256, 8))
+    call = ((torch.randn(254, 65),), {})  # neither the rows in four nor the columns in two
     plan, traced = planned((model, call), dp=2, tp=2), trace(model, call)
     states = {n: plan.decisions.nodes[n].result_states[1] for n in random_nodes(traced)}
     assert [[p[0] for p in state] for state in states.values()] == [["S", "R"], ["S", "S"]]

@@ -15,7 +15,7 @@ from autopar.predicting.stages import Stage, StageWork, stage_work
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer, Work
 
-_BUCKET_BYTES = 25 << 20  # of gradients and of parameters that travel together: torch's default
+_BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def test_less_memory_is_never_faster(name: str) -> None:
     for roomy, lean in itertools.pairwise(plans):
         assert lean.objective_s >= roomy.objective_s * (1 - max(roomy.gap, SOLVER_GAP))
         assert lean.objective_s >= roomy.bound_s
-    assert plans[-1].objective_s > plans[0].objective_s
+    if low < 0.99 * high:  # else the fastest plan is about the leanest, too
+        assert plans[-1].objective_s > plans[0].objective_s
     assert plans[0].status == "optimal"
 
 

@@ -20,7 +20,7 @@ from autopar.explaining.attribution import COMPUTE, LAUNCH, MEMORY, roofline_par
 from autopar.explaining.memory_price import FIRST_STEP, TOLERANCE
 from autopar.explaining.text import WIDTH
 from tests.models import tiny_llama, tiny_mlp
-from tests.test_planning import SOLVER_GAP, free, make
+from tests.test_planning import MODELS, SOLVER_GAP, cluster, free, make
 
 
 @cache
@@ -28,15 +28,23 @@ def report() -> Report:
     return free("mlp").explain()
 
 
+def far(**options: Any) -> Plan:
+    """A plan of the small MLP where the latency of links counts, so that the fastest plan is not the leanest, too."""
+    model, call = MODELS["mlp"]()
+    spec = cluster(8)
+    links = tuple(replace(link, latency_s=1e-7) for link in spec.links)
+    spec = replace(spec, links=links, collective_launch_s=1e-7)
+    return autopar.plan(model, spec, example_inputs=call, **{"time_limit_s": 30, "pin": {"mesh": [8]}, **options})
+
+
 @cache
 def binding() -> Plan:
-    """A plan of the small MLP under a limit between what it would like and what it needs at least."""
+    """Under a limit between what it would like and what it needs at least."""
     with pytest.raises(Infeasible) as error:
-        make("mlp", memory_limit_bytes=1000, time_limit_s=2, pin={"mesh": [8]})
+        far(memory_limit_bytes=1000, time_limit_s=2)
     least = error.value.needed_bytes
     assert least is not None
-    limit = (2 * free("mlp").predicted["peak_bytes"] + 3 * least) // 5
-    return make("mlp", memory_limit_bytes=limit, pin={"mesh": [8]})
+    return far(memory_limit_bytes=(2 * far().predicted["peak_bytes"] + 3 * least) // 5)
 
 
 def changes_add_up(alternative: Alternative) -> bool:
@@ -236,7 +244,7 @@ def test_the_price_of_a_byte_is_the_difference_of_two_plans() -> None:
     plan = binding()
     price = plan.explain().memory_price
     assert price.binds and price.free is not None and price.free.step_time_s is not None
-    roomy = make("mlp", pin={"mesh": list(plan.mesh)}).objective_s
+    roomy = far().objective_s
     assert price.free.step_time_s == pytest.approx(roomy, rel=2 * SOLVER_GAP)
     assert price.less is not None and price.less.limit_bytes == int(price.limit_bytes * (1 - FIRST_STEP))
     assert "memory binds" in price.lines()[0]
@@ -244,7 +252,7 @@ def test_the_price_of_a_byte_is_the_difference_of_two_plans() -> None:
         assert price.seconds_per_byte is None and "buys nothing yet" in "\n".join(price.lines())
         return
     assert price.more.limit_bytes is not None and price.more.step_time_s is not None
-    faster = make("mlp", memory_limit_bytes=price.more.limit_bytes, pin={"mesh": list(plan.mesh)}).objective_s
+    faster = far(memory_limit_bytes=price.more.limit_bytes).objective_s
     assert price.more.step_time_s == pytest.approx(faster, rel=2 * SOLVER_GAP)
     assert price.seconds_per_byte == pytest.approx(
         (plan.objective_s - price.more.step_time_s) / (price.more.limit_bytes - price.limit_bytes)

@@ -97,7 +97,6 @@ class _Builder(Reading):
             self._dims(first),
             flops,
             total([*read.values(), *written]),
-            len(members),
         )
 
     def _is_internal(self, value: str, members: list[fx.Node]) -> bool:
@@ -234,7 +233,6 @@ class _Builder(Reading):
             boundary=self._boundary(forward),
             parameters=total([self._numbers(p) for p in used]),
             tied=total([self._numbers(p) for p in used if p in others]),
-            tensors=len(used),
         )
 
     def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], *, backward: bool) -> Pass:

@@ -15,7 +15,7 @@ class Kernel:
     """One kernel of one pass.
 
     dims: [4, 5] batch, rows, columns and contracted dim of a matrix product, None for others.
-    flops, bytes: [5] per sequence. ops: aten ops that the host runs for it when nothing is fused.
+    flops, bytes: [5] per sequence.
     """
 
     name: str
@@ -24,7 +24,6 @@ class Kernel:
     dims: Floats | None
     flops: Floats
     bytes: Floats
-    ops: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Part:
     kept: bytes from forward to backward. kept_selective: without what only the attention core needs, which `again`
         makes once more. gathered: copies that sequence parallelism gathers and that may be kept, too.
     boundary: bytes that go on to the next part, all that full recomputation keeps of a block.
-    parameters: how many numbers; tied: those among them that another part uses as well. tensors: how many parameters.
+    parameters: how many numbers; tied: those among them that another part uses as well.
     """
 
     forward: Pass
@@ -70,7 +69,6 @@ class Part:
     boundary: Floats
     parameters: Floats
     tied: Floats
-    tensors: int
 
 
 @dataclass(frozen=True)

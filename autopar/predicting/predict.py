@@ -128,7 +128,7 @@ class Predictor:
             peak_bytes=round(memory.total),
             fits=memory.total <= device.usable_bytes,
             breakdown={
-                **{f.removesuffix("_s") + "_s": v for f, v in vars(time).items() if f.endswith("_s")},
+                **{name: seconds for name, seconds in vars(time).items() if name.endswith("_s")},
                 "memory_bytes": {k: round(v) for k, v in vars(memory).items()},
                 "blocks_per_stage": [s.blocks for s in stages],
             },
@@ -157,12 +157,9 @@ def predict(
 def _prime_for(model: nn.Module, seq: int | None) -> int:
     """A batch by which no other size of the model divides."""
     sizes = {d for p in (*model.parameters(), *model.buffers()) for d in p.shape} | ({seq} if seq else set())
-    heads = (
-        {v for v in vars(getattr(model, "config", None) or object()).values() if isinstance(v, int) and v > 0}
-        if hasattr(model, "config")
-        else set()
-    )
-    found = next((p for p in _PRIMES if all(s % p for s in sizes | heads)), None)
+    config = getattr(model, "config", None)
+    sizes |= {v for v in vars(config).values() if isinstance(v, int) and v > 0} if config is not None else set()
+    found = next((p for p in _PRIMES if all(s % p for s in sizes)), None)
     if found is None:
         raise LayoutError(f"every batch of {_PRIMES} divides some size of the model; change the model's width a little")
     return found

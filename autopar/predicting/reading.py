@@ -37,6 +37,9 @@ class Reading:
         self.params = {p.node: p for p in self.trace.params}
         self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}
+        self.tensors = {
+            value_name(n, i): t for n in self.flow.ops for i, t in enumerate(result_metas(n)) if t is not None
+        }
 
     # -- sizes ---------------------------------------------------------------------------
 
@@ -70,11 +73,10 @@ class Reading:
 
     def _value_size(self, value: str) -> Floats:
         """[5] bytes of a base value as it is held: after its summands are summed."""
-        node = self.made_by[value]
-        tensor = result_metas(node)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        assert tensor is not None
         placement = self.axis.made[value]
-        return self._size(tensor, "R" if placement == PARTIAL else placement, self._is_held_by_sequence(value))
+        return self._size(
+            self.tensors[value], "R" if placement == PARTIAL else placement, self._is_held_by_sequence(value)
+        )
 
     def _is_held_by_sequence(self, value: str) -> bool:
         node = self.made_by[value]
@@ -82,9 +84,7 @@ class Reading:
 
     def _is_quadratic(self, value: str) -> bool:
         """Scores of all pairs of tokens: what grows with the square of the sequence."""
-        maker = self.made_by[value]
-        tensor = result_metas(maker)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        return tensor is not None and self._is_scores(tensor)
+        return self._is_scores(self.tensors[value])
 
     def _has_pairs(self, tensor: torch.Tensor) -> bool:
         return tensor.dim() > 2 and self.tokens > 1 and tensor.shape[-1] == tensor.shape[-2] == self.tokens
@@ -114,9 +114,8 @@ class Reading:
 
     def _grows_much(self, value: str) -> bool:
         """More than a number per token: statistics are kept."""
-        maker = self.made_by[value]
-        tensor = result_metas(maker)[int(value.rsplit("#", 1)[1]) if "#" in value else 0]
-        return tensor is not None and self._grows(tensor) and tensor.numel() > 4 * self.batch * self.tokens
+        tensor = self.tensors[value]
+        return self._grows(tensor) and tensor.numel() > 4 * self.batch * self.tokens
 
     def _kept(self, ops: list[fx.Node]) -> dict[str, Floats]:
         """Forward values of these ops that the backward pass uses, in bytes; of wide ones, a narrow copy if made."""
@@ -136,8 +135,7 @@ class Reading:
             users = [u for u in self.flow.uses.get(value, ()) if not self._runs_by_sequence(u.user)]
             wanted = {is_backward(u.user) for u in users}
             if wanted == {False, True} and self._is_held_by_sequence(value):
-                tensor = self.made_by[value].meta["val"]
-                again = again + self._size(tensor[0] if isinstance(tensor, (tuple, list)) else tensor, "R", False)
+                again = again + self._size(self.tensors[value], "R", False)
         return again
 
     def _is_kept(self, value: str) -> bool:

@@ -57,9 +57,7 @@ def step_time(
         _with_accumulation(stage_work(table, s, layout, pricer, shape), table, s, cluster, shape, precision, run)
         for s in stages
     ]
-    zero3_s = [
-        _zero3_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True)
-    ]
+    zero3_s = [_zero3_s(table, s, layout, cluster, shape, precision, w) for s, w in zip(stages, works, strict=True)]
     slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + zero3_s[i])
     worst = works[slow]
     send_s = _send_s(table, layout, cluster, shape)
@@ -101,8 +99,7 @@ def _with_accumulation(
     if not run.accumulates_apart:
         return work
     nbytes = local_numbers(table, stage, shape) * (precision.parameter + 2 * precision.gradient)
-    rate = cluster.device.memory_bytes_per_s * cluster.device.memory_efficiency_fraction
-    adding = Work(kernels_s=nbytes / rate)
+    adding = Work(kernels_s=_streaming_s(nbytes, cluster))
     return StageWork(work.forward, work.backward + adding, work.again)
 
 
@@ -161,7 +158,6 @@ def _reduce_s(
     tied_s = 0.0
     if layout.pp > 1 and (stage.first or stage.last):
         tied = float(table.after.tied @ shape.weights) * precision.gradient
-
         ends = MeshAxis(layout.pp, layout.tp * layout.cp * layout.dp)
         tied_s = collective_time_s("permute", tied, ends, cluster) if tied else 0.0  # they exchange and add
     if axis.size == 1 or layout.zero == 3:
@@ -185,7 +181,6 @@ def _zero3_s(
     shape: Shape,
     precision: Precision,
     work: StageWork,
-    run: Run,
 ) -> float:
     """Exposed seconds per micro-batch of gathering parameters twice and scattering gradients (FSDP)."""
     axis = _data_axis(layout)
@@ -214,5 +209,9 @@ def _optimizer_s(
     gradient_passes = 4 + (2 if table.dtype == "float16" else 0)
     copied = 4 if table.itemsize < 4 else 0
     nbytes = own * (gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter)
-    rate = cluster.device.memory_bytes_per_s * cluster.device.memory_efficiency_fraction
-    return nbytes / rate
+    return _streaming_s(nbytes, cluster)
+
+
+def _streaming_s(nbytes: float, cluster: ClusterSpec) -> float:
+    """Seconds to read and write that much memory."""
+    return nbytes / (cluster.device.memory_bytes_per_s * cluster.device.memory_efficiency_fraction)

@@ -10,6 +10,7 @@ from autopar.cluster import ClusterSpec, DeviceSpec
 from autopar.cost.collectives import MeshAxis, collective_time_s
 from autopar.cost.compute import OpClass, op_time_s
 from autopar.cost.gemm import gemm_times_s
+from autopar.cost.host import OpCounts, host_time_s
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.table import Pass
@@ -88,14 +89,13 @@ class Pricer:
 
     def _host_s(self, of: Pass, messages: int) -> float:
         """What it takes to launch it all."""
-        device = self.device
+        kernels = len(of.kernels)
         if not self.run.eager:
-            return (len(of.kernels) + messages) * device.host_compiled_op_s
-        op_s, view_s = device.host_op_s, device.host_view_s
+            return host_time_s(self.device, OpCounts(forward=kernels + messages), "compiled")
+        python = messages * _COLLECTIVE_OPS
         if of.backward:
-            op_s, view_s = device.host_backward_op_s, 0.0
-        collective_s = _COLLECTIVE_OPS * device.host_op_s
-        return len(of.kernels) * op_s + of.views * view_s + messages * collective_s
+            return host_time_s(self.device, OpCounts(forward=python, backward=kernels))
+        return host_time_s(self.device, OpCounts(forward=kernels + python, views=of.views))
 
     def _message_s(self, kind: str, nbytes: float, shape: Shape) -> float:
         if shape.tensor == 1 or kind == "regather":

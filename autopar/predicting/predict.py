@@ -146,6 +146,7 @@ def predict(
     """Price a layout that a person names, or a list of them with one trace.
 
     options: of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer.
+    With cp > 1 the exchange of keys and values between ranks is not priced yet: such layouts come out too fast.
     Raises LayoutError for a layout that cannot be, TraceError for a model that cannot be traced.
     """
     predictor = Predictor(model, cluster, global_batch=global_batch, **options)

@@ -36,6 +36,7 @@ class Layout:
     zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters in parts over the data-parallel ranks.
     sp: whether what lies between tensor-parallel products is cut along the sequence; default: if tp > 1.
     recompute: "selective" runs the core of attention again in the backward pass, "full" every block.
+    recompute_blocks: with "full", how many blocks of each pipeline rank run again; None: all of them.
     schedule: of the pipeline; default "1f1b", with vpp > 1 "interleaved"; "none" without a pipeline.
     grad_dtype: in which gradients are kept and summed; None: that of the parameters.
     """
@@ -52,12 +53,20 @@ class Layout:
     recompute: str = "none"
     schedule: str = _FOLLOWS
     grad_dtype: str | None = "float32"
+    recompute_blocks: int | None = None
 
     def __post_init__(self) -> None:
         for key in (*DEGREES, "micro_batch"):
             _check_integer(key, getattr(self, key), 1)
         _check_integer("zero", self.zero, 0, 3)
         _check_word("recompute", self.recompute, RECOMPUTE)
+        if self.recompute_blocks is not None:
+            _check_integer("recompute_blocks", self.recompute_blocks, 1)
+            if self.recompute != "full":
+                raise LayoutError(
+                    f"layout: recompute_blocks={self.recompute_blocks} goes with recompute=full, not with "
+                    f"recompute={self.recompute}; leave one out"
+                )
         if self.grad_dtype is not None:
             _check_word("grad_dtype", self.grad_dtype, GRAD_DTYPES)
         sp: Any = self.sp
@@ -222,11 +231,16 @@ def _read_dtype(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
 
+def _read_count(text: str) -> int | str | None:
+    return None if text.lower() == "none" else _read_integer(text)
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "sp": _read_bool,
     "recompute": str.lower,
     "schedule": str.lower,
     "grad_dtype": _read_dtype,
+    "recompute_blocks": _read_count,
 }
 
 

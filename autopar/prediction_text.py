@@ -63,6 +63,8 @@ def _short(prediction: Prediction) -> str:
         shown.append(f"sp={'true' if keys['sp'] else 'false'}")
     if keys["recompute"] != "none":
         shown.append(f"recompute={keys['recompute']}")
+    if keys["recompute_blocks"] is not None:
+        shown.append(f"recompute_blocks={keys['recompute_blocks']}")
     if keys["pp"] > 1:
         shown.append(f"schedule={keys['schedule']}")
     return ",".join(shown)

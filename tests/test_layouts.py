@@ -49,6 +49,13 @@ def test_expert_ranks_are_taken_out_of_dp_and_cp() -> None:
     assert Layout(dp=2, cp=2, ep=4).devices == 4
 
 
+def test_a_count_of_recomputed_blocks_needs_recomputation() -> None:
+    assert parse_layout("recompute=full,recompute_blocks=3", 1).recompute_blocks == 3
+    assert parse_layout("recompute_blocks=none", 1).recompute_blocks is None
+    with pytest.raises(LayoutError, match="recompute_blocks=3 goes with recompute=full"):
+        Layout(recompute_blocks=3)
+
+
 def test_micro_batches() -> None:
     assert Layout(dp=4, micro_batch=2).micro_batches(64) == 8
 

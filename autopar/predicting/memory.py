@@ -13,7 +13,7 @@ from autopar.cost.dtypes import itemsize
 from autopar.layouts import Layout
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Floats, Shape
-from autopar.predicting.stages import Stage, kept_of
+from autopar.predicting.stages import Stage, kept_of, kept_on
 from autopar.predicting.table import ModelTable, Part
 
 # What a step takes beyond its tensors: blocks of the caching allocator cut to the wrong size, and workspaces of cuBLAS
@@ -93,7 +93,7 @@ def stage_memory(
     weights = shape.weights
     numbers = local_numbers(table, stage, shape)
     replicas = layout.dp * layout.cp
-    kept = sum(times * float(kept_of(part, table, layout, run) @ weights) for part, times in stage.parts(table))
+    kept = float(kept_on(stage, table, layout, run) @ weights)
     extra = max((_extra(part, table, layout, weights, run) for part, _ in stage.parts(table)), default=0.0)
     gathered = 0.0
     if layout.zero == 3 and table.block is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from autopar.layouts import Layout
 from autopar.predicting.run import Run
-from autopar.predicting.sizes import Floats, Shape
+from autopar.predicting.sizes import KINDS, Floats, Shape
 from autopar.predicting.table import ModelTable, Part
 from autopar.predicting.work import Pricer, Work
 
@@ -82,8 +84,13 @@ def stage_work(table: ModelTable, stage: Stage, layout: Layout, pricer: Pricer, 
         forward += pricer.work(part.forward, shape) * times
         backward += pricer.work(part.backward, shape) * times
         if part is table.block:
-            again += _again(part, layout, pricer, shape) * times
+            again += _again(part, layout, pricer, shape) * run_again(layout, times)
     return StageWork(forward, backward, again)
+
+
+def run_again(layout: Layout, blocks: int) -> int:
+    """How many of the blocks of one rank recompute, if any do."""
+    return blocks if layout.recompute_blocks is None else min(blocks, layout.recompute_blocks)
 
 
 def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
@@ -92,9 +99,21 @@ def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
     return pricer.work(block.again, shape) if layout.recompute == "selective" else Work()
 
 
-def kept_of(part: Part, table: ModelTable, layout: Layout, run: Run) -> Floats:
-    """[5] bytes that one part holds of one micro-batch from forward to backward."""
+def kept_on(stage: Stage, table: ModelTable, layout: Layout, run: Run) -> Floats:
+    """[5] bytes that a stage holds of one micro-batch from forward to backward."""
+    found: Floats = np.zeros(KINDS)
+    for part, times in stage.parts(table):
+        again = run_again(layout, times) if part is table.block else times
+        found = found + again * kept_of(part, table, layout, run)
+        if again < times:
+            found = found + (times - again) * kept_of(part, table, layout, run, recompute="none")
+    return found
+
+
+def kept_of(part: Part, table: ModelTable, layout: Layout, run: Run, *, recompute: str | None = None) -> Floats:
+    """[5] bytes that one part holds of one micro-batch. recompute: of this part, if it is not what the layout says."""
+    recompute = recompute or layout.recompute
     copies = part.gathered if run.keeps_gathered and layout.sp else 0.0
-    if part is table.block and layout.recompute == "full":
+    if part is table.block and recompute == "full":
         return part.boundary
-    return (part.kept_selective if layout.recompute == "selective" else part.kept) + copies
+    return (part.kept_selective if recompute == "selective" else part.kept) + copies

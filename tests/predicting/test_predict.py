@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -110,6 +111,20 @@ def test_more_devices_of_a_degree_do_what_they_are_for() -> None:
     assert predictor("llama").predict("dp=8,recompute=full").step_time_s > base.step_time_s
     bubbles = [predictor("llama").predict(x).breakdown["bubble_s"] for x in ("pp=4", "pp=4,vpp=2")]
     assert bubbles[0] == pytest.approx(2 * bubbles[1], rel=0.35)
+
+
+def test_each_block_that_runs_again_takes_time_and_gives_memory() -> None:
+    made = predictor("llama")
+    texts = ["recompute=none", *(f"recompute=full,recompute_blocks={k}" for k in range(1, 7)), "recompute=full"]
+    found = [made.predict(f"tp=2,pp=2,{text}") for text in texts]
+    held = [p.breakdown["memory_bytes"]["activations"] for p in found]
+    again = [p.breakdown["recompute_s"] for p in found]
+    on_a_stage = max(found[0].breakdown["blocks_per_stage"])
+    assert again[0] == 0
+    assert all(a < b for a, b in pairwise(again[: on_a_stage + 1]))
+    assert all(a > b for a, b in pairwise(held[: on_a_stage + 1]))
+    assert again[on_a_stage] == again[-1]  # all of them
+    assert held[on_a_stage] == held[-1]
 
 
 def test_figures_agree_with_each_other() -> None:

@@ -88,6 +88,8 @@ def _over_units(axis: MeshAxis, unit: int, devices: int) -> Span:
     if axis.stride % unit == 0:
         return Span(axis.size, 1)
     group = axis.size * axis.stride
+    if unit % axis.stride == 0 and (group % unit == 0 or unit % group == 0):  # no group lies askew
+        return Span(max(1, group // unit), min(axis.size, unit // axis.stride))
     firsts = {
         (base * group + offset) % unit
         for base in range(_period(group, unit, devices))

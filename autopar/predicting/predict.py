@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,24 +85,61 @@ class Predictor:
         axis = tensor_axis(sample.trace, cluster, tokens)
         self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=self.run.fusion)
         self.pricer = Pricer(cluster, self.run)
+        self._stages: dict[tuple[int, bool, Shape], tuple[Stage, ...]] = {}
 
     def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
         """Price one layout; LayoutError where it cannot be."""
         found = parse_layout(layout, self.cluster.devices)
-        self._check(found)
-        table = self.table
-        by_sequence, far = found.sp and table.tokens > 1, found.pp > 1 and self.cluster.nodes > 1
-        shape = Shape(found.micro_batch, found.tp, found.cp, by_sequence, far)
-        micro_batches = self.global_batch // (found.dp * found.micro_batch)
-        precision = Precision.of(table, found, self.optimizer.states_per_param)
-        stages = split(table, found, self.pricer, shape)
-        time = step_time(table, stages, found, self.cluster, self.pricer, shape, micro_batches, precision, self.run)
-        memory = [
-            stage_memory(table, s, i, found, shape, micro_batches, precision, self.run) for i, s in enumerate(stages)
-        ]
-        return self._prediction(found, time, stages, max(memory, key=lambda m: m.total))
+        self.check(found)
+        return self.price(found)
 
-    def _check(self, layout: Layout) -> None:
+    def on(self, cluster: ClusterSpec) -> Predictor:
+        """The same model and batch on a part of the cluster, with the same links."""
+        made = copy.copy(self)
+        made.cluster = cluster
+        return made
+
+    def price(self, layout: Layout) -> Prediction:
+        """Price a layout that is known to be possible."""
+        shape, stages = self.shape(layout), self.stages(layout)
+        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
+        precision = self._precision(layout)
+        time = step_time(
+            self.table, list(stages), layout, self.cluster, self.pricer, shape, micro_batches, precision, self.run
+        )
+        return self._prediction(layout, time, stages, self.memory(layout))
+
+    def memory(self, layout: Layout) -> StageMemory:
+        """Of the fullest stage."""
+        shape, precision = self.shape(layout), self._precision(layout)
+        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
+        first_of: dict[Stage, int] = {}  # later stages of the same kind hold fewer micro-batches
+        for at, stage in enumerate(self.stages(layout)):
+            first_of.setdefault(stage, at)
+        found = [
+            stage_memory(self.table, s, at, layout, shape, micro_batches, precision, self.run)
+            for s, at in first_of.items()
+        ]
+        return max(found, key=lambda m: m.total)
+
+    def shape(self, layout: Layout) -> Shape:
+        """What the sizes of a layout depend on."""
+        by_sequence, far = layout.sp and self.table.tokens > 1, layout.pp > 1 and self.cluster.nodes > 1
+        return Shape(layout.micro_batch, layout.tp, layout.cp, by_sequence, far)
+
+    def stages(self, layout: Layout) -> tuple[Stage, ...]:
+        """What each pipeline rank holds."""
+        shape = self.shape(layout)
+        key = (layout.pp, layout.vpp > 1, shape)
+        if key not in self._stages:
+            self._stages[key] = tuple(split(self.table, layout, self.pricer, shape))
+        return self._stages[key]
+
+    def _precision(self, layout: Layout) -> Precision:
+        return Precision.of(self.table, layout, self.optimizer.states_per_param)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a layout that the model cannot be cut by; LayoutError."""
         check_layout(
             layout,
             global_batch=self.global_batch,
@@ -113,7 +151,7 @@ class Predictor:
         if layout.ep > 1:
             raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
 
-    def _prediction(self, layout: Layout, time: StepTime, stages: list[Stage], memory: StageMemory) -> Prediction:
+    def _prediction(self, layout: Layout, time: StepTime, stages: tuple[Stage, ...], memory: StageMemory) -> Prediction:
         step, devices, device = time.total_s, self.cluster.devices, self.cluster.device
         samples = self.table.tokens if self.table.samples_are_tokens else 1
         flops = self.table.flops * self.global_batch / devices

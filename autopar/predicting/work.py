@@ -21,7 +21,7 @@ from autopar.predicting.table import Pass
 _COLLECTIVE_OPS = 28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """Seconds. kernels: the device computes. messages: collectives it waits for. host: to launch it all.
 

@@ -125,6 +125,20 @@ class ClusterSpec:
             raise ClusterSpecError(f"cluster {self.name!r} has no link between nodes; add a second entry to links")
         return self.links[1]
 
+    def part(self, devices: int) -> ClusterSpec:
+        """The first so many devices: whole nodes, or fewer than one node has; ClusterSpecError for anything else."""
+        if devices == self.devices:
+            return self
+        per_node = min(devices, self.devices_per_node)
+        if not 1 <= devices < self.devices or devices % per_node:
+            raise ClusterSpecError(
+                f"cluster {self.name!r} has no part of {devices} devices; use whole nodes of {self.devices_per_node}"
+            )
+        links = self.links
+        if devices < self.devices_per_node:
+            links = tuple(dataclasses.replace(link, devices=None) for link in links[:1] if devices > 1)
+        return dataclasses.replace(self, nodes=devices // per_node, devices_per_node=per_node, links=links)
+
     # -- JSON ----------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from autopar._torch_compat import pytree
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.errors import LayoutError
+from autopar.errors import AutoparError, LayoutError
 from autopar.layouts import Layout, check_layout, parse_layout
 from autopar.models import attention_heads
 from autopar.models import example_inputs as inputs_for
@@ -72,9 +72,11 @@ class Predictor:
         global_batch: int,
         precision: str = MODEL,
         optimizer: str = "adamw",
+        memory_limit_bytes: int | None = None,
         run: Run | None = None,
     ) -> None:
         self.cluster, self.global_batch = cluster, global_batch
+        self.limit_bytes = checked_limit(memory_limit_bytes) or cluster.device.usable_bytes
         self.optimizer = OptimizerSpec(optimizer)
         self.heads, self.kv_heads = attention_heads(model)
         batch = _prime_for(model, seq)
@@ -99,6 +101,10 @@ class Predictor:
         made.cluster = cluster
         return made
 
+    def forget_prices(self) -> None:
+        """Of a predictor whose cluster has other devices or links than the one it was made for."""
+        self.pricer, self._stages = Pricer(self.cluster, self.run), {}
+
     def price(self, layout: Layout) -> Prediction:
         """Price a layout that is known to be possible."""
         shape, stages = self.shape(layout), self.stages(layout)
@@ -111,16 +117,16 @@ class Predictor:
 
     def memory(self, layout: Layout) -> StageMemory:
         """Of the fullest stage."""
-        shape, precision = self.shape(layout), self._precision(layout)
-        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
         first_of: dict[Stage, int] = {}  # later stages of the same kind hold fewer micro-batches
         for at, stage in enumerate(self.stages(layout)):
             first_of.setdefault(stage, at)
-        found = [
-            stage_memory(self.table, s, at, layout, shape, micro_batches, precision, self.run)
-            for s, at in first_of.items()
-        ]
-        return max(found, key=lambda m: m.total)
+        return max((self.stage_memory(layout, s, at) for s, at in first_of.items()), key=lambda m: m.total)
+
+    def stage_memory(self, layout: Layout, stage: Stage, at: int) -> StageMemory:
+        """Of one stage of a layout, the `at`-th."""
+        shape, precision = self.shape(layout), self._precision(layout)
+        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
+        return stage_memory(self.table, stage, at, layout, shape, micro_batches, precision, self.run)
 
     def shape(self, layout: Layout) -> Shape:
         """What the sizes of a layout depend on."""
@@ -164,7 +170,7 @@ class Predictor:
             mfu=flops / step / peak,
             hfu=flops * (1 + again) / step / peak,
             peak_bytes=round(memory.total),
-            fits=memory.total <= device.usable_bytes,
+            fits=memory.total <= self.limit_bytes,
             breakdown={
                 **{name: seconds for name, seconds in vars(time).items() if name.endswith("_s")},
                 "memory_bytes": {k: round(v) for k, v in vars(memory).items()},
@@ -183,7 +189,8 @@ def predict(
 ) -> Prediction | list[Prediction]:
     """Price a layout that a person names, or a list of them with one trace.
 
-    options: of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer.
+    options: of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer,
+        memory_limit_bytes (per device; what the device can give if left out).
     With cp > 1 the exchange of keys and values between ranks is not priced yet: such layouts come out too fast.
     Raises LayoutError for a layout that cannot be, TraceError for a model that cannot be traced.
     """
@@ -191,6 +198,13 @@ def predict(
     if isinstance(layout, (str, Mapping, Layout)):
         return predictor.predict(layout)
     return [predictor.predict(one) for one in layout]
+
+
+def checked_limit(limit_bytes: int | None) -> int | None:
+    """AutoparError for a limit that cannot be."""
+    if limit_bytes is not None and limit_bytes <= 0:
+        raise AutoparError(f"memory_limit_bytes must be positive, got {limit_bytes}")
+    return limit_bytes
 
 
 def _prime_for(model: nn.Module, seq: int | None) -> int:

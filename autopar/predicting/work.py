@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,12 +101,18 @@ class Pricer:
     def _message_s(self, kind: str, nbytes: float, shape: Shape) -> float:
         if shape.tensor == 1 or kind == "regather":
             return 0.0  # what is gathered again comes while other products run
-        axis = MeshAxis(shape.tensor, 1)
-        if kind == "sum" and shape.sequence:
-            return collective_time_s("reduce_scatter", nbytes, axis, self.cluster)
-        if kind == "gather":
-            return collective_time_s("all_gather", nbytes, axis, self.cluster) if shape.sequence else 0.0
-        return collective_time_s("all_reduce", nbytes, axis, self.cluster)
+        if kind == "gather" and not shape.sequence:
+            return 0.0
+        done = {"gather": "all_gather", "sum": "reduce_scatter" if shape.sequence else "all_reduce"}
+        return collective_time_s(done.get(kind, "all_reduce"), nbytes, MeshAxis(shape.tensor, 1), self._fitting(shape))
+
+    def _fitting(self, shape: Shape) -> ClusterSpec:
+        """The cluster, or as many of its nodes as can be filled with tensor groups."""
+        devices = self.cluster.devices
+        if devices % shape.tensor == 0:
+            return self.cluster
+        filled = devices - devices % math.lcm(shape.tensor, self.cluster.devices_per_node)
+        return self.cluster.part(filled or shape.tensor)  # or a part of one node
 
 
 def _kernel_s(device: DeviceSpec, kind: OpClass, flops: float, nbytes: float, dtype: str, name: str) -> float:

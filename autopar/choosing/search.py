@@ -1,0 +1,206 @@
+"""Branch and bound over layouts: the fastest that fits, and a proof.
+
+Cells are visited by their lower bound (`bounds.py`). In a cell, every leaf is first priced without recomputation, which
+is never slower than with it: only where that could win, the least recomputation that fits the memory is looked for. The
+search ends when no cell that is left could be faster than the best layout found; if the time is up before that, the
+smallest bound that is left says how far the answer may be off.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from autopar.choosing.bounds import GroupCosts
+from autopar.choosing.cells import Cell, Cells
+from autopar.choosing.space import Group, Space
+from autopar.errors import Infeasible
+from autopar.layouts import Layout
+from autopar.predicting.memory import StageMemory
+from autopar.predicting.predict import Prediction, Predictor
+from autopar.predicting.stages import Stage
+
+KEPT = 12  # alternatives that a result holds
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The fastest layout.
+
+    alternatives: the best of other cells that were priced, fastest first. bound_s: no layout of the space is faster.
+    devices: that the best one uses. cells: that there are; visited: that could not be ruled out by their bound.
+    priced: layouts. solve_s: of this process.
+    """
+
+    best: Prediction
+    alternatives: tuple[Prediction, ...]
+    bound_s: float
+    devices: int
+    cells: int
+    visited: int
+    priced: int
+    solve_s: float
+
+    @property
+    def gap(self) -> float:
+        """Proven, relative."""
+        return max(0.0, 1 - self.bound_s / self.best.step_time_s)
+
+
+class LayoutSearch:
+    """The search for one model, batch and cluster."""
+
+    def __init__(self, predictor: Predictor, space: Space, *, progress: Progress | None = None) -> None:
+        self.predictor, self.space, self.progress = predictor, space, progress
+        self._parts: dict[int, Predictor] = {}
+        self.found: dict[tuple[Group, int, int], Prediction] = {}
+        self.priced = 0
+
+    def run(self, time_limit_s: float) -> LayoutChoice:
+        """The fastest layout that fits; raises Infeasible."""
+        began = time.perf_counter()
+        cells = Cells.of(self.space, self._one_block_fits, lambda group: GroupCosts.of(self.predictor, group))
+        bound_s, visited, timed_out = float("inf"), 0, False
+        for cell in cells:
+            timed_out = time.perf_counter() - began > time_limit_s
+            if cell.bound_s >= self._best_s or timed_out:
+                bound_s = cell.bound_s
+                break
+            visited += 1
+            self._visit(cell)
+            if self.progress and visited % 20 == 0:
+                self.progress(f"layouts: {self.priced} priced, {visited} of {len(cells)} cells")
+        if not self.found:
+            raise self._infeasible(timed_out)
+        best, *others = sorted(self.found.values(), key=lambda p: p.step_time_s)
+        solve_s = time.perf_counter() - began
+        return LayoutChoice(
+            best, tuple(others[:KEPT]), min(bound_s, best.step_time_s), best.layout.devices, len(cells), visited,
+            self.priced, solve_s,
+        )  # fmt: skip
+
+    @property
+    def _best_s(self) -> float:
+        return min((p.step_time_s for p in self.found.values()), default=float("inf"))
+
+    def _one_block_fits(self, group: Group) -> bool:
+        """Whether a stage of one block, or of what comes after the blocks, has room for a micro-batch of this size."""
+        dp = max(1, self.space.global_batch // group.micro_batch)
+        layout = Layout(dp, group.tp, 1, group.cp, micro_batch=group.micro_batch, zero=3, sp=group.sp, recompute="full")
+        stages = [Stage(0, False, True)] + ([Stage(1, False, False)] if self.predictor.table.block else [])
+        return all(self.predictor.stage_memory(layout, s, 0).total <= self.predictor.limit_bytes for s in stages)
+
+    # -- one cell -----------------------------------------------------------------------------
+
+    def _visit(self, cell: Cell) -> None:
+        predictor, key = self._on(cell.devices), (cell.group, cell.pp, cell.dp)
+        leaves = list(self.space.leaves(cell.group, cell.pp, cell.dp))
+        if not leaves or not self._leanest_fits(predictor, leaves[-1]):
+            return
+        for floor_s, layout in sorted(self._floors(predictor, leaves), key=lambda pair: pair[0]):
+            known = self.found.get(key)
+            if floor_s >= (known.step_time_s if known else self._best_s):
+                break
+            for fitting in self._fitting(predictor, layout):
+                made = self._price(predictor, fitting)
+                if key not in self.found or made.step_time_s < self.found[key].step_time_s:
+                    self.found[key] = made
+
+    def _floors(self, predictor: Predictor, leaves: list[Layout]) -> Iterator[tuple[float, Layout]]:
+        """Seconds of each leaf without recomputation.
+
+        What the ZeRO stage costs does not depend on the schedule, nor the other way round: each is priced once.
+        """
+        first = leaves[0]
+        by_zero: dict[int, float] = {}
+        by_schedule: dict[tuple[str, int], float] = {}
+        for layout in leaves:
+            if layout.zero not in by_zero:
+                by_zero[layout.zero] = self._price(predictor, replace(first, zero=layout.zero)).step_time_s
+            if layout.zero == first.zero:
+                by_schedule[layout.schedule, layout.vpp] = self._price(predictor, layout).step_time_s
+        for layout in leaves:
+            schedule_s = by_schedule[layout.schedule, layout.vpp] - by_zero[first.zero]
+            yield by_zero[layout.zero] + schedule_s, layout
+
+    def _leanest_fits(self, predictor: Predictor, leaf: Layout) -> bool:
+        """Whether anything of the cell fits."""
+        return predictor.memory(self._lean(leaf)).total <= predictor.limit_bytes
+
+    def _lean(self, leaf: Layout) -> Layout:
+        """With everything run again that may be."""
+        kind = self.space.recomputations()[-1]
+        return replace(leaf, recompute=kind, recompute_blocks=self._blocks(kind))
+
+    def leanest(self) -> tuple[Layout, StageMemory] | None:
+        """The layout that needs least memory: the smallest micro-batch, ZeRO as far as it may go, all run again.
+
+        More data-parallel ranks never need more each, so of every pipeline degree only the most are looked at.
+        """
+        groups = list(self.space.groups())
+        smallest = min((g.micro_batch for g in groups), default=0)
+        found = []
+        for group in groups:
+            pps, dps = self.space.cells(group)
+            for pp in sorted(set(pps.tolist())) if group.micro_batch == smallest else []:
+                leaves = list(self.space.leaves(group, pp, int(dps[pps == pp].max())))
+                if leaves:
+                    lean = self._lean(leaves[-1])
+                    found.append((lean, self._on(lean.devices).memory(lean)))
+        return min(found, key=lambda pair: pair[1].total, default=None)
+
+    def _blocks(self, kind: str) -> int | None:
+        pinned: int | None = self.space.pin.get("recompute_blocks")
+        return pinned if kind == "full" else None
+
+    def _fitting(self, predictor: Predictor, layout: Layout) -> Iterator[Layout]:
+        """With the least recomputation of each kind that fits; nothing more once a lesser kind does."""
+        for kind in self.space.recomputations():
+            whole = replace(layout, recompute=kind, recompute_blocks=self._blocks(kind))
+            if predictor.memory(whole).total > predictor.limit_bytes:
+                continue
+            yield self._fewest(predictor, whole) if kind == "full" else whole
+            if kind == "none":
+                return
+
+    def _fewest(self, predictor: Predictor, whole: Layout) -> Layout:
+        """As few recomputed blocks as fit, by bisection: each gives memory."""
+        if "recompute_blocks" in self.space.pin:
+            return whole
+        most = max(s.blocks for s in predictor.stages(whole))
+        low, high = 0, most  # `high` blocks fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = predictor.memory(replace(whole, recompute_blocks=middle)).total <= predictor.limit_bytes
+            low, high = (low, middle) if fits else (middle, high)
+        return replace(whole, recompute_blocks=high) if high < most else whole
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _on(self, devices: int) -> Predictor:
+        if devices not in self._parts:
+            self._parts[devices] = self.predictor.on(self.predictor.cluster.part(devices))
+        return self._parts[devices]
+
+    def _price(self, predictor: Predictor, layout: Layout) -> Prediction:
+        self.priced += 1
+        return predictor.price(layout)
+
+    def _infeasible(self, timed_out: bool) -> Infeasible:
+        if timed_out:
+            return Infeasible(
+                f"no layout that fits was found in the time; raise time_limit_s ({self.priced} were priced)"
+            )
+        leanest = self.leanest()
+        if leanest is None:
+            return Infeasible("no layout satisfies the pins, the batch and the model together; remove a pin")
+        layout, memory = leanest
+        return Infeasible(
+            f"no layout fits {self.predictor.limit_bytes / 2**30:.3g} GiB per device: the leanest needs "
+            f"{memory.total / 2**30:.3g} GiB ({layout}); use more devices, a smaller batch or sequence, or devices with "
+            "more memory",
+            needed_bytes=math.ceil(memory.total),
+        )

@@ -1,0 +1,176 @@
+"""Which layouts there are to choose from.
+
+    group   tensor and context degree, sequence parallelism, micro-batch: what one micro-batch looks like on a rank
+    cell    a group with a pipeline and a data degree: which devices do what
+    leaf    a cell with ZeRO stage, schedule and interleaving; recomputation is what the memory asks for
+
+A layout may leave devices idle: what they could do may cost more than it brings (5,128 = 8 * 641 devices make no good
+mesh). Nodes that work are used whole, so that the links of the rest are those of a smaller cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.cluster import ClusterSpec
+from autopar.errors import PinError
+from autopar.layouts import KEYS, RECOMPUTE, Layout
+from autopar.predicting.predict import Predictor
+
+Ints = npt.NDArray[np.int64]
+LAYOUT_KEYS = frozenset(KEYS)
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """What one micro-batch looks like on a rank."""
+
+    tp: int
+    cp: int
+    sp: bool
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """All layouts of a model on at most the devices of a cluster.
+
+    blocks: repeated layers, at least 1. heads, kv_heads: of attention, None where there is none. tokens: of a sequence.
+    selective: whether there is a core of attention to run again. pin: layout keys that are fixed.
+    """
+
+    cluster: ClusterSpec
+    global_batch: int
+    blocks: int
+    heads: int | None
+    kv_heads: int | None
+    tokens: int
+    selective: bool
+    pin: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        unknown = set(self.pin) - LAYOUT_KEYS
+        if unknown:
+            raise PinError(f"pin {sorted(unknown)[0]!r} is no key of a layout; the keys are {', '.join(KEYS)}")
+        for key, value in self.pin.items():  # each by itself
+            Layout(**{key: value, **_company(key, value)})  # LayoutError where it cannot be
+
+    @staticmethod
+    def of(predictor: Predictor, pin: Mapping[str, Any]) -> Space:
+        """All layouts of what a predictor knows."""
+        table = predictor.table
+        cores = table.block is not None and bool((table.block.kept != table.block.kept_selective).any())
+        return Space(
+            predictor.cluster, predictor.global_batch, max(1, table.blocks), predictor.heads, predictor.kv_heads,
+            table.tokens, cores, pin,
+        )  # fmt: skip
+
+    def groups(self) -> Iterator[Group]:
+        """Every group, small micro-batches first."""
+        for tp in self._tensor_degrees():
+            for cp in self._allowed("cp", self._context_degrees()):
+                for sp in self._allowed("sp", [True, False] if tp > 1 and self.tokens > 1 else [False]):
+                    if self.tokens % (cp * (tp if sp else 1)) == 0:
+                        for size in self._micro_batches(cp):
+                            if tp * cp <= self.cluster.devices and self.global_batch % size == 0:
+                                yield Group(tp, cp, sp and tp > 1, size)
+
+    def cells(self, group: Group) -> tuple[Ints, Ints]:
+        """Pipeline and data degrees of all cells of a group."""
+        ranks, share = group.tp * group.cp, self.global_batch // group.micro_batch
+        most = min(self.blocks, self.cluster.devices // ranks)
+        stages = [p for p in self._allowed("pp", list(range(1, most + 1))) if p <= most]
+        replicas = [d for d in self._allowed("dp", divisors(share)) if share % d == 0]
+        pp, dp = (a.ravel() for a in np.meshgrid(np.array(stages, np.int64), np.array(replicas, np.int64)))
+        devices, per_node = ranks * pp * dp, self.cluster.devices_per_node
+        usable = (devices <= self.cluster.devices) & ((devices < per_node) | (devices % per_node == 0))
+        return pp[usable], dp[usable]
+
+    def leaves(self, group: Group, pp: int, dp: int) -> Iterator[Layout]:
+        """The layouts of a cell, without recomputation."""
+        micro_batches = self.global_batch // (dp * group.micro_batch)
+        for zero in self._allowed("zero", self._zero_stages(dp * group.cp, micro_batches)):
+            for schedule, vpp in self.schedules(pp, micro_batches):
+                yield Layout(
+                    dp, group.tp, pp, group.cp, vpp=vpp, micro_batch=group.micro_batch, zero=zero, sp=group.sp,
+                    schedule=schedule, grad_dtype=self.pin.get("grad_dtype", "float32"),
+                )  # fmt: skip
+
+    def schedules(self, pp: int, micro_batches: int) -> list[tuple[str, int]]:
+        """(schedule, stages per rank). GPipe takes as long as 1F1B and holds more: only where it is pinned."""
+        if pp == 1:
+            return [("none", 1)] if self._admits("vpp", 1) else []
+        found = [("1f1b", 1), ("zero-bubble", 1)]
+        if self.pin.get("schedule") == "gpipe":
+            found = [("gpipe", 1)]
+        if micro_batches % pp == 0:
+            found += [("interleaved", v) for v in self._interleavings(pp)]
+        return [(s, v) for s, v in found if self._admits("schedule", s) and self._admits("vpp", v)]
+
+    def recomputations(self) -> list[str]:
+        """Kinds of recomputation, least first."""
+        kinds = [kind for kind in RECOMPUTE if kind != "selective" or self.selective or "recompute" in self.pin]
+        return [str(kind) for kind in self._allowed("recompute", kinds)]
+
+    # -- degrees ----------------------------------------------------------------------------
+
+    def _tensor_degrees(self) -> list[int]:
+        if self.heads is None:
+            return self._allowed("tp", powers_of_two(self.cluster.devices_per_node))
+        shared = self.kv_heads or self.heads
+        found = [d for d in divisors(self.heads) if shared % d == 0 or d % shared == 0]
+        return [d for d in found if d <= self.cluster.devices and self._admits("tp", d)]
+
+    def _context_degrees(self) -> list[int]:
+        return [d for d in powers_of_two(self.cluster.devices) if self.tokens % d == 0 and self.tokens > 1]
+
+    def _micro_batches(self, cp: int) -> list[int]:
+        """Twice the context degree and twice the micro-batch are the same rows on a rank, and more to exchange."""
+        free = cp > 1 and not {"dp", "cp"} & set(self.pin)
+        return [n for n in self._allowed("micro_batch", divisors(self.global_batch)) if n % 2 or not free]
+
+    def _zero_stages(self, replicas: int, micro_batches: int) -> list[int]:
+        """Stage 2 would reduce every micro-batch's gradients at once: it goes with one micro-batch."""
+        return [0] if replicas == 1 else [1, 0, 2, 3] if micro_batches == 1 else [1, 0, 3]
+
+    def _interleavings(self, pp: int) -> list[int]:
+        """Stages per rank, one for each number of blocks that a stage may hold."""
+        per_rank = self.blocks // pp
+        return sorted({self.blocks // (pp * size) for size in range(1, per_rank + 1)} - {0, 1})
+
+    def _allowed(self, key: str, values: list[Any]) -> list[Any]:
+        return [self.pin[key]] if key in self.pin else values
+
+    def _admits(self, key: str, value: Any) -> bool:
+        return key not in self.pin or self.pin[key] == value
+
+
+@cache
+def divisors(number: int) -> list[int]:
+    """All, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... up to `most`."""
+    return [1 << k for k in range(most.bit_length()) if 1 << k <= most]
+
+
+def _company(key: str, value: Any) -> dict[str, Any]:
+    """What a pinned key needs beside it to be a layout at all."""
+    if key == "vpp" and value != 1:
+        return {"pp": 2}
+    if key == "schedule" and value != "none":
+        return {"pp": 2, "vpp": 2 if value == "interleaved" else 1}
+    if key == "recompute_blocks" and value is not None:
+        return {"recompute": "full"}
+    if key == "ep":
+        return {"dp": value}
+    return {}

@@ -200,7 +200,7 @@ class LayoutSearch:
         layout, memory = leanest
         return Infeasible(
             f"no layout fits {self.predictor.limit_bytes / 2**30:.3g} GiB per device: the leanest needs "
-            f"{memory.total / 2**30:.3g} GiB ({layout}); use more devices, a smaller batch or sequence, or devices with "
-            "more memory",
+            f"{memory.total / 2**30:.3g} GiB ({layout}); use more devices, a smaller batch or sequence, or devices "
+            "with more memory",
             needed_bytes=math.ceil(memory.total),
         )

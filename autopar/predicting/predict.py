@@ -19,7 +19,9 @@ from autopar.models import attention_heads
 from autopar.models import example_inputs as inputs_for
 from autopar.precision import MODEL
 from autopar.predicting.build import build_table, keeps_scores
-from autopar.predicting.memory import Precision, StageMemory, stage_memory
+from autopar.predicting.job import Job
+from autopar.predicting.memory import StageMemory, stage_memory
+from autopar.predicting.precision import Precision
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
 from autopar.predicting.stages import Stage, split
@@ -107,13 +109,8 @@ class Predictor:
 
     def price(self, layout: Layout) -> Prediction:
         """Price a layout that is known to be possible."""
-        shape, stages = self.shape(layout), self.stages(layout)
-        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
-        precision = self._precision(layout)
-        time = step_time(
-            self.table, list(stages), layout, self.cluster, self.pricer, shape, micro_batches, precision, self.run
-        )
-        return self._prediction(layout, time, stages, self.memory(layout))
+        time = step_time(self.job(layout), list(self.stages(layout)))
+        return self._prediction(layout, time, self.stages(layout), self.memory(layout))
 
     def memory(self, layout: Layout) -> StageMemory:
         """Of the fullest stage."""
@@ -124,9 +121,20 @@ class Predictor:
 
     def stage_memory(self, layout: Layout, stage: Stage, at: int) -> StageMemory:
         """Of one stage of a layout, the `at`-th."""
-        shape, precision = self.shape(layout), self._precision(layout)
-        micro_batches = self.global_batch // (layout.dp * layout.micro_batch)
-        return stage_memory(self.table, stage, at, layout, shape, micro_batches, precision, self.run)
+        return stage_memory(self.job(layout), stage, at)
+
+    def job(self, layout: Layout) -> Job:
+        """The layout with all that its time and memory depend on."""
+        return Job(
+            table=self.table,
+            layout=layout,
+            cluster=self.cluster,
+            pricer=self.pricer,
+            shape=self.shape(layout),
+            micro_batches=self.global_batch // (layout.dp * layout.micro_batch),
+            precision=Precision.of(self.table, layout, self.optimizer.states_per_param),
+            run=self.run,
+        )
 
     def shape(self, layout: Layout) -> Shape:
         """What the sizes of a layout depend on."""
@@ -140,9 +148,6 @@ class Predictor:
         if key not in self._stages:
             self._stages[key] = tuple(split(self.table, layout, self.pricer, shape))
         return self._stages[key]
-
-    def _precision(self, layout: Layout) -> Precision:
-        return Precision.of(self.table, layout, self.optimizer.states_per_param)
 
     def check(self, layout: Layout) -> None:
         """Refuse a layout that the model cannot be cut by; LayoutError."""

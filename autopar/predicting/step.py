@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from autopar.cluster import ClusterSpec
 from autopar.cost.collectives import MeshAxis, collective_time_s
-from autopar.layouts import Layout
-from autopar.predicting.memory import Precision, local_numbers
-from autopar.predicting.run import Run
-from autopar.predicting.sizes import Shape
+from autopar.predicting.job import Job
+from autopar.predicting.reductions import reduce_s, zero3_s
 from autopar.predicting.stages import Stage, StageWork, stage_work
-from autopar.predicting.table import ModelTable
-from autopar.predicting.work import Pricer, Work
-
-_BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
+from autopar.predicting.work import Work
 
 
 @dataclass(frozen=True)
@@ -41,45 +34,25 @@ class StepTime:
         return sum(parts) + self.send_s + self.gradients_s + self.gathers_s + self.optimizer_s
 
 
-def step_time(
-    table: ModelTable,
-    stages: list[Stage],
-    layout: Layout,
-    cluster: ClusterSpec,
-    pricer: Pricer,
-    shape: Shape,
-    micro_batches: int,
-    precision: Precision,
-    run: Run,
-) -> StepTime:
+def step_time(job: Job, stages: list[Stage]) -> StepTime:
     """Price one step."""
-    works = [
-        _with_accumulation(stage_work(table, s, layout, pricer, shape), table, s, cluster, shape, precision, run)
-        for s in stages
-    ]
-    zero3_s = [_zero3_s(table, s, layout, cluster, shape, precision, w) for s, w in zip(stages, works, strict=True)]
-    slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + zero3_s[i])
-    worst = works[slow]
-    send_s = _send_s(table, layout, cluster, shape)
-    bubble_s = _bubble_s(layout, works, slow, send_s)
-    sends = 0.0 if layout.pp == 1 else 2 * micro_batches * layout.vpp * send_s
-    reduce_s = max(
-        _reduce_s(table, s, layout, cluster, shape, precision, w, run) for s, w in zip(stages, works, strict=True)
-    )
-    numbers = max(local_numbers(table, s, shape) for s in stages)
-    messages = worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s
+    works = [_with_accumulation(job, s, stage_work(job.table, s, job.layout, job.pricer, job.shape)) for s in stages]
+    gathers_s = [zero3_s(job, s, w) for s, w in zip(stages, works, strict=True)]
+    slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + gathers_s[i])
+    worst, n = works[slow], job.micro_batches
+    send_s = _send_s(job)
     return StepTime(
-        forward_s=micro_batches * _own(worst.forward),
-        backward_s=micro_batches * _own(worst.backward),
-        recompute_s=micro_batches * _own(worst.again),
-        tensor_messages_s=micro_batches * messages,
-        bubble_s=bubble_s,
-        send_s=sends,
-        gradients_s=reduce_s,
-        gathers_s=micro_batches * zero3_s[slow],
-        optimizer_s=_optimizer_s(table, numbers, layout, cluster, precision),
-        flops=micro_batches * (worst.forward.flops + worst.backward.flops),
-        again_flops=micro_batches * worst.again.flops,
+        forward_s=n * _own(worst.forward),
+        backward_s=n * _own(worst.backward),
+        recompute_s=n * _own(worst.again),
+        tensor_messages_s=n * (worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s),
+        bubble_s=_bubble_s(job, works, slow, send_s),
+        send_s=0.0 if job.layout.pp == 1 else 2 * n * job.layout.vpp * send_s,
+        gradients_s=max(reduce_s(job, s, w) for s, w in zip(stages, works, strict=True)),
+        gathers_s=n * gathers_s[slow],
+        optimizer_s=_optimizer_s(job, max(job.numbers(s) for s in stages)),
+        flops=n * (worst.forward.flops + worst.backward.flops),
+        again_flops=n * worst.again.flops,
     )
 
 
@@ -92,126 +65,51 @@ def _seconds(work: StageWork) -> float:
     return work.forward.seconds + work.whole_backward.seconds
 
 
-def _with_accumulation(
-    work: StageWork, table: ModelTable, stage: Stage, cluster: ClusterSpec, shape: Shape, precision: Precision, run: Run
-) -> StageWork:
+def _with_accumulation(job: Job, stage: Stage, work: StageWork) -> StageWork:
     """Each micro-batch's gradients are read and added to their sum, which is read and written."""
-    if not run.accumulates_apart:
+    if not job.run.accumulates_apart:
         return work
-    nbytes = local_numbers(table, stage, shape) * (precision.parameter + 2 * precision.gradient)
-    adding = Work(kernels_s=_streaming_s(nbytes, cluster))
-    return StageWork(work.forward, work.backward + adding, work.again)
+    nbytes = job.numbers(stage) * (job.precision.parameter + 2 * job.precision.gradient)
+    return StageWork(work.forward, work.backward + Work(kernels_s=job.streaming_s(nbytes)), work.again)
 
 
-def _bubble_s(layout: Layout, works: list[StageWork], slow: int, send_s: float) -> float:
+def _bubble_s(job: Job, works: list[StageWork], slow: int, send_s: float) -> float:
     """What a pipeline adds to the slowest stage's own work: one micro-batch through all the others, both ways.
 
     Interleaved stages make it 1/vpp of that (Narayanan et al. 2021); zero-bubble hides the weights' gradients, half
     of the backward pass, in it (Qi et al. 2023, ZB-H1).
     """
-    if layout.pp == 1:
+    if job.layout.pp == 1:
         return 0.0
     others = [w for i, w in enumerate(works) if i != slow]
-    around = sum(_seconds(w) for w in others) / layout.vpp
-    if layout.schedule == "zero-bubble":
+    around = sum(_seconds(w) for w in others) / job.layout.vpp
+    if job.layout.schedule == "zero-bubble":
         around = sum(w.forward.seconds + w.again.seconds for w in others)
-    return around + 2 * (layout.pp - 1) * send_s
+    return around + 2 * (job.layout.pp - 1) * send_s
 
 
-def _send_s(table: ModelTable, layout: Layout, cluster: ClusterSpec, shape: Shape) -> float:
+def _send_s(job: Job) -> float:
     """One micro-batch's activations to the next stage."""
+    layout, cluster = job.layout, job.cluster
     if layout.pp == 1:
         return 0.0
-    part = table.block or table.before
-    stride = layout.tp * layout.cp * layout.dp
-    nbytes = float(part.boundary @ shape.weights)
+    part = job.table.block or job.table.before
+    nbytes = float(part.boundary @ job.shape.weights)
     if layout.tp == 1 or layout.sp:
-        return collective_time_s("permute", nbytes, MeshAxis(layout.pp, stride), cluster)
+        return collective_time_s("permute", nbytes, job.pipeline_axis, cluster)
     # each rank of a tensor group sends its part, which is gathered there (Narayanan et al. 2021, section 4.1)
     gather_s = collective_time_s("all_gather", nbytes, MeshAxis(layout.tp, 1), cluster)
-    return gather_s + collective_time_s("permute", nbytes / layout.tp, MeshAxis(layout.pp, stride), cluster)
+    return gather_s + collective_time_s("permute", nbytes / layout.tp, job.pipeline_axis, cluster)
 
 
-def _in_messages(kind: str, nbytes: float, size: float, axis: MeshAxis, cluster: ClusterSpec) -> float:
-    """Seconds of a collective over `nbytes` in messages of about `size` bytes: each goes around all ranks."""
-    count = max(1, math.ceil(nbytes / size)) if size else 1
-    return count * collective_time_s(kind, nbytes / count, axis, cluster)
-
-
-def _data_axis(layout: Layout) -> MeshAxis:
-    return MeshAxis(layout.dp * layout.cp, layout.tp)
-
-
-def _reduce_s(
-    table: ModelTable,
-    stage: Stage,
-    layout: Layout,
-    cluster: ClusterSpec,
-    shape: Shape,
-    precision: Precision,
-    work: StageWork,
-    run: Run,
-) -> float:
-    """Exposed seconds of the reduction of all gradients at the end of a step, and of the parameters' way back."""
-    numbers = local_numbers(table, stage, shape)
-    axis = _data_axis(layout)
-    tied_s = 0.0
-    if layout.pp > 1 and (stage.first or stage.last):
-        tied = float(table.after.tied @ shape.weights) * precision.gradient
-        ends = MeshAxis(layout.pp, layout.tp * layout.cp * layout.dp)
-        tied_s = collective_time_s("permute", tied, ends, cluster) if tied else 0.0  # they exchange and add
-    if axis.size == 1 or layout.zero == 3:
-        return tied_s
-    kind = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-    reduce_s = _in_messages(kind, numbers * precision.gradient, _BUCKET_BYTES, axis, cluster)
-    if run.overlap:
-        hidden = work.whole_backward.seconds
-        reduce_s = max(reduce_s - hidden, reduce_s / max(1, stage.blocks + 1))
-    gather_s = 0.0
-    if layout.zero:
-        gather_s = _in_messages("all_gather", numbers * precision.parameter, _BUCKET_BYTES, axis, cluster)
-    return reduce_s + gather_s + tied_s
-
-
-def _zero3_s(
-    table: ModelTable,
-    stage: Stage,
-    layout: Layout,
-    cluster: ClusterSpec,
-    shape: Shape,
-    precision: Precision,
-    work: StageWork,
-) -> float:
-    """Exposed seconds per micro-batch of gathering parameters twice and scattering gradients (FSDP)."""
-    axis = _data_axis(layout)
-    if layout.zero != 3 or axis.size == 1:
-        return 0.0
-    numbers = local_numbers(table, stage, shape)
-    blocks = max(1, stage.blocks)  # one message each (FSDP)
-    gathered, scattered = numbers * precision.parameter, numbers * precision.gradient
-    gather_s = _in_messages("all_gather", gathered, gathered / blocks, axis, cluster)
-    scatter_s = _in_messages("reduce_scatter", scattered, scattered / blocks, axis, cluster)
-    first = 1 / max(1, stage.blocks + 1)
-    forward = max(gather_s - work.forward.seconds, gather_s * first)
-    backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * first)
-    return forward + backward
-
-
-def _optimizer_s(
-    table: ModelTable, numbers: float, layout: Layout, cluster: ClusterSpec, precision: Precision
-) -> float:
+def _optimizer_s(job: Job, numbers: float) -> float:
     """Every pass of the optimizer over its share reads and writes memory, and nothing else counts.
 
     Gradients: read for their norm, read and written to clip them, read by the update; in float16 read and written once
     more to take the loss scale out. State: read and written. A master copy is read again to write the parameter.
     """
-    own = numbers / (layout.dp * layout.cp if layout.zero else 1)
-    gradient_passes = 4 + (2 if table.dtype == "float16" else 0)
-    copied = 4 if table.itemsize < 4 else 0
-    nbytes = own * (gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter)
-    return _streaming_s(nbytes, cluster)
-
-
-def _streaming_s(nbytes: float, cluster: ClusterSpec) -> float:
-    """Seconds to read and write that much memory."""
-    return nbytes / (cluster.device.memory_bytes_per_s * cluster.device.memory_efficiency_fraction)
+    own = numbers / (job.layout.dp * job.layout.cp if job.layout.zero else 1)
+    gradient_passes = 4 + (2 if job.table.dtype == "float16" else 0)
+    copied, precision = 4 if job.table.itemsize < 4 else 0, job.precision
+    nbytes = gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter
+    return job.streaming_s(own * nbytes)

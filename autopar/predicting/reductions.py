@@ -1,0 +1,57 @@
+"""Seconds of gradients and parameters on their way between data-parallel ranks, as far as nothing hides them."""
+
+from __future__ import annotations
+
+import math
+
+from autopar.cost.collectives import collective_time_s
+from autopar.predicting.job import Job
+from autopar.predicting.stages import Stage, StageWork
+
+_BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
+
+
+def _in_messages(job: Job, kind: str, nbytes: float, size: float) -> float:
+    """Seconds of a collective over `nbytes` in messages of about `size` bytes: each goes around all ranks."""
+    count = max(1, math.ceil(nbytes / size)) if size else 1
+    return count * collective_time_s(kind, nbytes / count, job.data_axis, job.cluster)
+
+
+def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
+    """The reduction of all gradients at the end of a step, and the parameters' way back."""
+    tied_s = _tied_s(job, stage)
+    if job.data_axis.size == 1 or job.layout.zero == 3:
+        return tied_s
+    numbers = job.numbers(stage)
+    kind = "all_reduce" if job.layout.zero == 0 else "reduce_scatter"
+    seconds = _in_messages(job, kind, numbers * job.precision.gradient, _BUCKET_BYTES)
+    if job.run.overlap:
+        hidden = work.whole_backward.seconds
+        seconds = max(seconds - hidden, seconds / max(1, stage.blocks + 1))
+    gather_s = 0.0
+    if job.layout.zero:
+        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, _BUCKET_BYTES)
+    return seconds + gather_s + tied_s
+
+
+def _tied_s(job: Job, stage: Stage) -> float:
+    """The first and the last stage exchange and add the gradients of what both use."""
+    if job.layout.pp == 1 or not (stage.first or stage.last):
+        return 0.0
+    nbytes = float(job.table.after.tied @ job.shape.weights) * job.precision.gradient
+    return collective_time_s("permute", nbytes, job.pipeline_axis, job.cluster) if nbytes else 0.0
+
+
+def zero3_s(job: Job, stage: Stage, work: StageWork) -> float:
+    """Per micro-batch: to gather parameters twice and scatter gradients (FSDP)."""
+    if job.layout.zero != 3 or job.data_axis.size == 1:
+        return 0.0
+    numbers = job.numbers(stage)
+    blocks = max(1, stage.blocks)  # one message each (FSDP)
+    gathered, scattered = numbers * job.precision.parameter, numbers * job.precision.gradient
+    gather_s = _in_messages(job, "all_gather", gathered, gathered / blocks)
+    scatter_s = _in_messages(job, "reduce_scatter", scattered, scattered / blocks)
+    first = 1 / max(1, stage.blocks + 1)
+    forward = max(gather_s - work.forward.seconds, gather_s * first)
+    backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * first)
+    return forward + backward

@@ -46,6 +46,8 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
         return 1.0
     if layout.schedule == "gpipe":
         return float(micro_batches)
+    if layout.schedule == "zero-bubble":  # Qi et al. 2023: gradients of weights wait, and what they read with them
+        return float(min(micro_batches, p))
     if v > 1:  # Narayanan et al. 2021: warm-up of 2(p - 1 - at) + (v - 1)p chunks, and the one at work
         return min(micro_batches * v, 2 * (p - 1 - at) + (v - 1) * p + 1) / v
     return float(min(micro_batches, p - at))

@@ -8,33 +8,39 @@ from autopar.cost.collectives import collective_time_s
 from autopar.predicting.job import Job
 from autopar.predicting.stages import Stage, StageWork
 
-_BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
+BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
+
+
+def messages(job: Job, kind: str, nbytes: float, size: float) -> tuple[int, float]:
+    """(number of messages, seconds of each) of a collective over `nbytes` in pieces of about `size` bytes."""
+    count = max(1, math.ceil(nbytes / size)) if size else 1
+    return count, collective_time_s(kind, nbytes / count, job.data_axis, job.cluster)
 
 
 def _in_messages(job: Job, kind: str, nbytes: float, size: float) -> float:
     """Seconds of a collective over `nbytes` in messages of about `size` bytes: each goes around all ranks."""
-    count = max(1, math.ceil(nbytes / size)) if size else 1
-    return count * collective_time_s(kind, nbytes / count, job.data_axis, job.cluster)
+    count, seconds = messages(job, kind, nbytes, size)
+    return count * seconds
 
 
 def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     """The reduction of all gradients at the end of a step, and the parameters' way back."""
-    tied_s = _tied_s(job, stage)
+    exchange_s = tied_s(job, stage)
     if job.data_axis.size == 1 or job.layout.zero == 3:
-        return tied_s
+        return exchange_s
     numbers = job.numbers(stage)
     kind = "all_reduce" if job.layout.zero == 0 else "reduce_scatter"
-    seconds = _in_messages(job, kind, numbers * job.precision.gradient, _BUCKET_BYTES)
+    seconds = _in_messages(job, kind, numbers * job.precision.gradient, BUCKET_BYTES)
     if job.run.overlap:
         hidden = work.whole_backward.seconds
         seconds = max(seconds - hidden, seconds / max(1, stage.blocks + 1))
     gather_s = 0.0
     if job.layout.zero:
-        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, _BUCKET_BYTES)
-    return seconds + gather_s + tied_s
+        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, BUCKET_BYTES)
+    return seconds + gather_s + exchange_s
 
 
-def _tied_s(job: Job, stage: Stage) -> float:
+def tied_s(job: Job, stage: Stage) -> float:
     """The first and the last stage exchange and add the gradients of what both use."""
     if job.layout.pp == 1 or not (stage.first or stage.last):
         return 0.0

@@ -40,7 +40,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
     gathers_s = [zero3_s(job, s, w) for s, w in zip(stages, works, strict=True)]
     slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + gathers_s[i])
     worst, n = works[slow], job.micro_batches
-    send_s = _send_s(job)
+    send_s = sum(send_parts_s(job))
     return StepTime(
         forward_s=n * _own(worst.forward),
         backward_s=n * _own(worst.backward),
@@ -50,7 +50,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
         send_s=0.0 if job.layout.pp == 1 else 2 * n * job.layout.vpp * send_s,
         gradients_s=max(reduce_s(job, s, w) for s, w in zip(stages, works, strict=True)),
         gathers_s=n * gathers_s[slow],
-        optimizer_s=_optimizer_s(job, max(job.numbers(s) for s in stages)),
+        optimizer_s=optimizer_s(job, max(job.numbers(s) for s in stages)),
         flops=n * (worst.forward.flops + worst.backward.flops),
         again_flops=n * worst.again.flops,
     )
@@ -67,10 +67,15 @@ def _seconds(work: StageWork) -> float:
 
 def _with_accumulation(job: Job, stage: Stage, work: StageWork) -> StageWork:
     """Each micro-batch's gradients are read and added to their sum, which is read and written."""
+    adding = Work(kernels_s=accumulation_s(job, job.numbers(stage)))
+    return StageWork(work.forward, work.backward + adding, work.again)
+
+
+def accumulation_s(job: Job, numbers: float) -> float:
+    """To add so many gradients of one micro-batch to their sum, where that takes a kernel of its own."""
     if not job.run.accumulates_apart:
-        return work
-    nbytes = job.numbers(stage) * (job.precision.parameter + 2 * job.precision.gradient)
-    return StageWork(work.forward, work.backward + Work(kernels_s=job.streaming_s(nbytes)), work.again)
+        return 0.0
+    return job.streaming_s(numbers * (job.precision.parameter + 2 * job.precision.gradient))
 
 
 def _bubble_s(job: Job, works: list[StageWork], slow: int, send_s: float) -> float:
@@ -88,21 +93,24 @@ def _bubble_s(job: Job, works: list[StageWork], slow: int, send_s: float) -> flo
     return around + 2 * (job.layout.pp - 1) * send_s
 
 
-def _send_s(job: Job) -> float:
-    """One micro-batch's activations to the next stage."""
+def send_parts_s(job: Job) -> tuple[float, float]:
+    """One micro-batch's activations to the next stage: on the pipeline axis, and what the tensor axis does with them.
+
+    Without sequence parallelism each rank of a tensor group sends its part, which is gathered there (Narayanan et al.
+    2021, section 4.1).
+    """
     layout, cluster = job.layout, job.cluster
     if layout.pp == 1:
-        return 0.0
+        return 0.0, 0.0
     part = job.table.block or job.table.before
     nbytes = float(part.boundary @ job.shape.weights)
     if layout.tp == 1 or layout.sp:
-        return collective_time_s("permute", nbytes, job.pipeline_axis, cluster)
-    # each rank of a tensor group sends its part, which is gathered there (Narayanan et al. 2021, section 4.1)
+        return collective_time_s("permute", nbytes, job.pipeline_axis, cluster), 0.0
     gather_s = collective_time_s("all_gather", nbytes, MeshAxis(layout.tp, 1), cluster)
-    return gather_s + collective_time_s("permute", nbytes / layout.tp, job.pipeline_axis, cluster)
+    return collective_time_s("permute", nbytes / layout.tp, job.pipeline_axis, cluster), gather_s
 
 
-def _optimizer_s(job: Job, numbers: float) -> float:
+def optimizer_s(job: Job, numbers: float) -> float:
     """Every pass of the optimizer over its share reads and writes memory, and nothing else counts.
 
     Gradients: read for their norm, read and written to clip them, read by the update; in float16 read and written once

@@ -88,11 +88,13 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Price the layouts, and print what they take."""
+    """Price the layouts, and print what they take, or write it as HTML, too."""
+    _check_writable(args.html)
     import torch
 
-    import autopar
+    from autopar.explaining.guesses import PredictionReport
     from autopar.layouts import parse_layout
+    from autopar.predicting.predict import Predictor
     from autopar.prediction_text import describe
 
     cluster = _load_cluster(args)
@@ -100,13 +102,17 @@ def run_predict(args: argparse.Namespace) -> int:
     options = {"seq": args.seq, "precision": args.precision, "optimizer": args.optimizer}
     given = {name: value for name, value in options.items() if value is not None}
     model = _load_model(_model_spec(args), args.precision, open_dtype=torch.bfloat16)
-    found = autopar.predict(model, cluster, layouts, global_batch=args.global_batch, **given)
-    assert isinstance(found, list)
+    predictor = Predictor(model, cluster, global_batch=args.global_batch, **given)
+    found = [predictor.predict(layout) for layout in layouts]
+    if args.html is not None:
+        PredictionReport(predictor, found, str(args.model)).to_html(args.html)
     if args.json:
         dicts = [prediction.to_dict() for prediction in found]
         print(_to_json(dicts[0] if len(dicts) == 1 else {"predictions": dicts}))
     else:
         print(describe(found))
+        if args.html is not None:
+            print(f"Written to {args.html}")
     return EXIT_OK
 
 
@@ -120,9 +126,11 @@ def run_explain(args: argparse.Namespace) -> int:
         difference = plan.diff(autopar.Plan.load(args.diff))
         print(_to_json(difference.to_dict()) if args.json else difference)
         return EXIT_OK
-    solving = args.again or args.why_not or args.next_best
-    model = _load_model(_recorded_model(args, plan), plan.options.precision) if solving else None
-    report = plan.explain(model, time_limit_s=args.time_limit_s)
+    if args.again or args.why_not or args.next_best:
+        model = _load_model(_recorded_model(args, plan), plan.options.precision)
+        report = plan.explain(model, time_limit_s=args.time_limit_s)
+    else:
+        report = plan.explain() if args.html is None else _for_page(args, plan)
     if args.why_not or args.next_best:
         return _answer(args, report)
     if args.html is not None:
@@ -134,6 +142,22 @@ def run_explain(args: argparse.Namespace) -> int:
     else:
         print(f"Written to {args.html}")
     return EXIT_OK
+
+
+def _for_page(args: argparse.Namespace, plan: Plan) -> Report:
+    """The report with all that a page shows, as far as it can be had at once: see --html.
+
+    Code that a plan file names is not run unless it is asked for by --again or --model.
+    """
+    spec = args.model or plan.options.model
+    if spec is None or (args.model is None and ":" in spec):
+        return plan.explain()
+    try:
+        report = plan.explain(_load_model(spec, plan.options.precision), time_limit_s=args.time_limit_s)
+    except AutoparError as error:
+        print(f"autopar: the page is without what takes the model: {' '.join(str(error).split())}", file=sys.stderr)
+        return plan.explain()
+    return dataclasses.replace(report, solves=len(plan.decisions.nodes) <= MOST_COMPARED_OPS)
 
 
 def _answer(args: argparse.Namespace, report: Report) -> int:

@@ -66,6 +66,11 @@ LAYOUT_HELP = (
     "each is priced, with one trace"
 )
 
+EXPLAIN_HTML_HELP = (
+    "write the report as one HTML file; with --again, or for a small model that the plan names by config or zoo name, "
+    "with all that takes solving again"
+)
+
 PREDICT_PRECISION_HELP = (
     "model (its own dtypes, the default; where a config.json names none, bfloat16 with float32 master weights), fp32, "
     "or bf16 (float32 weights)"
@@ -152,13 +157,14 @@ def _add_predict(commands: Any, run: Run) -> None:
     add("--precision", metavar="NAME", help=PREDICT_PRECISION_HELP)
     add("--optimizer", help="whose state and step are counted (default adamw), as in autopar.plan")
     add("--json", action="store_true", help="print one JSON object; with several layouts, a list in it: predictions")
+    add("--html", type=Path, metavar="FILE", help="write a report of the fastest that fits as one HTML file")
 
 
 def _add_explain(commands: Any, run: Run) -> None:
     parser = _command(commands, "explain", "say what a plan does and why", EXPLAIN_EXAMPLES, run)
     add = parser.add_argument
     add("plan", type=Path, help="a file made by autopar plan -o")
-    add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
+    add("--html", type=Path, metavar="FILE", help=EXPLAIN_HTML_HELP)
     add("--json", action="store_true", help="print one JSON object")
     add("--again", action="store_true", help="trace the model again and solve the alternatives of the report")
     add("--why-not", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help=WHY_NOT_HELP)

@@ -5,23 +5,28 @@ Printing it, `to_dict` and `to_html` say the same. What takes solving again is s
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from autopar.baselines import Baseline, baselines
+from autopar.cluster import ClusterSpec
 from autopar.errors import AutoparError
 from autopar.explaining import next_best as nb
 from autopar.explaining import text
 from autopar.explaining.alternatives import Alternative, why_not
 from autopar.explaining.attribution import Attribution
+from autopar.explaining.degrees import axis_table
+from autopar.explaining.faster import Faster, priced_again
+from autopar.explaining.measured import error_bars
 from autopar.explaining.memory_price import MemoryPrice, memory_price
+from autopar.explaining.shardings import Sharding, parameter_shardings, value_shardings
+from autopar.explaining.spans import TimeLine
+from autopar.explaining.step_line import step_line
 from autopar.explaining.workbench import DEFAULT_AGAIN_S, Workbench
-from autopar.files import write_atomically
 from autopar.plans import Plan
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report solves again; the usual layouts not counted
@@ -33,11 +38,13 @@ class Report:
 
     bench: what it takes to solve again; None for a plan that was loaded without its model.
     time_limit_s: for the alternatives that a printed report or `to_dict` solve.
+    solves: whether they solve any; questions are answered either way.
     """
 
     plan: Plan
     bench: Workbench | None = None
     time_limit_s: float = DEFAULT_REPORT_S
+    solves: bool = True
 
     def __str__(self) -> str:
         return "\n".join(text.lines(self))
@@ -64,6 +71,28 @@ class Report:
     def attribution(self) -> Attribution:
         """Where the time goes: by resource, by kind of cost, by op."""
         return self._bench("attribution").attribution(self.plan)
+
+    @cached_property
+    def time_line(self) -> TimeLine:
+        """One step, op by op."""
+        return step_line(self.attribution)
+
+    @cached_property
+    def faster(self) -> tuple[Faster, ...]:
+        """What the plan would take with one part of the cluster 10 % faster."""
+        bench = self._bench("faster")
+
+        def price_s(cluster: ClusterSpec) -> float:
+            return bench.attribution(replace(self.plan, cluster=cluster)).price.step_time_s
+
+        return priced_again(self.plan.cluster, self.plan.objective_s, price_s)
+
+    @cached_property
+    def shardings(self) -> tuple[Sharding, ...]:
+        """Every distinct parameter; with the model at hand also every distinct value of its layers."""
+        if self.bench is None:
+            return tuple(parameter_shardings(self.plan, None))
+        return (*parameter_shardings(self.plan, self.bench.trace), *value_shardings(self.attribution))
 
     @cached_property
     def baselines(self) -> tuple[Baseline, ...]:
@@ -102,16 +131,27 @@ class Report:
 
     def to_dict(self, *, every: bool = False) -> dict[str, Any]:
         """Everything the text says, as data. every: all decisions against their next best, however long that takes."""
-        plan = self.plan
+        plan, cluster = self.plan, self.plan.cluster
+        figures = plan.predicted
         return {
-            "cluster": plan.cluster.name,
+            "kind": "plan",
+            "headline": text.headline(plan),
+            "model": plan.options.model,
+            "cluster": cluster.name,
+            "device": cluster.device.name,
             "devices": plan.devices,
+            "nodes": cluster.nodes,
+            "global_batch": plan.options.global_batch,
             "mesh": list(plan.mesh),
             "axes": list(plan.roles),
+            "degrees": axis_table(plan),
             "precision": plan.options.precision,
+            "optimizer": plan.options.optimizer,
             "layout": plan.layout(),
-            **plan.predicted,
+            **figures,
+            "error_bars": error_bars(cluster.device.name, figures["step_time_s"], figures["peak_bytes"]),
             "memory_limit_bytes": plan.options.memory_limit_bytes,
+            "memory_at_peak": [{"name": "every device", "bytes": dict(figures["breakdown"]["memory_bytes"])}],
             "solver": {
                 "status": plan.status,
                 "objective_s": plan.objective_s,
@@ -120,30 +160,38 @@ class Report:
                 "meshes": [{**c.__dict__, "mesh": list(c.mesh)} for c in plan.candidates],
             },
             "parameters": text.parameter_table(plan),
+            "shardings": [s.to_dict() for s in self.shardings],
             "recomputed_ops": sorted(n for n, d in plan.decisions.nodes.items() if d.recompute),
+            **self._priced_again(),
             **self._solved_again(every),
             "replicated_for_want_of_a_rule": list(plan.unruled),
             "pins": dict(plan.options.pin),
             "assumptions": list(text.ASSUMPTIONS),
         }
 
-    def _solved_again(self, every: bool) -> dict[str, Any]:
+    def _priced_again(self) -> dict[str, Any]:
+        """What takes the model, but no solving."""
         if self.bench is None:
-            return dict.fromkeys(("resources_s", "baselines", "memory", "next_best"))
+            return dict.fromkeys(("resources_s", "time_line", "faster"))
+        return {
+            "resources_s": self.attribution.by_resource,
+            "time_line": self.time_line.to_dict(),
+            "faster": [f.to_dict() for f in self.faster],
+        }
+
+    def _solved_again(self, every: bool) -> dict[str, Any]:
+        if self.bench is None or not self.solves:
+            return dict.fromkeys(("baselines", "memory", "next_best"))
         bench = self.bench
         found = [nb.next_best(bench, self.plan, d) for d in self.decisions] if every else self.alternatives
         return {
-            "resources_s": self.attribution.by_resource,
             "baselines": [b.to_dict() for b in self.baselines],
             "memory": self.memory_price.to_dict(),
             "next_best": [a.to_dict() for a in found],
         }
 
     def to_html(self, path: str | Path) -> None:
-        """Write the report as one self-contained page."""
-        title = html.escape(f"autopar: {text.headline(self.plan)}")
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><pre>{html.escape(str(self))}</pre>\n"
-        try:
-            write_atomically(path, page)
-        except OSError as error:
-            raise AutoparError(f"cannot write report {path}: {error.strerror or error}; nothing was changed") from error
+        """Write the report as one self-contained page: no network, light and dark, narrow and wide, on paper."""
+        from autopar.explaining.page.write import write_page  # late, as it brings the template engine
+
+        write_page(path, self.to_dict())

@@ -134,7 +134,7 @@ class Attribution:
         rest = self.price.op_s[node.name] - sum(parts.values())
         axes = [axis for axis, rule in enumerate(decision.rules) if rule.collectives]
         for axis in axes if rest > 0 else ():
-            yield self._link(axis), rest / len(axes)
+            yield self.link(axis), rest / len(axes)
 
     def _transfer_parts(self, transfer: Transfer) -> Iterator[tuple[str, float]]:
         costs = self._tables.costs(bucketed=transfer.value in self._gradients)
@@ -142,7 +142,7 @@ class Attribution:
         for kind, axis, nbytes, spent in transfer.steps:
             link = 0.0 if kind == "slice" else min(spent, costs.collective_s(kind, nbytes, axis))
             copies = spent - link
-            yield self._link(axis), link
+            yield self.link(axis), link
             if copies > 0:
                 yield LAUNCH, min(copies, launch)
                 yield MEMORY, max(0.0, copies - launch)
@@ -155,7 +155,8 @@ class Attribution:
 
     # -- words ---------------------------------------------------------------------------
 
-    def _link(self, axis: int) -> str:
+    def link(self, axis: int) -> str:
+        """The link that a mesh axis uses, by its ranks and nodes."""
         return f"link of axis {axis} ({self._span(axis)})"
 
     def _span(self, axis: int) -> str:

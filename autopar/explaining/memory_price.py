@@ -84,6 +84,7 @@ class MemoryPrice:
             "binds": self.binds,
             "seconds_per_byte": self.seconds_per_byte,
             "tried": [dict(p.__dict__) for p in self.tried],
+            "lines": self.lines(),
         }
 
     def lines(self) -> list[str]:

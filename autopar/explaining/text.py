@@ -38,7 +38,7 @@ def lines(report: Report) -> list[str]:
         "",
         *_parameter_lines(plan),
         "",
-        *(_again_lines(report) if report.bench else [_MODEL]),
+        *(_again_lines(report) if report.bench and report.solves else [_MODEL]),
         "",
         *_rule_lines(plan),
         *(f"assumed: {assumption}" for assumption in ASSUMPTIONS),

@@ -3,8 +3,10 @@
 Gradients whose conversion takes the same steps (same kinds, axes and dims up to layout)
 are collected until a bucket is full and then converted together, one collective per step
 for the whole bucket: fewer, larger messages (Li et al. 2020, "PyTorch Distributed").
-All-reduces go out as one coalesced collective; reduce-scatters and all-gathers as one
-collective on the concatenation of the members.
+Reduce-scatters and all-gathers go out as one collective on the concatenation of the
+members, all-reduces as one coalesced collective: NCCL sends the members from where they
+are. gloo would copy them into one buffer and back; on CPUs all-reduces take the
+concatenation, too, and gradients are computed straight into it (`autopar.codegen.flat`).
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import torch
 from torch import fx
 
 from autopar.codegen.builder import GraphBuilder, c10d, group_token, nbytes
+from autopar.codegen.flat import writes_anywhere
 from autopar.codegen.steps import blocks_from_front, blocks_to_front, emit_path, required
 from autopar.redistribute import Step
 
 aten = torch.ops.aten
 Done = Callable[[fx.Node], object]
-# gloo copies what it reduces together into one buffer and back, NCCL does not. Over loopback its all-reduce costs 0.35
-# ms and 1.2 ms a MiB (see the "cpu" preset): from here on the 0.35 ms are overlapped, the copies would not be.
+# On CPUs, a gradient that cannot be computed into the buffer of a bucket travels alone from this size on: over loopback
+# gloo's all-reduce costs 0.35 ms a message (see the "cpu" preset), as much as the copy of a MiB.
 _WORTH_NO_COPY = 1 << 20
 _Signature = tuple[tuple[tuple[str, int], ...], torch.dtype]
 
@@ -33,31 +36,35 @@ _Signature = tuple[tuple[tuple[str, int], ...], torch.dtype]
 class _Bucket:
     nbytes: int = 0
     members: list[tuple[fx.Node, Sequence[Step], Done]] = field(default_factory=list)
-    kinds: set[str] = field(default_factory=set)
+    kinds: set[str | None] = field(default_factory=set)
+
+    def ends_before(self, kind: str | None) -> bool:
+        """Whether with a gradient of this kind a layer begins, or the layers or what is outside of them end."""
+        return (kind is None) != (None in self.kinds) or (kind is not None and kind in self.kinds)
 
 
 class GradientBuckets:
     """Collects conversions of gradients and emits them bucket by bucket.
 
-    by_layer: a bucket also ends where the gradients of the next layer of the same kind begin, so that all layers'
-        code is alike (and written once, see `autopar.codegen.fold`).
+    by_layer: a bucket also ends where a layer begins or ends, so that the code of all layers is alike (and written
+        once, see `autopar.codegen.fold`).
     """
 
     def __init__(self, builder: GraphBuilder, bucket_bytes: int, by_layer: bool = False) -> None:
         self.builder, self.bucket_bytes, self.by_layer = builder, bucket_bytes, by_layer
         self._open: dict[_Signature, _Bucket] = {}
 
-    def add(self, source: fx.Node, path: Sequence[Step], done: Done, kind: str) -> None:
+    def add(self, source: fx.Node, path: Sequence[Step], done: Done, kind: str | None) -> None:
         """Convert `source` along `path` now or a little later; `done` gets the result.
 
-        kind: the same for the gradients of the same parameter of all layers.
+        kind: the same for the gradients of the same parameter of all layers; None outside of layers.
         """
         tensor = source.meta["val"]
-        if tensor.device.type == "cpu" and nbytes(tensor) >= _WORTH_NO_COPY:
+        if tensor.device.type == "cpu" and nbytes(tensor) >= _WORTH_NO_COPY and not self._needs_no_copy(source, path):
             done(emit_path(self.builder, source, path, keep_source_alive=False))
             return
         signature = (tuple((s.kind, s.axis) for s in path), tensor.dtype)
-        if self.by_layer and signature in self._open and kind in self._open[signature].kinds:
+        if self.by_layer and signature in self._open and self._open[signature].ends_before(kind):
             self._flush(self._open.pop(signature))
         bucket = self._open.setdefault(signature, _Bucket())
         bucket.kinds.add(kind)
@@ -65,6 +72,10 @@ class GradientBuckets:
         bucket.nbytes += nbytes(tensor)
         if bucket.nbytes >= self.bucket_bytes:
             self._flush(self._open.pop(signature))
+
+    @staticmethod
+    def _needs_no_copy(source: fx.Node, path: Sequence[Step]) -> bool:
+        return path[0].kind == "all_reduce" and writes_anywhere(source)
 
     def flush_all(self) -> None:
         """Emit what is still waiting."""
@@ -96,9 +107,17 @@ class GradientBuckets:
 
     def _all_reduce(self, nodes: list[fx.Node], steps: tuple[Step, ...]) -> list[fx.Node]:
         call = self.builder.call
+        if nodes[0].meta["val"].device.type == "cpu":
+            return self._all_reduce_flat(nodes, steps[0].axis)
         inputs = [self.builder.contiguous(n) for n in nodes]
         started = call(c10d.all_reduce_coalesced.default, inputs, "sum", group_token(steps[0].axis))
         return [call(c10d.wait_tensor.default, call(operator.getitem, started, i)) for i in range(len(nodes))]
+
+    def _all_reduce_flat(self, nodes: list[fx.Node], axis: int) -> list[fx.Node]:
+        flat = self.builder.call(aten.cat.default, [self.builder.reshape(n, [-1]) for n in nodes], 0)
+        tensors = [n.meta["val"] for n in nodes]
+        pieces = self._split(self.builder.all_reduce(flat, axis), [t.numel() for t in tensors], 0)
+        return [self.builder.reshape(x, t.shape) for x, t in zip(pieces, tensors, strict=True)]
 
     def _reduce_scatter(self, nodes: list[fx.Node], steps: tuple[Step, ...]) -> list[fx.Node]:
         builder, parts = self.builder, steps[0].parts

@@ -30,6 +30,22 @@ def group_token(axis: int) -> str:
     return f"{GROUP_PREFIX}{axis}"
 
 
+def call_in(
+    graph: fx.Graph, fake_mode: FakeTensorMode, target: Callable[..., Any], *args: Any, **kwargs: Any
+) -> fx.Node:
+    """A call at the graph's insertion point, with its fake result."""
+    node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.node.map_aggregate(
+        (args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
+    )
+    if target is c10d.wait_tensor.default:  # hands back its operand, though torch's fake kernel makes a new tensor
+        node.meta["val"] = fake_args[0]
+    else:
+        with fake_mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
 class GraphBuilder:
     """An fx graph under construction. mesh: sizes of the axes. scatters_by_exchange: see `reduce_scatter`."""
 
@@ -67,15 +83,7 @@ class GraphBuilder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call and compute its fake result."""
-        node = self.graph.call_function(target, args, kwargs)
-        fake_args, fake_kwargs = fx.node.map_aggregate(
-            (args, kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
-        )
-        if target is c10d.wait_tensor.default:  # hands back its operand, though torch's fake kernel makes a new tensor
-            node.meta["val"] = fake_args[0]
-        else:
-            with self.fake_mode:
-                node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node = call_in(self.graph, self.fake_mode, target, *args, **kwargs)
         if self.origin is not None:
             node.meta["origin"] = self.origin
         return node

@@ -97,7 +97,9 @@ class _Emitter:
         self.made = self._made_states()
         self.forward = _Pass(self, backward=None)
         self.backward = _Pass(self, backward=self.forward)
-        layers = max(Counter(trace.twins.values()).values(), default=0)
+        twins = Counter(trace.twins.values())
+        self.layered = {name for name, count in twins.items() if count > 1}
+        layers = max(twins.values(), default=0)
         self.buckets = GradientBuckets(self.backward.builder, bucket_bytes, by_layer=layers >= _MANY_LAYERS)
         self.tables = ConversionTables(mesh, costs)
         self.gradients = gradient_values(self.flow, trace.grads.values())
@@ -162,7 +164,8 @@ class _Emitter:
             node.meta["version"] = (operand.node.name, operand.index, state)
             self.backward.versions.setdefault(key, node)
 
-        self.buckets.add(source, path, done, self.trace.twins.get(operand.node.name, operand.node.name))
+        kind = self.trace.twins.get(operand.node.name)
+        self.buckets.add(source, path, done, kind if kind in self.layered else None)
 
     def _made_states(self) -> dict[str, State]:
         made: dict[str, State] = {}

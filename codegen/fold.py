@@ -192,15 +192,19 @@ class _Folder:
             self.lists.update({turn[q]: (kept, t) for t, turn in enumerate(plan.loop.turns)})
 
     def _finish(self, made: list[fx.Node], holder: fx.Node) -> None:
-        """Where all that happens to a collected result is the same last touch: do it to the whole list."""
+        """Where all that happens to a collected result are the same last touches: do them to the whole list."""
         self.lists.update({node: (holder, turn) for turn, node in enumerate(made)})
         users = [[u for u in node.users if u not in self.inside] for node in made]
-        only = [u[0] for u in users if len(u) == 1 and u[0] in self.touches]
-        if len(only) == len(made) == len(set(only)) and len({token(n) for n in only}) == 1:
-            first = only[0]
-            done = self.new.call_function(each, (holder, first.target, *first.args[1:]))  # type: ignore[arg-type]
-            self.touched.update(only)
-            self._finish(only, done)
+        light = all(row and len(row) == len(users[0]) and self.touches.issuperset(row) for row in users)
+        columns = [list(column) for column in zip(*users, strict=True)] if light else []
+        if any(len({token(n) for n in column}) > 1 or len(set(column)) < len(made) for column in columns):
+            return
+        for column in columns:
+            first = column[0]
+            values = holder if column is columns[-1] else self.new.call_function(list, (holder,))
+            done = self.new.call_function(each, (values, first.target, *first.args[1:]))
+            self.touched.update(column)
+            self._finish(column, done)
 
     def _output(self) -> tuple[tuple[int, int | None], ...]:
         """The new graph returns each list once, and what is in no list one by one."""

@@ -18,6 +18,7 @@ from torch import fx
 from autopar._torch_compat import FakeTensor, pytree
 from autopar.codegen.builder import c10d, is_collective
 from autopar.codegen.emit import EmittedProgram
+from autopar.codegen.overlap import sink_views
 from autopar.codegen.storages import last_uses, storages, waits_of
 
 aten = torch.ops.aten
@@ -53,6 +54,7 @@ def write_in_place(program: EmittedProgram) -> None:
             backward.move(node, saved[version].meta["val"])
     backward.run()
     for graph in (program.forward, program.backward):
+        sink_views(graph)
         sink_reduced(graph)
         graph.lint()
 

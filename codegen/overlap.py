@@ -13,15 +13,24 @@ from __future__ import annotations
 from torch import fx
 
 from autopar.codegen.builder import c10d, is_collective
+from autopar.codegen.repeats import last_touches
 
 _IN_FLIGHT = 2
 
 
 def overlap(graph: fx.Graph) -> None:
     """Reorder starts and waits of `graph` in place."""
+    sink_views(graph)
     sink_waits(graph)
     hoist_starts(graph)
     graph.lint()
+
+
+def sink_views(graph: fx.Graph) -> None:
+    """Move the slices and reshapes of what the graph returns to its end: a wait need not come before that for them."""
+    last = last_touches(graph)
+    for node in [n for n in graph.nodes if n in last and n.target is not c10d.wait_tensor.default]:
+        graph.output_node().prepend(node)
 
 
 def sink_waits(graph: fx.Graph) -> None:

@@ -21,6 +21,7 @@ from autopar.codegen.builder import c10d
 aten = torch.ops.aten
 _MIN_PERIOD = 8  # nodes: a shorter turn costs more lines to call than it saves
 _MIN_SAVED = 24  # nodes
+_LIGHT = (c10d.wait_tensor.default, aten.reshape.default, aten.slice.Tensor)
 _PERIODS, _STARTS = 16, 6  # how many are looked at in detail
 
 
@@ -58,10 +59,10 @@ def find_loops(graph: fx.Graph) -> list[Loop]:
 
 
 def last_touches(graph: fx.Graph) -> set[fx.Node]:
-    """Waits and reshapes of what the graph returns, and of nothing else: they may come at any time before its end."""
+    """Waits, slices and reshapes of what the graph returns, and of nothing else: they may come at any time."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        light = node.target in (c10d.wait_tensor.default, aten.reshape.default)
+        light = node.target in _LIGHT
         if light and len(operands_in_order(node)) == 1 and all(u.op == "output" or u in found for u in node.users):
             found.add(node)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from autopar.codegen.emit import EmittedProgram, emit
+from autopar.codegen.flat import fill_in_place
 from autopar.codegen.inplace import write_in_place
 from autopar.codegen.memory import MemoryTimeline, simulate_memory
 from autopar.codegen.overlap import overlap
@@ -69,6 +70,7 @@ def emit_within(
             if overlapped:
                 overlap(program.forward)
                 overlap(program.backward)
+            fill_in_place(program.backward)
             write_in_place(program)
             timeline = simulate_memory(program, persistent_bytes)
             if limit_bytes is None or timeline.peak_bytes <= limit_bytes or bucket_bytes == 0:

@@ -195,3 +195,19 @@ def test_dead_code_goes_and_arguments_stay() -> None:
 
     module = cleaned(unused, x, x)
     assert ops(module) == ["neg.default"] and len(module.graph.find_nodes(op="placeholder")) == 2
+
+
+def test_an_expanded_index_of_a_look_up_is_copied_once() -> None:
+    def looked_up(table: torch.Tensor, index: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = aten.expand(index, [3, 4])
+        gradient = aten.embedding_dense_backward(g, wide, 5, -1, False)
+        return aten.embedding(table, wide), gradient, aten.eq(aten.expand(index, [2, 4]), 1)
+
+    arguments = (torch.randn(5, 2), torch.tensor([[0, 4, 1, 1]]), torch.randn(3, 4, 2))
+    module = cleaned(looked_up, *arguments)
+    assert sorted(ops(module)) == sorted(
+        ["expand.default", "clone.default", "embedding_dense_backward.default", "embedding.default", "expand.default",
+         "eq.Scalar"]
+    )  # fmt: skip
+    for made, expected in zip(module(*arguments), looked_up(*arguments), strict=True):
+        assert torch.equal(made, expected)

@@ -21,6 +21,7 @@ _BY_A_NUMBER = (
     aten.mul.Scalar, aten.mul.Tensor, aten.div.Scalar, aten.div.Tensor, aten.add.Scalar, aten.add.Tensor,
     aten.pow.Tensor_Scalar, aten.neg.default,
 )  # fmt: skip
+_LOOK_UPS = (aten.embedding.default, aten.embedding_dense_backward.default)
 _ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -30,7 +31,7 @@ def rewrite(graph: fx.Graph) -> bool:
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not node.users:
             continue
-        changed |= _small_operand(node) is not None
+        changed |= _small_operand(node) is not None or _copied_index(node) is not None
         for pattern in _PATTERNS:
             better = pattern(node)
             if better is not None and better is not node and _same_layout(better, node):
@@ -142,6 +143,24 @@ def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
     other = next(n for n in user.all_input_nodes if n is not operand)
     shape = user.meta["val"].shape
     return bool(operand.meta["val"].shape == shape and other.meta["val"].shape == shape)
+
+
+# -- look-ups ---------------------------------------------------------------------------------
+
+
+def _copied_index(node: fx.Node) -> fx.Node | None:
+    """An expanded index of embeddings is copied: the copy can be cut like the rest of the batch, a view of the small
+    index cannot, and every rank would look all of it up."""
+    if node.target is not aten.expand.default or node.meta["val"].numel() == node.args[0].meta["val"].numel():  # type: ignore[union-attr]
+        return None
+    users = [u for u in node.users if u.target in _LOOK_UPS and u.args[1] is node]
+    if not users:
+        return None
+    after = min(users, key=list(node.graph.nodes).index)
+    copy = _insert(after, aten.clone.default, node, memory_format=torch.contiguous_format)
+    for user in users:
+        user.replace_input_with(node, copy)
+    return copy
 
 
 # -- what is known to be true -----------------------------------------------------------------

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from autopar.predicting.predict import Prediction, predict
     from autopar.profiling.run import profile
     from autopar.runtime.program import Program
+    from autopar.simulating.simulate import simulate
+    from autopar.simulating.simulation import Simulation
 
 __version__ = "0.1.0"
 
@@ -47,10 +49,12 @@ _LAZY = {
     "Prediction": "autopar.predicting.predict",
     "Program": "autopar.runtime.program",
     "Report": "autopar.explain",
+    "Simulation": "autopar.simulating.simulation",
     "compile": "autopar.api",
     "plan": "autopar.api",
     "predict": "autopar.predicting.predict",
     "profile": "autopar.profiling.run",
+    "simulate": "autopar.simulating.simulate",
     "verify": "autopar.api",
 }
 
@@ -69,6 +73,7 @@ __all__ = [
     "Program",
     "Report",
     "RuntimeFailure",
+    "Simulation",
     "TraceError",
     "VerifyError",
     "__version__",
@@ -76,6 +81,7 @@ __all__ = [
     "plan",
     "predict",
     "profile",
+    "simulate",
     "verify",
 ]
 

@@ -88,14 +88,18 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    """Price the layouts, and print what they take, or write it as HTML, too."""
+    """Price the layouts and print what they take; HTML and the trace of a simulated step if asked for."""
     _check_writable(args.html)
+    _check_writable(args.trace)
+    if args.trace is not None and len(args.layout) > 1:
+        raise AutoparError(f"--trace writes the step of one layout, found {len(args.layout)}: keep one --layout")
     import torch
 
     from autopar.explaining.guesses import PredictionReport
     from autopar.layouts import parse_layout
     from autopar.predicting.predict import Predictor
     from autopar.prediction_text import describe
+    from autopar.simulating.simulate import simulate_layout
 
     cluster = _load_cluster(args)
     layouts = [parse_layout(text, cluster.devices) for text in args.layout]  # before the trace, which takes seconds
@@ -106,13 +110,20 @@ def run_predict(args: argparse.Namespace) -> int:
     found = [predictor.predict(layout) for layout in layouts]
     if args.html is not None:
         PredictionReport(predictor, found, str(args.model)).to_html(args.html)
+    simulation = simulate_layout(predictor, layouts[0]) if args.trace is not None else None
+    if simulation is not None:
+        simulation.save(args.trace)
     if args.json:
         dicts = [prediction.to_dict() for prediction in found]
+        if simulation is not None:
+            dicts[0]["simulation"] = simulation.to_dict()
         print(_to_json(dicts[0] if len(dicts) == 1 else {"predictions": dicts}))
     else:
-        print(describe(found))
+        print(describe(found, simulation))
         if args.html is not None:
             print(f"Written to {args.html}")
+        if simulation is not None:
+            print(f"Written to {args.trace}; open it at ui.perfetto.dev")
     return EXIT_OK
 
 

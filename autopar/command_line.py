@@ -30,7 +30,9 @@ examples:
   autopar predict --model megatron-22b --cluster a100-80g --gpus 8 --seq 2048 --global-batch 4 --attention eager \\
                   --layout tp=8,micro_batch=4,recompute=selective
   autopar predict --model path/to/config.json --cluster h100-sxm --gpus 64 --seq 8192 --global-batch 64 --json \\
-                  --layout dp=8,tp=8,zero=1 --layout dp=8,pp=8,micro_batch=1,recompute=full"""
+                  --layout dp=8,tp=8,zero=1 --layout dp=8,pp=8,micro_batch=1,recompute=full
+  autopar predict --model llama3-8b --cluster h100-sxm --gpus 64 --seq 8192 --global-batch 64 \\
+                  --layout pp=4,tp=2,vpp=2 --trace step.json"""
 
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -75,6 +77,8 @@ PREDICT_PRECISION_HELP = (
     "model (its own dtypes, the default; where a config.json names none, bfloat16 with float32 master weights), fp32, "
     "or bf16 (float32 weights)"
 )
+
+TRACE_HELP = "simulate the step of the one layout, event by event, and write it for ui.perfetto.dev to FILE"
 
 WHY_NOT_HELP = "solve again with this pin (as for autopar plan) and say what it costs; repeated, pins hold together"
 
@@ -156,6 +160,7 @@ def _add_predict(commands: Any, run: Run) -> None:
     add("--layout", action="append", required=True, metavar="KEY=VALUE,...", help=LAYOUT_HELP)
     add("--precision", metavar="NAME", help=PREDICT_PRECISION_HELP)
     add("--optimizer", help="whose state and step are counted (default adamw), as in autopar.plan")
+    add("--trace", type=Path, metavar="FILE", help=TRACE_HELP)
     add("--json", action="store_true", help="print one JSON object; with several layouts, a list in it: predictions")
     add("--html", type=Path, metavar="FILE", help="write a report of the fastest that fits as one HTML file")
 

@@ -9,18 +9,19 @@ from autopar.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from autopar.predicting.predict import Prediction
+    from autopar.simulating.simulation import Simulation
 
 # What the table shows of a layout, besides the degrees.
 _DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
 
 
-def describe(predictions: Sequence[Prediction]) -> str:
+def describe(predictions: Sequence[Prediction], simulation: Simulation | None = None) -> str:
     """One prediction with where its time and memory go; several as a table in their order, the fastest that fits
-    marked."""
-    return _one(predictions[0]) if len(predictions) == 1 else _table(predictions)
+    marked. simulation: of the one, if it was simulated."""
+    return _one(predictions[0], simulation) if len(predictions) == 1 else _table(predictions)
 
 
-def _one(prediction: Prediction) -> str:
+def _one(prediction: Prediction, simulation: Simulation | None) -> str:
     seconds = {k.removesuffix("_s"): v for k, v in prediction.breakdown.items() if k.endswith("_s") and v}
     held = {k: v for k, v in prediction.breakdown["memory_bytes"].items() if v}
     rows = [
@@ -30,7 +31,16 @@ def _one(prediction: Prediction) -> str:
         ("memory", f"{bytes_text(prediction.peak_bytes)} on the fullest device: {_fit(prediction)}"),
         ("where memory goes", ", ".join(f"{k} {bytes_text(v)}" for k, v in held.items())),
     ]
+    if simulation is not None:
+        rows.append(("simulated", _simulated(simulation)))
     return "\n".join(f"{name:<18} {text}" for name, text in rows)
+
+
+def _simulated(simulation: Simulation) -> str:
+    least, most = min(simulation.idle_share), max(simulation.idle_share)
+    idle = f"{least:.1%}" if simulation.stages == 1 else f"{least:.1%} to {most:.1%} by stage"
+    held = f"{bytes_text(simulation.peak_bytes)} on the fullest device"
+    return f"{seconds_text(simulation.step_time_s)} event by event, devices idle {idle}, {held}"
 
 
 def _rates(prediction: Prediction) -> str:

@@ -222,6 +222,7 @@ def test_public_names() -> None:
         "Program",
         "Report",
         "RuntimeFailure",
+        "Simulation",
         "TraceError",
         "VerifyError",
         "__version__",
@@ -229,6 +230,7 @@ def test_public_names() -> None:
         "plan",
         "predict",
         "profile",
+        "simulate",
         "verify",
     ]
     for name in autopar.__all__:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from autopar.cost.compute import OpClass
-from autopar.predicting.sizes import Floats
+from autopar.predicting.sizes import ACT, Floats
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Kernel:
     dims: Floats | None
     flops: Floats
     bytes: Floats
+
+    @property
+    def sums_over_batch(self) -> bool:
+        """A product whose contracted dim grows with the batch, and whose result does not."""
+        if self.dims is None:
+            return False
+        grows = [bool(row[ACT:].any()) for row in self.dims]
+        return grows[3] and not any(grows[:3])
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,17 @@ class Pass:
     alive: Floats
     views: int
     backward: bool
+
+    @cached_property
+    def weight_gradients(self) -> Pass:
+        """Of a backward pass: the products that nothing before it waits for, as they sum over the batch."""
+        return Pass(tuple(k for k in self.kernels if k.sums_over_batch), (), self.alive, 0, self.backward)
+
+    @cached_property
+    def input_gradients(self) -> Pass:
+        """Of a backward pass: all the rest."""
+        rest = tuple(k for k in self.kernels if not k.sums_over_batch)
+        return Pass(rest, self.messages, self.alive, self.views, self.backward)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ The event is the end of a send: it wakes the stage that waits for it. Each lane 
 that order (as streams do), so what a task starts after is known once it is issued, and one visit a pass is enough: no
 clock, no queue of all events. It also makes the step monotone: nothing that gets shorter makes anything end later.
 
-A send occupies the sender's pipeline lane, and nobody waits for it but the receiver. A step ends with
+A send occupies the sender's pipeline lane, and nobody waits for it but the receiver. The host launches one pass after
+the other, ahead of the device, but learns what comes from another stage when it is there; a pass ends no earlier than
+its launch. A step ends with
 
     reductions of gradients -> exchange of tied ones -> (all stages) -> optimizer -> parameters come back
 
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 from autopar.errors import AutoparError
 from autopar.simulating.costs import COMPUTE, DATA, HOST, PIPELINE, TENSOR, PassCost, StepCost
-from autopar.simulating.schedules import FORWARD, INPUTS, WEIGHTS, Action, Order, check_orders, schedule_orders
+from autopar.simulating.schedules import BACKWARD, FORWARD, WEIGHTS, Action, Order, check_orders, schedule_orders
 
 
 class Task(NamedTuple):
@@ -119,24 +121,27 @@ class _Pipeline:
         return None if action.kind == WEIGHTS else (False, stretch, action.micro_batch)
 
     def _run(self, stage: StageRun, action: Action, arrived_s: float) -> StageRun | None:
-        """Run a pass and send its result on; the stage that waited for that, if one did."""
+        """Launch a pass, run it and send its result on; the stage that waited for that, if one did."""
         cost = self.cost.stages[stage.at].chunks[action.chunk].passes[action.kind]
         ready_s = max(stage.now_s, arrived_s)
         stretch = action.chunk * len(self.stages) + stage.at
-        if self._comes_from_elsewhere(action, stretch):
+        foreign = self._comes_from_elsewhere(action, stretch)
+        if foreign:
             ready_s = stage.issue(TENSOR, "unpack", self.cost.unpack_s, ready_s, action)
-        end_s = _run_pass(stage, cost, action, ready_s, self.cost.micro_batches)
-        if action.kind == WEIGHTS:
-            return None
-        return self._send(stage, action, stretch, end_s)
+        launched_s = stage.issue(HOST, f"launch {action.kind}", cost.host_s, arrived_s if foreign else 0.0, action)
+        last = action.micro_batch == self.cost.micro_batches - 1 and action.kind in (BACKWARD, WEIGHTS)
+        begin_s, end_s = _run_pass(stage, cost, action, max(ready_s, launched_s - cost.host_s), last)
+        stage.now_s = max(end_s, launched_s)
+        stage.passes.append(PassRun(action, begin_s, stage.now_s))
+        return None if action.kind == WEIGHTS else self._send(stage, action, stretch)
 
     def _comes_from_elsewhere(self, action: Action, stretch: int) -> bool:
         if action.kind == FORWARD:
             return stretch > 0
         return action.kind != WEIGHTS and stretch < self.stretches - 1
 
-    def _send(self, stage: StageRun, action: Action, stretch: int, end_s: float) -> StageRun | None:
-        forward = action.kind == FORWARD
+    def _send(self, stage: StageRun, action: Action, stretch: int) -> StageRun | None:
+        forward, end_s = action.kind == FORWARD, stage.now_s
         if forward and stretch == self.stretches - 1:
             key = (False, stretch, action.micro_batch)  # the loss is here: the way back begins
         elif not forward and stretch == 0:
@@ -157,10 +162,9 @@ def _standstill(stage: StageRun, action: Action, key: tuple[bool, int, int]) -> 
     )
 
 
-def _run_pass(stage: StageRun, cost: PassCost, action: Action, ready_s: float, micro_batches: int) -> float:
-    """Issue the pieces of one pass; its end."""
+def _run_pass(stage: StageRun, cost: PassCost, action: Action, ready_s: float, last: bool) -> tuple[float, float]:
+    """Issue the pieces of one pass; when the device begins and ends it. last: note when each piece ends."""
     pieces, name = cost.pieces, action.kind
-    last = action.micro_batch == micro_batches - 1 and action.kind not in (FORWARD, INPUTS)
     gathered_s = _gather(stage, cost, 0, action, stage.now_s)
     now_s = begin_s = max(ready_s, gathered_s)
     for index, piece in enumerate(pieces):
@@ -173,9 +177,7 @@ def _run_pass(stage: StageRun, cost: PassCost, action: Action, ready_s: float, m
             stage.issue(DATA, f"scatter, {piece.name}", piece.scatter_s, now_s, action)
         if last:
             stage.last_ends[action.chunk, index] = now_s
-    stage.now_s = max(now_s, stage.issue(HOST, f"launch {name}", cost.host_s, ready_s, action))
-    stage.passes.append(PassRun(action, begin_s, stage.now_s))
-    return stage.now_s
+    return begin_s, now_s
 
 
 def _gather(stage: StageRun, cost: PassCost, index: int, action: Action, after_s: float) -> float:

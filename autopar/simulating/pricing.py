@@ -1,0 +1,223 @@
+"""What the passes of a layout take, piece by piece: the prices of `autopar.predicting`, before anything is added up.
+
+What the closed form adds up by rules of thumb (what a pipeline's fill costs, how much of a message hides behind what)
+is left to the engine; the seconds of every kernel and message are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.layouts import Layout
+from autopar.predicting.job import Job
+from autopar.predicting.memory import StageMemory, in_flight
+from autopar.predicting.predict import Predictor
+from autopar.predicting.reductions import BUCKET_BYTES, messages, tied_s
+from autopar.predicting.stages import Stage, kept_of, run_again
+from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s
+from autopar.predicting.table import Part, Pass
+from autopar.predicting.work import Work
+from autopar.simulating.costs import TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
+from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One part of the model on one stage. numbers: parameters that are there for it alone. again: it recomputes."""
+
+    name: str
+    part: Part
+    numbers: float
+    again: bool
+
+
+def step_cost(predictor: Predictor, layout: Layout) -> StepCost:
+    """All that the engine needs to know of a layout that is known to be possible."""
+    job, stages = predictor.job(layout), predictor.stages(layout)
+    offsets = _first_blocks([_blocks_per_chunk(stage, layout.vpp) for stage in stages])
+    costs = [
+        _StagePricer(job, stage, at, offsets[at], predictor.stage_memory(layout, stage, at)).cost
+        for at, stage in enumerate(stages)
+    ]
+    send_s, unpack_s = send_parts_s(job)
+    ranks = layout.devices // layout.pp
+    return StepCost(tuple(costs), job.micro_batches, layout.schedule, send_s, unpack_s, ranks)
+
+
+def _blocks_per_chunk(stage: Stage, chunks: int) -> list[int]:
+    return [stage.blocks // chunks + (1 if c < stage.blocks % chunks else 0) for c in range(chunks)]
+
+
+def _first_blocks(counts: list[list[int]]) -> list[list[int]]:
+    """The number of the first block of each chunk of each stage: micro-batches go around all stages once a chunk."""
+    first = [[0] * len(of_stage) for of_stage in counts]
+    total = 0
+    for chunk in range(len(counts[0])):
+        for stage, of_stage in enumerate(counts):
+            first[stage][chunk] = total
+            total += of_stage[chunk]
+    return first
+
+
+@dataclass(frozen=True)
+class _StagePricer:
+    """Prices one stage. first_blocks: the number of the first block of each chunk."""
+
+    job: Job
+    stage: Stage
+    at: int
+    first_blocks: list[int]
+    memory: StageMemory
+
+    @property
+    def cost(self) -> StageCost:
+        """Of the stage."""
+        job, memory = self.job, self.memory
+        chunks = tuple(
+            ChunkCost(self._passes(slices), kept) for slices, kept in zip(self._chunks, self._kept_bytes, strict=True)
+        )
+        return StageCost(
+            chunks=chunks,
+            reductions=self._reductions(chunks),
+            tied_s=tied_s(job, self.stage),
+            optimizer_s=optimizer_s(job, job.numbers(self.stage)),
+            returned_s=self._returned_s(),
+            states_bytes=memory.total - memory.activations - memory.temporaries,
+            temporaries_bytes=memory.temporaries,
+        )
+
+    @cached_property
+    def _chunks(self) -> list[list[Slice]]:
+        """The parts of each chunk, first to last. Of the blocks of a stage the first ones recompute, if not all do."""
+        table, layout = self.job.table, self.job.layout
+        again = run_again(layout, self.stage.blocks) if layout.recompute != "none" else 0
+        chunks: list[list[Slice]] = []
+        for count, first in zip(_blocks_per_chunk(self.stage, layout.vpp), self.first_blocks, strict=True):
+            slices = [self._slice("before the blocks", table.before)] if self.stage.first and not chunks else []
+            for k in range(count):
+                assert table.block is not None
+                slices.append(self._slice(f"block {first + k}", table.block, again > 0))
+                again -= 1
+            if self.stage.last and len(chunks) == layout.vpp - 1:
+                slices.append(self._slice("after the blocks", table.after))
+            chunks.append(slices)
+        return chunks
+
+    def _slice(self, name: str, part: Part, again: bool = False) -> Slice:
+        weights = self.job.shape.weights
+        numbers = float(part.parameters @ weights)
+        if part is self.job.table.after and self.stage.first:
+            numbers -= float(part.tied @ weights)
+        return Slice(name, part, numbers, again)
+
+    # -- passes -----------------------------------------------------------------------------
+
+    def _passes(self, slices: list[Slice]) -> dict[str, PassCost]:
+        if self.job.layout.schedule != "zero-bubble":
+            return {FORWARD: self._forward(slices), BACKWARD: self._backward(slices, "all")}
+        return {
+            FORWARD: self._forward(slices),
+            INPUTS: self._backward(slices, "inputs"),
+            WEIGHTS: self._backward(slices, "weights"),
+        }
+
+    def _forward(self, slices: list[Slice]) -> PassCost:
+        works = [(s, self._work(s.part.forward)) for s in slices]
+        pieces = tuple(self._piece(s.name, work, gather=s) for s, work in works)
+        return PassCost(pieces, sum(work.host_s for _, work in works))
+
+    def _backward(self, slices: list[Slice], which: str) -> PassCost:
+        """which: "all", or the gradients of "inputs" or "weights" only; what runs again does for the former."""
+        pieces: list[Piece] = []
+        host_s = 0.0
+        for one in reversed(slices):
+            gather: Slice | None = one if which != "weights" else None
+            if one.again and which != "weights":
+                work = self._again(one.part)
+                pieces.append(self._piece(f"{one.name} again", work, gather=gather))
+                host_s, gather = host_s + work.host_s, None
+            back = one.part.backward
+            of = {"all": back, "inputs": back.input_gradients, "weights": back.weight_gradients}[which]
+            work = self._work(of)
+            scatter = one if which != "inputs" else None
+            if scatter is not None:
+                work += Work(kernels_s=accumulation_s(self.job, one.numbers))
+            pieces.append(self._piece(one.name, work, gather=gather, scatter=scatter))
+            host_s += work.host_s
+        return PassCost(tuple(pieces), host_s)
+
+    def _again(self, part: Part) -> Work:
+        return self._work(part.forward if self.job.layout.recompute == "full" else part.again)
+
+    def _work(self, of: Pass) -> Work:
+        return self.job.pricer.work(of, self.job.shape)
+
+    def _piece(self, name: str, work: Work, *, gather: Slice | None = None, scatter: Slice | None = None) -> Piece:
+        """gather, scatter: whose parameters come before it and whose gradients go after it, with ZeRO stage 3."""
+        gather_s = scatter_s = 0.0
+        if self.job.layout.zero == 3 and self.job.data_axis.size > 1:
+            precision = self.job.precision
+            if gather is not None and gather.numbers:
+                gather_s = self._in_one("all_gather", gather.numbers * precision.parameter)
+            if scatter is not None and scatter.numbers:
+                scatter_s = self._in_one("reduce_scatter", scatter.numbers * precision.gradient)
+        waits = ((TENSOR, work.messages_s),) if work.messages_s else ()
+        return Piece(name, work.kernels_s, waits, gather_s, scatter_s)
+
+    def _in_one(self, kind: str, nbytes: float) -> float:
+        return messages(self.job, kind, nbytes, nbytes)[1]
+
+    # -- the end of a step ------------------------------------------------------------------
+
+    def _reductions(self, chunks: tuple[ChunkCost, ...]) -> tuple[Reduction, ...]:
+        """The buckets of gradients, in the order in which they fill."""
+        job = self.job
+        if job.data_axis.size == 1 or job.layout.zero == 3:
+            return ()
+        numbers = job.numbers(self.stage)
+        kind = "all_reduce" if job.layout.zero == 0 else "reduce_scatter"
+        count, seconds = messages(job, kind, numbers * job.precision.gradient, BUCKET_BYTES)
+        if not job.run.overlap:
+            return (Reduction(seconds),) * count
+        ready = self._gradients_ready(chunks)
+        found, filled = [], 0.0
+        for bucket in range(1, count + 1):
+            while ready and filled < numbers * bucket / count * (1 - 1e-9):
+                piece, new = ready.pop(0)
+                filled += new
+            found.append(Reduction(seconds, piece))
+        return tuple(found)
+
+    def _gradients_ready(self, chunks: tuple[ChunkCost, ...]) -> list[tuple[tuple[int, int], float]]:
+        """((chunk, piece), parameters whose gradients are there after it) in the order of the last backward passes."""
+        kind = WEIGHTS if self.job.layout.schedule == "zero-bubble" else BACKWARD
+        found = []
+        for chunk in reversed(range(len(chunks))):
+            numbers = {one.name: one.numbers for one in self._chunks[chunk]}
+            pieces = chunks[chunk].passes[kind].pieces
+            found += [((chunk, index), numbers.get(piece.name, 0.0)) for index, piece in enumerate(pieces)]
+        return found
+
+    def _returned_s(self) -> tuple[float, ...]:
+        job = self.job
+        if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
+            return ()
+        nbytes = job.numbers(self.stage) * job.precision.parameter
+        count, seconds = messages(job, "all_gather", nbytes, BUCKET_BYTES)
+        return (seconds,) * count
+
+    # -- memory -----------------------------------------------------------------------------
+
+    @property
+    def _kept_bytes(self) -> list[float]:
+        """Of one micro-batch in each chunk: its share of what the stage keeps."""
+        job = self.job
+        each = self.memory.activations / in_flight(job.layout, job.micro_batches, self.at)
+        kept = [sum(self._kept(one) for one in slices) for slices in self._chunks]
+        return [each * (one / sum(kept) if sum(kept) else 1 / len(kept)) for one in kept]
+
+    def _kept(self, one: Slice) -> float:
+        job = self.job
+        recompute = "none" if one.part is job.table.block and not one.again else None
+        return float(kept_of(one.part, job.table, job.layout, job.run, recompute=recompute) @ job.shape.weights)

@@ -56,6 +56,7 @@ class LayoutSearch:
     def __init__(self, predictor: Predictor, space: Space, *, progress: Progress | None = None) -> None:
         self.predictor, self.space, self.progress = predictor, space, progress
         self._parts: dict[int, Predictor] = {}
+        self._states_of: dict[int, float] = {}
         self.found: dict[tuple[Group, int, int], Prediction] = {}
         self.priced = 0
 
@@ -97,8 +98,10 @@ class LayoutSearch:
 
     def _visit(self, cell: Cell) -> None:
         predictor, key = self._on(cell.devices), (cell.group, cell.pp, cell.dp)
+        if self._states(cell.group) / (cell.pp * cell.dp * cell.group.cp) > predictor.limit_bytes:
+            return
         leaves = list(self.space.leaves(cell.group, cell.pp, cell.dp))
-        if not leaves or not self._leanest_fits(predictor, leaves[-1]):
+        if not any(m.total <= predictor.limit_bytes for _, m in self._lean(predictor, leaves)):
             return
         for floor_s, layout in sorted(self._floors(predictor, leaves), key=lambda pair: pair[0]):
             known = self.found.get(key)
@@ -126,14 +129,24 @@ class LayoutSearch:
             schedule_s = by_schedule[layout.schedule, layout.vpp] - by_zero[first.zero]
             yield by_zero[layout.zero] + schedule_s, layout
 
-    def _leanest_fits(self, predictor: Predictor, leaf: Layout) -> bool:
-        """Whether anything of the cell fits."""
-        return predictor.memory(self._lean(leaf)).total <= predictor.limit_bytes
+    def _states(self, group: Group) -> float:
+        """Bytes of parameters, gradients and optimizer on one tensor rank; a cell spreads them at best evenly."""
+        if group.tp not in self._states_of:
+            m = self.predictor.memory(Layout(tp=group.tp, grad_dtype=self.space.grad_dtype))
+            self._states_of[group.tp] = m.parameters + m.gradients + m.optimizer
+        return self._states_of[group.tp]
 
-    def _lean(self, leaf: Layout) -> Layout:
-        """With everything run again that may be."""
-        kind = self.space.recomputations()[-1]
-        return replace(leaf, recompute=kind, recompute_blocks=self._blocks(kind))
+    def _lean(self, predictor: Predictor, leaves: list[Layout]) -> Iterator[tuple[Layout, StageMemory]]:
+        """The leaves of a cell with everything run again that may be; those that need less memory come first, mostly.
+
+        Which of them needs least depends: ZeRO-3 holds two gathered blocks, and interleaving cuts the blocks evenly.
+        """
+        kind, seen = self.space.recomputations()[-1], set()
+        for leaf in sorted(leaves, key=lambda one: (one.vpp, -one.zero)):
+            if (leaf.vpp, leaf.zero) not in seen:  # a zero-bubble schedule holds what 1F1B does
+                seen.add((leaf.vpp, leaf.zero))
+                lean = replace(leaf, recompute=kind, recompute_blocks=self._blocks(kind))
+                yield lean, predictor.memory(lean)
 
     def leanest(self) -> tuple[Layout, StageMemory] | None:
         """The layout that needs least memory: the smallest micro-batch, ZeRO as far as it may go, all run again.
@@ -142,15 +155,17 @@ class LayoutSearch:
         """
         groups = list(self.space.groups())
         smallest = min((g.micro_batch for g in groups), default=0)
-        found = []
+        best: tuple[Layout, StageMemory] | None = None
         for group in groups:
             pps, dps = self.space.cells(group)
             for pp in sorted(set(pps.tolist())) if group.micro_batch == smallest else []:
-                leaves = list(self.space.leaves(group, pp, int(dps[pps == pp].max())))
-                if leaves:
-                    lean = self._lean(leaves[-1])
-                    found.append((lean, self._on(lean.devices).memory(lean)))
-        return min(found, key=lambda pair: pair[1].total, default=None)
+                dp = int(dps[pps == pp].max())
+                if best and self._states(group) / (pp * dp * group.cp) > best[1].total:
+                    continue
+                leaves = list(self.space.leaves(group, pp, dp))
+                lean = self._lean(self._on(group.tp * group.cp * pp * dp), leaves)
+                best = min(lean if best is None else (best, *lean), key=lambda pair: pair[1].total, default=best)
+        return best
 
     def _blocks(self, kind: str) -> int | None:
         pinned: int | None = self.space.pin.get("recompute_blocks")

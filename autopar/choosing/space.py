@@ -99,7 +99,7 @@ class Space:
             for schedule, vpp in self.schedules(pp, micro_batches):
                 yield Layout(
                     dp, group.tp, pp, group.cp, vpp=vpp, micro_batch=group.micro_batch, zero=zero, sp=group.sp,
-                    schedule=schedule, grad_dtype=self.pin.get("grad_dtype", "float32"),
+                    schedule=schedule, grad_dtype=self.grad_dtype,
                 )  # fmt: skip
 
     def schedules(self, pp: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -117,6 +117,12 @@ class Space:
         """Kinds of recomputation, least first."""
         kinds = [kind for kind in RECOMPUTE if kind != "selective" or self.selective or "recompute" in self.pin]
         return [str(kind) for kind in self._allowed("recompute", kinds)]
+
+    @property
+    def grad_dtype(self) -> str | None:
+        """In which gradients are kept; nothing to choose."""
+        found: str | None = self.pin.get("grad_dtype", "float32")
+        return found
 
     # -- degrees ----------------------------------------------------------------------------
 

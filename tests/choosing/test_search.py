@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -79,6 +80,17 @@ def test_equals_pricing_everything(gpus: int, limit: int) -> None:
     assert found.gap == 0
     assert found.best.peak_bytes <= limit
     assert found.priced < len(prices)
+
+
+@pytest.mark.parametrize("pin", [{}, {"pp": 6, "tp": 1, "cp": 1}, {"dp": 2, "pp": 4, "tp": 2}, {"micro_batch": 2}])
+def test_just_enough_memory(pin: dict[str, Any]) -> None:
+    """Whatever needs least memory is found where the limit is just that: no cell is left out for lack of memory."""
+    of = predictor(16)
+    least = min(part.memory(layout).total for part, layout in everything(of, **pin))
+    assert choose(predictor(16, math.ceil(least)), **pin).best.peak_bytes == pytest.approx(least, abs=1)
+    with pytest.raises(Infeasible) as caught:
+        choose(predictor(16, math.ceil(least) - 2), **pin)
+    assert caught.value.needed_bytes == math.ceil(least)
 
 
 @pytest.mark.parametrize("gpus", [8, 16])

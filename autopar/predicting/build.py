@@ -18,7 +18,7 @@ from autopar.cost.compute import OpClass, op_class, op_name
 from autopar.dataflow import Dataflow, Operand, is_backward, resolve, result_metas, value_name
 from autopar.opcost import compute_dtype, op_flops_of
 from autopar.placements import PARTIAL, Placement, shard_dim
-from autopar.predicting.fusing import groups
+from autopar.predicting.fusing import groups, is_fusable
 from autopar.predicting.reading import Reading
 from autopar.predicting.segments import AFTER, BEFORE, BLOCK
 from autopar.predicting.sizes import ACT, ACT_CUT, FIXED, FIXED_CUT, Floats, share
@@ -198,6 +198,7 @@ class _Builder(Reading):
                     last[operand.value] = i
         gradients = {resolve(self.nodes[name]).value for name in self.trace.grads.values()}
         for i, kernel in enumerate(kernels):
+            room = self._dying(kernel, i, last) if backward else []
             for node in kernel:
                 for index, tensor in enumerate(result_metas(node)):
                     value = value_name(node, index)
@@ -206,13 +207,25 @@ class _Builder(Reading):
                     users = [u.user for u in self.flow.uses.get(value, ())]
                     leaves = any(u not in place for u in users) and not backward and value not in kept
                     end = len(kernels) - 1 if value in kept and not backward else max(last[value], i)
-                    steps[i] += self._value_size(value)
-                    steps[len(kernels) if leaves else end + 1] -= self._value_size(value)
+                    size = self._value_size(value)
+                    over = next((at for at, other in enumerate(room) if np.array_equal(other, size)), None)
+                    if over is None:
+                        steps[i] += size
+                    else:  # written over an operand, which is then no more
+                        steps[i + 1] += room.pop(over)
+                    steps[len(kernels) if leaves else end + 1] -= size
         if backward:
             for value, size in kept.items():
                 steps[0] += size
                 steps[min(last.get(value, 0), len(kernels) - 1) + 1] -= size
         return np.cumsum(steps, axis=0)[:-1] if len(kernels) else np.zeros((1, 5))
+
+    def _dying(self, kernel: list[fx.Node], at: int, last: dict[str, int]) -> list[Floats]:
+        """[5] each: operands that a kernel can write over: hand-written losses and activations do that backward."""
+        if not self.fuse or not all(is_fusable(node) for node in kernel):
+            return []
+        values = {o.value for node in kernel for o in self.flow.operands_of[node] if o.value in self.tensors}
+        return [self._value_size(v) for v in sorted(values) if last[v] == at and self.made_by[v] not in kernel]
 
     # -- parts ------------------------------------------------------------------------------
 

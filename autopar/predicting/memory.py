@@ -7,18 +7,27 @@ the highest point of a pass above that      from the life of every tensor of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from autopar.cost.collectives import MeshAxis, axis_span
 from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.stages import Stage, kept_of, kept_on
 from autopar.predicting.table import Part
+from autopar.predicting.work import Work
 
-# What a step takes beyond its tensors: blocks of the caching allocator cut to the wrong size, and workspaces of cuBLAS
-# and NCCL. Of eager training with nanotron on H100 (benchmarks/data/h100_sweep.json), whose tensors alone are
-# short of the measured peaks by these on average.
-_FRAGMENTATION = 0.3  # of what is kept from forward to backward
-_WORKSPACES = 1 << 30
+# What a step takes beyond its tensors. All fitted to every other run of eager training with nanotron on H100
+# (benchmarks/data/h100_sweep.json); the other half is as close.
+_FRAGMENTATION = 0.11  # of what is kept from forward to backward: blocks of the caching allocator cut to the wrong size
+_WORKSPACES = 1 << 28  # of cuBLAS and the like
+_AT_PEAK = 0.75  # of a micro-batch's own gradients, and of a copy for the ranks that share them: there while most of
+# what was kept still is. The copy: buckets of DistributedDataParallel, or what ZeRO gathers
+_IN_FLIGHT = 2.2  # whole activations beside what is kept, for each micro-batch in flight, with tensor parallelism
+# A buffer of a collective comes back to torch's allocator when the device is done with it, not the host. A host that is
+# ahead of the device (as far as about a thousand launches, CUDA's queue) has made so many more by then ...
+_AHEAD = 35.0  # whole activations
+_AHEAD_FROM, _AHEAD_TO = 0.6, 0.8  # ... where the device takes this share of the host's time in the forward pass
+_AHEAD_ROOM = 0.8  # of a device's memory: beyond it the allocator waits for buffers instead of asking for more
 
 
 @dataclass(frozen=True)
@@ -62,16 +71,37 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     gathered = 0.0
     if layout.zero == 3 and table.block is not None:
         gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
-    beside = precision.parameter if run.accumulates_apart and precision.gradient > precision.parameter else 0
-    activations = kept * in_flight(layout, job.micro_batches, at)
-    return StageMemory(
+    beside = 0.0
+    if run.accumulates_apart and precision.gradient > precision.parameter:
+        beside = _AT_PEAK * precision.parameter * (2 if replicas > 1 else 1)
+    flights = in_flight(layout, job.micro_batches, at)
+    found = StageMemory(
         parameters=numbers * precision.parameter / (replicas if layout.zero == 3 else 1) + gathered,
         gradients=numbers * (precision.gradient + beside) / (replicas if layout.zero >= 2 else 1),
         optimizer=numbers * precision.state / (replicas if layout.zero >= 1 else 1),
-        activations=activations,
+        activations=kept * flights,
         temporaries=extra,
-        allocator=_WORKSPACES + _FRAGMENTATION * activations,
+        allocator=_WORKSPACES + _FRAGMENTATION * kept * flights,
     )
+    return replace(found, allocator=found.allocator + _buffers(job, stage, flights, found.total))
+
+
+def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:
+    """Bytes of buffers of collectives that are waiting to be used again. others: bytes of all else."""
+    if not job.run.holds_buffers or job.layout.tp == 1:
+        return 0.0
+    whole = float((job.table.block or job.table.before).boundary @ replace(job.shape, sequence=False).weights)
+    room = max(0.0, _AHEAD_ROOM * job.cluster.device.usable_bytes - others)
+    return _IN_FLIGHT * flights * whole + min(_AHEAD * _ahead(job, stage) * whole, room)
+
+
+def _ahead(job: Job, stage: Stage) -> float:
+    """How far the host is ahead of the device in the forward pass, 0 to 1; always where collectives span nodes."""
+    if job.layout.pp == 1 and axis_span(MeshAxis(job.layout.tp, 1), job.cluster).nodes > 1:
+        return 1.0
+    work = sum((job.pricer.work(p.forward, job.shape) * times for p, times in stage.parts(job.table)), Work())
+    share = (work.kernels_s + work.messages_s) / work.host_s if work.host_s else _AHEAD_TO
+    return min(1.0, max(0.0, (share - _AHEAD_FROM) / (_AHEAD_TO - _AHEAD_FROM)))
 
 
 def _extra(part: Part, job: Job) -> float:

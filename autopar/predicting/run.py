@@ -25,6 +25,8 @@ class Run:
     accumulates_apart: bool = True
     keeps_gathered: bool = False
     pipeline_stall_s: float = 2.5e-4
+    cut: str = "balanced"
+    holds_buffers: bool = True
 
     @staticmethod
     def usual(keeps_scores: bool) -> Run:
@@ -33,4 +35,4 @@ class Run:
         keeps_scores: attention is written out and keeps a score for every pair of tokens, as in Megatron-LM of 2021
         and 2022, which has kernels of its own for all that is elementwise, and for the accumulation of gradients.
         """
-        return Run(fusion="all", accumulates_apart=False, pipeline_stall_s=0.0) if keeps_scores else Run()
+        return Run(fusion="all", accumulates_apart=False, pipeline_stall_s=0.0, holds_buffers=False) if keeps_scores else Run()

@@ -44,18 +44,34 @@ class StageWork:
 
 
 def split(table: ModelTable, layout: Layout, pricer: Pricer, shape: Shape) -> list[Stage]:
-    """Cut the blocks into stages so that the slowest is as fast as can be; evenly where each rank has several."""
-    p = layout.pp
+    """Cut the blocks into stages as the run says (`Run.cut`); evenly where each rank has several."""
+    p, cut = layout.pp, pricer.run.cut
     if p == 1:
         return [Stage(table.blocks, True, True)]
     counts = _even(table.blocks, p)
-    if layout.vpp == 1 and table.block is not None:
-        counts = _balanced(table, pricer, shape, p)
+    if layout.vpp == 1 and table.block is not None and cut != "even":
+        counts = _by_threshold(table, p) if cut == "threshold" else _balanced(table, pricer, shape, p)
     return [Stage(n, i == 0, i == p - 1) for i, n in enumerate(counts)]
 
 
 def _even(blocks: int, stages: int) -> list[int]:
     return [blocks // stages + (1 if i < blocks % stages else 0) for i in range(stages)]
+
+
+def _by_threshold(table: ModelTable, stages: int) -> list[int]:
+    """Blocks in order, the next stage beginning after the block that exceeds its share of all parameters.
+
+    So does nanotron (`build_model`): what comes before the blocks counts nothing, what comes after them its matrix.
+    """
+    assert table.block is not None
+    block, after = float(table.block.parameters.sum()), float(table.after.parameters.sum())
+    share = (table.blocks * block + after) / stages
+    counts, at = [0] * stages, 0
+    for number in range(1, table.blocks + 1):
+        counts[at] += 1
+        if number * block > share * (at + 1) and at < stages - 1:
+            at += 1
+    return counts
 
 
 def _balanced(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> list[int]:

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from autopar.errors import AutoparError, LayoutError
 from autopar.layouts import Layout, check_layout, parse_layout
+from autopar.predicting.run import Run
 from benchmarks.published_figures import Check, Outcome, cells, quantile, rate_error, relative, sizes
 from benchmarks.published_models import build, cluster_of
 from benchmarks.published_rows import Case, Skipped, memory_cases, sweep_cases, training_cases
@@ -40,11 +42,11 @@ Say = Callable[[str], None]
 
 
 def predict_all(cases: Sequence[Case], predict: Predict, say: Say = lambda text: None) -> list[Outcome]:
-    """What `predict` says of the cases, in their order: one call for each model, machine and batch."""
+    """What `predict` says of the cases, in their order: one call for each model, machine, batch and way to run."""
     outcomes: dict[str, Outcome] = {}
     groups: dict[Any, list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.dims, case.machine, case.global_batch), []).append(case)
+        groups.setdefault((case.dims, case.machine, case.global_batch, case.run), []).append(case)
     began = time.perf_counter()
     for number, group in enumerate(groups.values(), 1):
         outcomes |= {outcome.case.id: outcome for outcome in _predict_group(group, predict)}
@@ -69,6 +71,7 @@ def _predict_group(group: Sequence[Case], predict: Predict) -> list[Outcome]:
             [layout for _, layout in possible],
             seq=first.dims.seq,
             global_batch=first.global_batch,
+            run=replace(Run.usual(keeps_scores=first.dims.attention == "eager"), **dict(first.run)),
         )
     except AutoparError as error:
         return outcomes + [Outcome(case, problem=str(error)) for case, _ in possible]

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from autopar import ClusterSpec
+from autopar.cluster import ClusterSpec, DeviceSpec
 from benchmarks.published_rows import GIB, Dims, Machine
 
 
@@ -87,4 +87,18 @@ def cluster_of(machine: Machine) -> ClusterSpec:
         device = dataclasses.replace(device, memory_bytes=int(machine.memory_gib * GIB))
     if machine.memory_bytes_per_s is not None:
         device = dataclasses.replace(device, memory_bytes_per_s=machine.memory_bytes_per_s)
+    if machine.power_share != 1.0:
+        device = _throttled(device, machine.power_share)
     return dataclasses.replace(cluster, device=device)
+
+
+def _throttled(device: DeviceSpec, power_share: float) -> DeviceSpec:
+    """A device at a power limit: power goes with clock times voltage squared, and voltage with the clock."""
+    clock = power_share ** (1 / 3)
+    return dataclasses.replace(
+        device,
+        matmul_efficiency_fraction=device.matmul_efficiency_fraction * clock,
+        attention_forward_fraction=device.attention_forward_fraction * clock,
+        attention_backward_fraction=device.attention_backward_fraction * clock,
+        attention_efficiency_fraction=device.attention_efficiency_fraction * clock,
+    )

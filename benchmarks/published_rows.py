@@ -7,6 +7,7 @@ A row becomes a `Case`, or a `Skipped` with the reason. What a row leaves open a
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -27,26 +28,46 @@ PRESETS = {
 FIRST_FUSED_ATTENTION = 2023
 
 
+# FlashAttention of 2022 (its CUDA kernels until 1.0.9, and those in Triton) against FlashAttention-2, forward and
+# backward. A100: about 2, as the FlashAttention-2 paper says; H100: fitted to every other row of llm-foundry.
+FIRST_FLASH = {"a100-80g": 2.0, "a100-40g": 2.0, "h100-sxm": 1.65}
+RATED_WATT = {"h100-sxm": 700.0, "a100-80g": 400.0, "a100-40g": 400.0}
+
+
 @dataclass(frozen=True)
 class Framework:
-    """What a framework does where a row does not say: dtype of gradients, and dropout of GPTs."""
+    """What a framework does where a row does not say.
+
+    grad_dtype: of gradients. dropout: of GPTs. sp: sequence parallelism beside tensor parallelism.
+    first_flash: whether its fused attention is the first FlashAttention. run: options of `autopar.predicting.run.Run`.
+    """
 
     grad_dtype: str | None
     dropout: float = 0.0
+    sp: bool | None = None
+    first_flash: bool = False
+    run: tuple[tuple[str, Any], ...] = ()
 
 
 # By how the row's framework begins.
 FRAMEWORKS = {
-    # arXiv 2205.05198: 18 bytes a parameter, so gradients in float32; dropout 0.1 (its section 4.1 counts masks)
-    "Megatron-LM": Framework("float32", 0.1),
-    # fp16 gradients of the ZeRO optimizer; bf16 with float32 (BLOOM chronicles: "fp32 gradient accumulation")
-    "Megatron-DeepSpeed": Framework(None, 0.1),
+    # arXiv 2205.05198: 18 bytes a parameter, so gradients in float32; dropout 0.1 (its section 4.1 counts masks);
+    # arguments.py: the layers divide by the stages
+    "Megatron-LM": Framework("float32", 0.1, run=(("cut", "even"),)),
+    # fp16 gradients of the ZeRO optimizer; bf16 with float32 (BLOOM chronicles: "fp32 gradient accumulation"), added up
+    # after each micro-batch; its pipeline engine all-reduces them (runtime/pipe/engine.py, _exec_reduce_grads)
+    "Megatron-DeepSpeed": Framework(None, 0.1, run=(("accumulates_apart", True), ("reduces_whole", True))),
     "DeepSpeed ZeRO-3": Framework(None, 0.1),
-    "llm-foundry FSDP DEFAULT": Framework("float32"),  # Composer: DEFAULT reduces in float32
-    "llm-foundry FSDP PURE": Framework(None),  # Composer: PURE reduces in the dtype of compute
-    "InternEvo": Framework(None),  # HybridZeroOptimizer reduces in the model's dtype
-    "torchtitan": Framework("float32"),  # its mixed precision reduces in float32
-    "nanotron": Framework("float32"),  # scaling_benchmarks.py: ACCUMULATE_GRAD_IN_FP32 = True
+    # Composer: DEFAULT reduces in float32, PURE in the dtype of compute; FSDP reduces beside the backward pass
+    "llm-foundry FSDP DEFAULT": Framework("float32", run=(("overlap", True),)),
+    "llm-foundry FSDP PURE": Framework(None, run=(("overlap", True),)),
+    # HybridZeroOptimizer reduces in the model's dtype; configs/7B_sft.py: overlap_sync_grad, reduce_bucket_size of
+    # 512 MiB, tensor mode "mtp" (no sequence parallelism); install.md: flash-attention 1.0.5
+    "InternEvo": Framework(None, sp=False, first_flash=True, run=(("overlap", True), ("bucket_bytes", 512 << 20))),
+    "torchtitan": Framework("float32", run=(("overlap", True),)),  # its mixed precision reduces in float32
+    # scaling_benchmarks.py: ACCUMULATE_GRAD_IN_FP32 = True; models/base.py: build_model gives blocks to stages;
+    # trainer.py: with ZeRO, sync_gradients_across_dp(reduce_scatter=False)
+    "nanotron": Framework("float32", run=(("cut", "threshold"), ("reduces_whole", True))),
 }
 
 
@@ -74,6 +95,7 @@ class Machine:
     """preset: of autopar. gbit_per_s: between nodes, per device and direction; None: the preset's.
 
     memory_gib, memory_bytes_per_s: where the device is a variant of the preset's; None: the preset's.
+    power_share: what the device may draw, of what the preset's is rated for.
     """
 
     preset: str
@@ -81,12 +103,14 @@ class Machine:
     gbit_per_s: float | None
     memory_gib: float | None = None
     memory_bytes_per_s: float | None = None
+    power_share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Case:
     """One measured run. step_s, peak_bytes: None where not measured. ran: False for a failed run.
 
+    run: options of `autopar.predicting.run.Run` that follow from the framework and the row.
     caveats: what is known to be different from what a prediction assumes.
     """
 
@@ -99,6 +123,7 @@ class Case:
     step_s: float | None
     peak_bytes: float | None = None
     ran: bool = True
+    run: tuple[tuple[str, Any], ...] = ()
     caveats: tuple[str, ...] = ()
     expected: dict[str, float] = field(default_factory=dict, compare=False)
 
@@ -192,6 +217,7 @@ def to_case(row: dict[str, Any]) -> Case:
         global_batch=row["config"]["global_batch"],
         step_s=measured_step_s(row),
         peak_bytes=None if peak is None else peak * GIB,
+        run=run_of(row),
         caveats=caveats_of(row),
     )
 
@@ -224,11 +250,35 @@ def framework_of(config: dict[str, Any]) -> Framework:
 
 
 def machine_of(cluster: dict[str, Any]) -> Machine:
-    """The machine of a row."""
-    preset = next(p for name, p in PRESETS.items() if cluster["gpu"].startswith(name))
-    if cluster["gpu"].startswith("H100-96GB-HBM2e"):
-        return Machine(preset, cluster["n_gpus"], cluster["inter_gbps"], memory_gib=96.0, memory_bytes_per_s=2.4e12)
-    return Machine(preset, cluster["n_gpus"], cluster["inter_gbps"])
+    """The machine of a row. A name may end in what differs: "H100-96GB-HBM2e (500 W, 2.4 TB/s)"."""
+    gpu = cluster["gpu"]
+    preset = next(p for name, p in PRESETS.items() if gpu.startswith(name))
+    limit = re.search(r"\((\d+) W", gpu)
+    power = float(limit[1]) / RATED_WATT[preset] if limit else 1.0
+    memory = (96.0, 2.4e12) if gpu.startswith("H100-96GB-HBM2e") else (None, None)
+    return Machine(preset, cluster["n_gpus"], cluster["inter_gbps"], *memory, power)
+
+
+def run_of(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """How the row's framework runs it, where that is not the usual way."""
+    config, framework = row["config"], framework_of(row["config"])
+    found = dict(framework.run)
+    if framework.first_flash or "(Triton)" in (row["model"]["attention"] or ""):
+        found["attention_factor"] = FIRST_FLASH[preset_of(row) or ""]
+    if "op)" in (config["recompute"] or ""):
+        found["selective"] = "products"
+    if config["framework"].startswith("torchtitan"):  # its norms and rotations are plain PyTorch
+        found |= {"fusion": "all", "eager": False} if is_compiled(row) else {"fusion": "none"}
+    words = str(config["zero_stage"]).split()
+    if len(words) > 2 and words[2].isdecimal():  # "1 over 8 ranks"
+        found["zero_ranks"] = int(words[2])
+    return tuple(found.items())
+
+
+def is_compiled(row: dict[str, Any]) -> bool:
+    """Whether torch.compile made the kernels; tensor parallelism of torchtitan was measured with it throughout."""
+    framework = row["config"]["framework"]
+    return "compile" in row["id"] or "compile" in framework or "TP" in framework
 
 
 def layout_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +295,7 @@ def layout_of(config: dict[str, Any]) -> dict[str, Any]:
         "vpp": config["vpp"],
         "micro_batch": config["micro_batch"],
         "zero": zero_of(config["zero_stage"]),
-        "sp": config["sequence_parallel"],
+        "sp": framework_of(config).sp if config["sequence_parallel"] is None else config["sequence_parallel"],
         "recompute": recompute_of(config["recompute"]),
         "schedule": None if config["schedule"] is None else config["schedule"].lower().split()[0],
     }
@@ -269,23 +319,13 @@ def caveats_of(row: dict[str, Any]) -> tuple[str, ...]:
     """What a row says of itself that a prediction does not know."""
     config, note, cluster = row["config"], row["note"] or "", row["cluster"]
     known = {
-        "power limit of 500 W": "500 W" in cluster["gpu"],
-        "recomputation chosen op by op": "op)" in (config["recompute"] or ""),
         "collectives inside of products (async TP)": "async TP" in config["framework"],
-        "attention by the first FlashAttention": "(Triton)" in (row["model"]["attention"] or ""),
-        "torch.compile": "compile" in row["id"] or "compile" in config["framework"],
-        "ZeRO over a part of the data-parallel ranks": _is_part(config),
         "network rate assumed": "400 assumed" in note and "H100" in cluster["gpu"] and cluster["n_gpus"] > 8,
         "sizes of the model from memory": "from memory" in note,
         "timed at the second step": "time at iteration 2" in note,
         "stages of unequal length": "Uneven stages" in note,
     }
     return tuple(caveat for caveat, holds in known.items() if holds)
-
-
-def _is_part(config: dict[str, Any]) -> bool:
-    words = str(config["zero_stage"]).split()
-    return len(words) > 2 and words[2].isdecimal() and int(words[2]) < config["dp"]
 
 
 # -- the sweep ------------------------------------------------------------------------------
@@ -321,6 +361,7 @@ def _sweep_case(name: str, run: dict[str, Any], model: dict[str, Any]) -> Case:
         step_s=run["global_batch"] * model["seq"] / run["tokens_per_s"] if ran else None,
         peak_bytes=run["peak_mem_gb"] * GIB if ran else None,
         ran=ran,
+        run=FRAMEWORKS["nanotron"].run,
     )
 
 

@@ -234,6 +234,7 @@ class _Builder(Reading):
         backward = self.parts.ops(self.flow, name, backward=True)
         kept = self._kept(forward)
         core = {v: s for v, s in kept.items() if self._is_quadratic(v)}
+        saved = self._saved(forward)
         used = self._parameters(forward + backward)
         others = {p for other in (BEFORE, BLOCK, AFTER) if other != name for p in self._used(other)}
         return Part(
@@ -241,8 +242,10 @@ class _Builder(Reading):
             backward=self._pass(backward, kept, backward=True),
             kept=total(list(kept.values())),
             kept_selective=total([s for v, s in kept.items() if v not in core]),
+            kept_products=total([s for v, s in kept.items() if v in saved]),
             gathered=self._gathered(kept),
             again=self._again(forward, set(core), set(kept) - set(core)),
+            again_products=self._again(forward, set(kept) - saved, saved),
             boundary=self._boundary(forward),
             parameters=total([self._numbers(p) for p in used]),
             tied=total([self._numbers(p) for p in used if p in others]),
@@ -257,6 +260,13 @@ class _Builder(Reading):
             self._views(ops),
             backward,
         )
+
+    def _saved(self, forward: list[fx.Node]) -> set[str]:
+        """Values of attention and of every other product, and what comes from outside."""
+        products = [n for n in forward if op_class(n.target) is OpClass.MATMUL]
+        attention = [n for n in forward if op_class(n.target) is OpClass.ATTENTION]
+        made = {value_name(n, i) for n in (*products[::2], *attention) for i in range(len(result_metas(n)))}
+        return made | {o.value for n in forward for o in self.flow.operands_of[n] if o.node not in set(forward)}
 
     def _again(self, forward: list[fx.Node], wanted: set[str], there: set[str]) -> Pass:
         """The forward ops that make `wanted` from what is there."""

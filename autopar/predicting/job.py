@@ -34,6 +34,11 @@ class Job:
         return MeshAxis(self.layout.dp * self.layout.cp, self.layout.tp)
 
     @property
+    def zero_axis(self) -> MeshAxis:
+        """Those among them that share the optimizer's state."""
+        return MeshAxis(min(self.run.zero_ranks or self.data_axis.size, self.data_axis.size), self.layout.tp)
+
+    @property
     def pipeline_axis(self) -> MeshAxis:
         """The stages of one pipeline."""
         return MeshAxis(self.layout.pp, self.layout.tp * self.layout.cp * self.layout.dp)

@@ -78,7 +78,7 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     found = StageMemory(
         parameters=numbers * precision.parameter / (replicas if layout.zero == 3 else 1) + gathered,
         gradients=numbers * (precision.gradient + beside) / (replicas if layout.zero >= 2 else 1),
-        optimizer=numbers * precision.state / (replicas if layout.zero >= 1 else 1),
+        optimizer=numbers * precision.state / (job.zero_axis.size if layout.zero >= 1 else 1),
         activations=kept * flights,
         temporaries=extra,
         allocator=_WORKSPACES + _FRAGMENTATION * kept * flights,

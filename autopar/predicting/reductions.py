@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 
-from autopar.cost.collectives import collective_time_s
+from autopar.cost.collectives import MeshAxis, collective_time_s
 from autopar.predicting.job import Job
 from autopar.predicting.stages import Stage, StageWork
 
-BUCKET_BYTES = 100 << 20  # of gradients and of parameters that travel together
 
+def messages(job: Job, kind: str, nbytes: float, size: float, axis: MeshAxis | None = None) -> tuple[int, float]:
+    """(number of messages, seconds of each) of a collective over `nbytes` in pieces of about `size` bytes.
 
-def messages(job: Job, kind: str, nbytes: float, size: float) -> tuple[int, float]:
-    """(number of messages, seconds of each) of a collective over `nbytes` in pieces of about `size` bytes."""
+    axis: of the ranks that take part; all that share the weights if left out.
+    """
     count = max(1, math.ceil(nbytes / size)) if size else 1
-    return count, collective_time_s(kind, nbytes / count, job.data_axis, job.cluster)
+    return count, collective_time_s(kind, nbytes / count, axis or job.data_axis, job.cluster)
 
 
-def _in_messages(job: Job, kind: str, nbytes: float, size: float) -> float:
+def _in_messages(job: Job, kind: str, nbytes: float, size: float, axis: MeshAxis | None = None) -> float:
     """Seconds of a collective over `nbytes` in messages of about `size` bytes: each goes around all ranks."""
-    count, seconds = messages(job, kind, nbytes, size)
+    count, seconds = messages(job, kind, nbytes, size, axis)
     return count * seconds
+
+
+def reduction(job: Job) -> str:
+    """The collective that sums gradients, but for ZeRO stage 3."""
+    return "all_reduce" if job.layout.zero == 0 or job.run.reduces_whole else "reduce_scatter"
 
 
 def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
@@ -28,15 +34,14 @@ def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     exchange_s = tied_s(job, stage)
     if job.data_axis.size == 1 or job.layout.zero == 3:
         return exchange_s
-    numbers = job.numbers(stage)
-    kind = "all_reduce" if job.layout.zero == 0 else "reduce_scatter"
-    seconds = _in_messages(job, kind, numbers * job.precision.gradient, BUCKET_BYTES)
+    numbers, bucket = job.numbers(stage), job.run.bucket_bytes
+    seconds = _in_messages(job, reduction(job), numbers * job.precision.gradient, bucket)
     if job.run.overlap:
         hidden = work.whole_backward.seconds
         seconds = max(seconds - hidden, seconds / max(1, stage.blocks + 1))
     gather_s = 0.0
     if job.layout.zero:
-        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, BUCKET_BYTES)
+        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, bucket, job.zero_axis)
     return seconds + gather_s + exchange_s
 
 

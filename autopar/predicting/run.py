@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CUTS = ("balanced", "even", "threshold")
+SELECTIVE = ("attention", "products")
+
 
 @dataclass(frozen=True)
 class Run:
     """Defaults are those of most published runs: eager PyTorch, norms and activations fused by hand.
 
     fusion: see `autopar.predicting.fusing`. eager: Python dispatches every kernel; else compiled code does.
+    attention_factor: how many times longer fused attention takes than FlashAttention-2.
+    cut: of the blocks into pipeline stages: "balanced" by time, "even" by count (Megatron-LM), "threshold" (nanotron).
+    selective: what `recompute=selective` runs again: the core of "attention" (Korthikanti et al. 2022), or all but
+        attention and every other of the "products" (torchtitan's "op").
     overlap: gradient reductions run beside the last backward pass (with ZeRO stage 3 they always do).
+    reduces_whole: with ZeRO stage 1 and 2, gradients are all-reduced, not reduce-scattered.
+    bucket_bytes: of gradients and of parameters that travel together.
+    zero_ranks: among how many neighbouring data-parallel ranks ZeRO stage 1 shares the optimizer's state; None: all.
     accumulates_apart: gradients are added to their sum by a kernel of its own, not by the product that makes them.
     pipeline_stall_s: where a pipeline spans nodes, what each collective of a tensor group costs the host on top, for
         each rank of the group. Observed, not explained: in the nanotron sweep on H100 (benchmarks/data/h100_sweep.json)
         such runs have a floor of 14, 25, 50 and 100 ms a layer and micro-batch with 4, 8, 16 and 32 ranks, whatever the
         width of the model and the micro-batch; on one node, and without a pipeline, it is 4.4 ms.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
+    holds_buffers: the allocator gets buffers of collectives back when the device is done with them (`memory.py`).
     """
 
     fusion: str = "modules"
     eager: bool = True
-    overlap: bool = False
-    accumulates_apart: bool = True
-    keeps_gathered: bool = False
-    pipeline_stall_s: float = 2.5e-4
+    attention_factor: float = 1.0
     cut: str = "balanced"
+    selective: str = "attention"
+    overlap: bool = False
+    reduces_whole: bool = False
+    bucket_bytes: int = 100 << 20
+    zero_ranks: int | None = None
+    accumulates_apart: bool = True
+    pipeline_stall_s: float = 2.5e-4
+    keeps_gathered: bool = False
     holds_buffers: bool = True
 
     @staticmethod
@@ -35,4 +51,6 @@ class Run:
         keeps_scores: attention is written out and keeps a score for every pair of tokens, as in Megatron-LM of 2021
         and 2022, which has kernels of its own for all that is elementwise, and for the accumulation of gradients.
         """
-        return Run(fusion="all", accumulates_apart=False, pipeline_stall_s=0.0, holds_buffers=False) if keeps_scores else Run()
+        if not keeps_scores:
+            return Run()
+        return Run(fusion="all", accumulates_apart=False, pipeline_stall_s=0.0, holds_buffers=False)

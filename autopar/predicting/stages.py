@@ -112,7 +112,9 @@ def run_again(layout: Layout, blocks: int) -> int:
 def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
     if layout.recompute == "full":
         return pricer.work(block.forward, shape)
-    return pricer.work(block.again, shape) if layout.recompute == "selective" else Work()
+    if layout.recompute == "selective":
+        return pricer.work(block.again_products if pricer.run.selective == "products" else block.again, shape)
+    return Work()
 
 
 def kept_on(stage: Stage, table: ModelTable, layout: Layout, run: Run) -> Floats:
@@ -132,4 +134,8 @@ def kept_of(part: Part, table: ModelTable, layout: Layout, run: Run, *, recomput
     copies = part.gathered if run.keeps_gathered and layout.sp else 0.0
     if part is table.block and recompute == "full":
         return part.boundary
-    return (part.kept_selective if recompute == "selective" else part.kept) + copies
+    if recompute != "selective":
+        return part.kept + copies
+    if run.selective == "products":  # of a block; what is before and after is not checkpointed
+        return part.boundary + part.kept_products if part is table.block else part.kept + copies
+    return part.kept_selective + copies

@@ -116,7 +116,7 @@ def optimizer_s(job: Job, numbers: float) -> float:
     Gradients: read for their norm, read and written to clip them, read by the update; in float16 read and written once
     more to take the loss scale out. State: read and written. A master copy is read again to write the parameter.
     """
-    own = numbers / (job.layout.dp * job.layout.cp if job.layout.zero else 1)
+    own = numbers / (job.zero_axis.size if job.layout.zero else 1)
     gradient_passes = 4 + (2 if job.table.dtype == "float16" else 0)
     copied, precision = 4 if job.table.itemsize < 4 else 0, job.precision
     nbytes = gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter

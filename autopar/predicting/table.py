@@ -75,7 +75,8 @@ class Part:
     """Before the blocks, a block, or after them. Sizes are vectors of five shares (`autopar.predicting.sizes`).
 
     kept: bytes from forward to backward. kept_selective: without what only the attention core needs, which `again`
-        makes once more. gathered: copies that sequence parallelism gathers and that may be kept, too.
+        makes once more. kept_products: only what attention and every other product made; `again_products` makes the
+        rest. gathered: copies that sequence parallelism gathers and that may be kept, too.
     boundary: bytes that go on to the next part, all that full recomputation keeps of a block.
     parameters: how many numbers; tied: those among them that another part uses as well.
     """
@@ -84,8 +85,10 @@ class Part:
     backward: Pass
     kept: Floats
     kept_selective: Floats
+    kept_products: Floats
     gathered: Floats
     again: Pass
+    again_products: Pass
     boundary: Floats
     parameters: Floats
     tied: Floats

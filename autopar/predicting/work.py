@@ -80,7 +80,8 @@ class Pricer:
             flops += work
             if kernel.dims is None:
                 nbytes = float(kernel.bytes @ weights)
-                seconds += _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
+                times = self.run.attention_factor if kernel.kind is OpClass.ATTENTION else 1.0
+                seconds += times * _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
         seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from autopar.cluster import ClusterSpec
 from autopar.errors import LayoutError
 from autopar.layouts import Layout, check_layout, parse_layout
+from autopar.predicting.run import Run
 from benchmarks.published_models import build, cluster_of
 from benchmarks.published_rows import (
     GIB,
@@ -78,9 +80,34 @@ def test_torchtitan_prints_tokens_of_one_device() -> None:
     case = CASES["torchtitan-8B-fsdp128-compile"]
     assert case.step_s == pytest.approx(2 * 8192 / 6514)
     assert case.peak_bytes == 62.0 * GIB
-    assert {"torch.compile", "power limit of 500 W"} <= set(case.caveats)
-    assert cluster_of(case.machine).device.memory_bytes_per_s == 2.4e12
-    assert CASES["mpt-a100_80gb-1b-s512-n8"].caveats == ("attention by the first FlashAttention",)
+    assert dict(case.run) == {"overlap": True, "selective": "products", "fusion": "all", "eager": False}
+    device = cluster_of(case.machine).device
+    assert device.memory_bytes_per_s == 2.4e12 and case.machine.power_share == 500 / 700
+    usual = ClusterSpec.preset("h100-sxm", gpus=8).device
+    assert device.matmul_efficiency_fraction == pytest.approx(usual.matmul_efficiency_fraction * (5 / 7) ** (1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mpt-a100_80gb-1b-s512-n8", {"overlap": True, "attention_factor": 2.0}),
+        ("mpt-h100_80gb-70b-s2048-n256", {"overlap": True, "attention_factor": 1.65}),
+        ("torchtitan-8B-fsdp8-eager", {"overlap": True, "selective": "products", "fusion": "none"}),
+        ("korthikanti22-22B-seqsel", {"cut": "even"}),
+        ("bloom-sweep-002", {"accumulates_apart": True, "reduces_whole": True}),
+        (
+            "internevo-7B-ckpt-16",
+            {"overlap": True, "bucket_bytes": 512 << 20, "attention_factor": 2.0, "zero_ranks": 8},
+        ),
+    ],
+)
+def test_how_a_framework_runs_a_row(name: str, options: dict[str, Any]) -> None:
+    assert dict(CASES[name].run) == options
+    Run(**options)
+
+
+def test_the_sweep_is_of_nanotron() -> None:
+    assert {c.run for c in SWEEP.values()} == {(("cut", "threshold"), ("reduces_whole", True))}
 
 
 def test_internevo_prints_tokens_of_one_device() -> None:
@@ -168,7 +195,7 @@ def test_layouts_with_more_stages_than_blocks_failed() -> None:
         ),
         ("bloom-176B-production", Layout(dp=8, tp=4, pp=12, micro_batch=2, zero=1, sp=False, recompute="full")),
         ("mpt-a100_80gb-70b-s2048-n64", Layout(dp=64, micro_batch=8, zero=3, recompute="full", grad_dtype=None)),
-        ("internevo-7B-tp2-node-8", Layout(dp=4, tp=2, micro_batch=4, zero=1, grad_dtype=None)),
+        ("internevo-7B-tp2-node-8", Layout(dp=4, tp=2, micro_batch=4, zero=1, sp=False, grad_dtype=None)),
         ("torchtitan-asynctp-8B-bf16-async", Layout(dp=8, tp=8, micro_batch=12, zero=3, recompute="selective")),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autopar.errors import TraceError
+from autopar.predicting.run import Run
 from benchmarks import published
 from benchmarks.published_figures import Check, Outcome, cells, spearman
 from benchmarks.published_rows import GIB, Case, memory_cases, sweep_cases, training_cases
@@ -102,7 +103,10 @@ def test_spearman() -> None:
 def test_one_call_for_each_model_machine_and_batch() -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def predict(model: torch.nn.Module, cluster: Any, layouts: list[Any], *, seq: int, global_batch: int) -> list[Any]:
+    def predict(
+        model: torch.nn.Module, cluster: Any, layouts: list[Any], *, seq: int, global_batch: int, run: Run
+    ) -> list[Any]:
+        assert run == Run(cut="threshold", reduces_whole=True)
         calls.append((type(model).__name__, cluster.devices, len(layouts), seq, global_batch))
         return [
             SimpleNamespace(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from autopar.cost.collectives import MeshAxis, axis_span
 from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.stages import Stage, kept_of, kept_on
@@ -97,7 +96,7 @@ def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:
 
 def _ahead(job: Job, stage: Stage) -> float:
     """How far the host is ahead of the device in the forward pass, 0 to 1; always where collectives span nodes."""
-    if job.layout.pp == 1 and axis_span(MeshAxis(job.layout.tp, 1), job.cluster).nodes > 1:
+    if job.layout.pp == 1 and job.layout.tp > job.cluster.devices_per_node:
         return 1.0
     work = sum((job.pricer.work(p.forward, job.shape) * times for p, times in stage.parts(job.table)), Work())
     share = (work.kernels_s + work.messages_s) / work.host_s if work.host_s else _AHEAD_TO

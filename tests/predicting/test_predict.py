@@ -93,14 +93,18 @@ def test_flops_are_the_models() -> None:
 
 
 def test_parameters_and_state_in_memory() -> None:
-    """Half precision: 2 bytes a parameter, 2 of its gradient, 4 of their sum, 12 of state; less by ZeRO stage."""
+    """Half precision: 2 bytes a parameter, 4 of its gradients' sum, 12 of state; less by ZeRO stage.
+
+    Three quarters of a micro-batch's own gradients, and of the copy that data-parallel ranks exchange, are there at the
+    peak: 1.5 bytes each.
+    """
     count = sum(p.numel() for p in llama().parameters())
     found = {zero: predictor("llama").predict({"zero": zero}).breakdown["memory_bytes"] for zero in (0, 1, 2)}
     assert found[0]["parameters"] == 2 * count
-    assert found[0]["gradients"] == 6 * count
+    assert found[0]["gradients"] == 7 * count
     assert found[0]["optimizer"] == 12 * count
     assert found[1]["optimizer"] == pytest.approx(12 * count / 8, abs=1)
-    assert (found[1]["gradients"], found[2]["gradients"]) == (6 * count, pytest.approx(6 * count / 8, abs=1))
+    assert (found[1]["gradients"], found[2]["gradients"]) == (7 * count, pytest.approx(7 * count / 8, abs=1))
 
 
 def test_more_devices_of_a_degree_do_what_they_are_for() -> None:

@@ -87,6 +87,8 @@ class Pricer:
         messages = len(of.messages) if shape.tensor > 1 else 0
         stall_s = self.run.pipeline_stall_s * shape.tensor if shape.far_pipeline else 0.0
         host_s = self._host_s(of, messages) + messages * stall_s
+        if shape.tensor > self.cluster.devices_per_node:
+            messages_s += messages * self.run.far_tensor_s * shape.tensor
         return Work(seconds, messages_s, host_s, flops)
 
     def _host_s(self, of: Pass, messages: int) -> float:

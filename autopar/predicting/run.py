@@ -26,7 +26,7 @@ class Run:
         each rank of the group. Observed, not explained: in the nanotron sweep on H100 (benchmarks/data/h100_sweep.json)
         such runs have a floor of 14, 25, 50 and 100 ms a layer and micro-batch with 4, 8, 16 and 32 ranks, whatever the
         width of the model and the micro-batch; on one node, and without a pipeline, it is 4.4 ms.
-    far_tensor_s: where a tensor group spans nodes, what each of its collectives takes on top, for each rank of the group.
+    far_tensor_s: where a tensor group spans nodes, what each of its collectives takes on top, for each rank of it.
         Observed on the same runs: a floor of 7 and 16 ms a layer and micro-batch with 16 and 32 ranks.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
     holds_buffers: the allocator gets buffers of collectives back when the device is done with them (`memory.py`).

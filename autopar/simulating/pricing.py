@@ -13,7 +13,7 @@ from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
-from autopar.predicting.reductions import BUCKET_BYTES, messages, tied_s
+from autopar.predicting.reductions import messages, reduction, tied_s
 from autopar.predicting.stages import Stage, kept_of, run_again
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s
 from autopar.predicting.table import Part, Pass
@@ -176,8 +176,7 @@ class _StagePricer:
         if job.data_axis.size == 1 or job.layout.zero == 3:
             return ()
         numbers = job.numbers(self.stage)
-        kind = "all_reduce" if job.layout.zero == 0 else "reduce_scatter"
-        count, seconds = messages(job, kind, numbers * job.precision.gradient, BUCKET_BYTES)
+        count, seconds = messages(job, reduction(job), numbers * job.precision.gradient, job.run.bucket_bytes)
         if not job.run.overlap:
             return (Reduction(seconds),) * count
         ready = self._gradients_ready(chunks)
@@ -204,7 +203,7 @@ class _StagePricer:
         if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
             return ()
         nbytes = job.numbers(self.stage) * job.precision.parameter
-        count, seconds = messages(job, "all_gather", nbytes, BUCKET_BYTES)
+        count, seconds = messages(job, "all_gather", nbytes, job.run.bucket_bytes, job.zero_axis)
         return (seconds,) * count
 
     # -- memory -----------------------------------------------------------------------------

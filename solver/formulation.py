@@ -49,7 +49,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import Span, Use, ValueLife, value_kinds
+from autopar.solver.lifetimes import Span, Use, ValueLife, distinct_uses, value_kinds
 from autopar.solver.linear import Floats, Ints, LinearModel
 from autopar.solver.problem import Problem
 
@@ -184,10 +184,10 @@ class Formulation:
             for q in sources:
                 keep[q] = self.model.add_column(0.0)
                 self.model.hold(keep[q], life.kept, value.state_bytes[q])
-        own = [self._add_use(v, use, made, sources, {}, {}) for use in life.own_uses]
+        own = [self._add_use(v, use, made, sources, {}, {}) for use in distinct_uses(self.problem, life.own_uses)]
         later = [
             self._add_use(v, use, made, sources, keep, {} if use.early else again)
-            for use in life.later_uses
+            for use in distinct_uses(self.problem, life.later_uses)
             if not use.rerun or self.memory
         ]
         n = len(value.state_bytes)

@@ -137,6 +137,17 @@ def distinct_slots(op: Op) -> list[int]:
     return list(seen.values())
 
 
+def distinct_uses(problem: Problem, uses: tuple[Use, ...]) -> list[Use]:
+    """Uses of one value, less those that a twin makes as well: it takes the value in the same state. Uses that hold
+    memory of their own (`alias`) all stay."""
+    found: dict[tuple[object, ...], Use] = {}
+    for use in uses:
+        twin = problem.ops[use.op].twin_of
+        first = use.op if twin is None or use.alias else twin
+        found.setdefault((first, use.slot, use.rerun, use.early, use.alias), use)
+    return list(found.values())
+
+
 def _life(problem: Problem, v: int, made: tuple[int, int], own: list[Use], later: list[Use]) -> ValueLife:
     value, (o, result) = problem.values[v], made
     maker = problem.ops[o]

@@ -99,7 +99,8 @@ class Factor:
         self.ends = (min(ops), max(ops))
         self._sets = subsets(len(uses))
         self.possible: list[npt.NDArray[np.bool_]] = []  # per variable, which values some label has
-        self._levels: list[_Level] = []
+        self._tables: list[_Table] = []
+        self._known: list[Floats] | None = None
         self._messages: list[Floats] = []
 
     def domain(self, position: int) -> int:
@@ -116,14 +117,17 @@ class Factor:
     def set_prices(self, cost_scale: float, paid: Floats) -> None:
         """What is to be paid from now on (see `DualAscent.run`); messages start at nothing again."""
         costs = self._costs.at(cost_scale, paid)
-        self._levels = _levels(self.life, self.uses, costs, self._sets, self.maker_may_rerun)
+        self._tables = _tables(self.life, self.uses, costs, self._sets, self.maker_may_rerun)
         self._messages = [np.where(p, 0.0, IMPOSSIBLE) for p in self.possible]
+        self._known = None
 
     def message(self, position: int) -> Floats:
         return self._messages[position + 1]
 
     def send(self, position: int, message: Floats) -> None:
         self._messages[position + 1] = np.minimum(message, IMPOSSIBLE)
+        if position >= 0:
+            self._known = None
 
     # -- minima ------------------------------------------------------------------
 
@@ -136,93 +140,77 @@ class Factor:
         return self._by_maker() if position < 0 else self._by_use(position)
 
     def _by_maker(self) -> Floats:
-        n = self.states
-        plain, again = self._sums(self._sets.member, None)
-        found = np.full(n * (2 if self.maker_may_rerun else 1), IMPOSSIBLE)
-        for level in self._levels:
-            rest = self._partition(level, plain, again)[-1] + level.extra
-            if level.needs_rerun:
-                found[n:] = np.minimum(found[n:], rest)
-            elif self.maker_may_rerun:
-                found = np.minimum(found, np.tile(rest, 2))
-            else:
-                found = np.minimum(found, rest)
-        return found
+        found = [table.extra + least[-1] for table, least in zip(self._tables, self._partitions(), strict=True)]
+        return (found[0] if len(found) == 1 else np.minimum(*found[:2]) if len(found) == 2 else np.min(found, 0)).ravel()
 
-    def _sums(self, member: Floats, without: int | None) -> tuple[Floats, Floats]:
+    def _partitions(self) -> list[Floats]:
+        """Per table, [sets, q] the least cost of every set of uses, split into blocks; kept until a use sends."""
+        if self._known is None:
+            plain, later = self._sums(None)
+            self._known = [self._partition(table, plain, later) for table in self._tables]
+        return self._known
+
+    def _sums(self, without: int | None) -> tuple[Floats, Floats]:
         """[sets, states] messages of the members of every set: if nothing is wanted later, and if something is.
 
-        A LATER member makes the first impossible. without: a use whose own message is left out.
+        For the first, sets with a LATER member do not count. without: a use whose own message is left out.
         """
         n = self.states
         plain, later = np.zeros((len(self.uses), n)), np.zeros((len(self.uses), n))
         for i, use in enumerate(self.uses):
             sent = self._messages[i + 1]
-            if use.kind == LATER:
-                plain[i] = IMPOSSIBLE
             if i == without:
                 continue
-            if use.kind == OWN:
-                plain[i] = later[i] = sent
-            elif use.kind == LATER:
-                later[i] = sent
-            else:
+            if use.kind == BOTH:
                 plain[i], later[i] = sent[:n], np.minimum(sent[:n], sent[n:])
-        return member @ plain, member @ later
-
-    def _blocks(self, level: _Level, plain: Floats, later: Floats, sets: Ints | slice = slice(None)) -> Floats:
-        """[sets, q, p] the cost of a block, members' messages counted."""
-        return np.minimum(plain[sets][:, None, :] + level.plain[sets], later[sets][:, None, :] + level.later[sets])
-
-    def _partition(self, level: _Level, plain: Floats, later: Floats) -> Floats:
-        """[sets, q] the least cost of a set of uses, split into blocks."""
+            else:
+                plain[i] = later[i] = sent
         if len(self.uses) == 1:  # by far the most
-            block = np.minimum(plain[1] + level.plain[1], later[1] + level.later[1])
-            return block.min(axis=1)[None]
-        block = self._blocks(level, plain, later).min(axis=2)
+            return plain, later
+        return self._sets.member @ plain, self._sets.member @ later
+
+    def _partition(self, table: _Table, plain: Floats, later: Floats) -> Floats:
+        if len(self.uses) == 1:
+            return self._only_block(table, plain[0], later[0])[None]
+        block = np.full((len(plain), self.states), IMPOSSIBLE)
+        if len(table.plain_sets):
+            block[table.plain_sets] = (plain[table.plain_sets][:, None, :] + table.plain).min(axis=2)
+        if len(table.later_sets):
+            wanted = (later[table.later_sets][:, None, :] + table.later).min(axis=2)
+            block[table.later_sets] = np.minimum(block[table.later_sets], wanted)
         least = np.zeros_like(block)
         for sets, starts, blocks, rests in self._sets.rounds:
             least[sets] = np.minimum.reduceat(block[blocks] + least[rests], starts, axis=0)
         return least
 
-    def _made(self, level: _Level) -> Floats:
-        """[states] the maker's message, whether or not it runs again if the level leaves that open."""
-        sent, n = self.message(-1), self.states
-        if level.needs_rerun:
-            return sent[n:]
-        return np.minimum(sent[:n], sent[n:]) if self.maker_may_rerun else sent
+    def _only_block(self, table: _Table, plain: Floats, later: Floats) -> Floats:
+        """[q] where there is one use."""
+        if not len(table.later_sets):
+            return (table.plain[0] + plain).min(axis=1)
+        wanted = (table.later[0] + later).min(axis=1)
+        return np.minimum(wanted, (table.plain[0] + plain).min(axis=1)) if len(table.plain_sets) else wanted
 
-    def _by_only_use(self) -> Floats:
-        """`_by_use` where there is one."""
-        use, n = self.uses[0], self.states
-        found = np.full((2, n), IMPOSSIBLE)
-        for level in self._levels:
-            made = (level.extra + self._made(level))[:, None]
-            if use.kind != OWN:
-                found[1] = np.minimum(found[1], (level.later[1] + made).min(axis=0))
-            if use.kind != LATER:
-                found[0] = np.minimum(found[0], (level.plain[1] + made).min(axis=0))
-        if use.kind == BOTH:
-            return found.ravel()
-        return found[0] if use.kind == OWN else found[1]
+    def _made(self, table: _Table) -> Floats:
+        """[states] the maker's message and what the table costs, the better of running again and not."""
+        return (self.message(-1).reshape(table.extra.shape) + table.extra).min(axis=0)
 
     def _by_use(self, position: int) -> Floats:
-        if len(self.uses) == 1:
-            return self._by_only_use()
         n, use = self.states, self.uses[position]
-        with_it = self._sets.containing[position]
-        plain, later = self._sums(self._sets.member, None)
-        plain_without, later_without = self._sums(self._sets.member, position)
-        rests = (len(self._sets.member) - 1) ^ with_it
+        plain, later = self._sums(position)
         found = np.full((2, n), IMPOSSIBLE)
-        for level in self._levels:
-            made = self._made(level)
-            others = (self._partition(level, plain, later)[rests] + (level.extra + made))[:, :, None]
-            with_later = later_without[with_it][:, None, :] + level.later[with_it] + others
-            found[1] = np.minimum(found[1], with_later.min(axis=(0, 1)))
-            if use.kind != LATER:
-                without = plain_without[with_it][:, None, :] + level.plain[with_it] + others
-                found[0] = np.minimum(found[0], without.min(axis=(0, 1)))
+        one = len(self.uses) == 1
+        for t, table in enumerate(self._tables):
+            made = self._made(table)
+            for row, costs, sets, (some, rests), sent in (
+                (0, table.plain, table.plain_sets, table.plain_with[position], plain),
+                (1, table.later, table.later_sets, table.later_with[position], later),
+            ):
+                if one and len(sets):
+                    found[row] = np.minimum(found[row], (costs[0] + made[:, None]).min(axis=0))
+                elif len(some):
+                    others = self._partitions()[t][rests] + made
+                    best = (costs[some] + others[:, :, None]).min(axis=1) + sent[sets[some]]
+                    found[row] = np.minimum(found[row], best.min(axis=0))
         if use.kind == BOTH:
             return np.concatenate([np.minimum(found[0], found[1]), found[1]])
         return found.min(axis=0) if use.kind == OWN else found[1]
@@ -241,40 +229,67 @@ class _Costs:
 
 
 @dataclass(frozen=True)
-class _Level:
-    """How the original is there in the backward pass: not, made again, or kept (or always).
+class _Table:
+    """What blocks cost, given how the original is there in the backward pass: not, or made again or kept (or always).
 
-    plain, later: [sets, q, p] what a block costs if nothing, something is wanted later. extra: [q] for the level.
+    plain, later: [sets, q, p] if nothing, something is wanted later; only of the sets (their bit masks) where that is
+    possible: `plain_sets` have no LATER member, `later_sets` not only OWN ones. extra: [1, q], or [2, q] of a maker
+    that does not, does run again. plain_with, later_with: per use, the rows with it, and all uses but the row's.
     """
 
     plain: Floats
     later: Floats
+    plain_sets: Ints
+    later_sets: Ints
     extra: Floats
-    needs_rerun: bool
+    plain_with: list[tuple[Ints, Ints]]
+    later_with: list[tuple[Ints, Ints]]
 
 
-def _levels(
+def _tables(
     life: ValueLife, uses: tuple[FactorUse, ...], costs: _Costs, sets: Subsets, may_rerun: bool
-) -> list[_Level]:
-    n = len(costs.kept)
+) -> list[_Table]:
     kinds = np.array([u.kind for u in uses])
     has_own = (sets.member @ (kinds != LATER).astype(float)) > 0
     early = (sets.member @ np.array([float(u.early and u.kind == LATER) for u in uses])) > 0
     own = _copies(sets, costs.convert, costs.own_copy, [u.kind != LATER for u in uses], uses)
+    nothing = np.zeros((2 if may_rerun else 1, len(costs.kept)))
+    if not bool((kinds != OWN).any()):
+        return [_table(own, own, nothing, sets, kinds)]
     later = _copies(sets, costs.convert, costs.later_copy, [u.kind != OWN for u in uses], uses)
-    copied = costs.kept_copy[None, :] + np.where(np.eye(n, dtype=bool), IMPOSSIBLE, 0.0)
+    copied = costs.kept_copy[None, :] + np.where(np.eye(len(costs.kept), dtype=bool), IMPOSSIBLE, 0.0)
     copied = np.where(has_own[:, None, None], copied, IMPOSSIBLE)
-    nothing = np.zeros(n)
-    wanted_later = bool((kinds != OWN).any())
-    if not wanted_later:
-        return [_Level(own, np.full_like(own, IMPOSSIBLE), nothing, False)]
     there = own + np.minimum(copied, later)
     if not life.needs_keeping:
-        return [_Level(own, there, nothing, False)]
-    found = [_Level(own, own + copied, nothing, False), _Level(own, there, costs.kept, False)]
-    if may_rerun:
-        again = own + np.where(early[:, None, None], copied, np.minimum(copied, later))
-        found.append(_Level(own, again, nothing, True))
+        return [_table(own, there, nothing, sets, kinds)]
+    gone = _table(own, own + copied, nothing, sets, kinds)
+    kept = nothing + costs.kept
+    if not may_rerun:
+        return [gone, _table(own, there, kept, sets, kinds)]
+    if not early.any():
+        kept[1] = np.minimum(kept[1], 0.0)  # made again instead
+        return [gone, _table(own, there, kept, sets, kinds)]
+    again = own + np.where(early[:, None, None], copied, np.minimum(copied, later))
+    rerun = nothing.copy()
+    rerun[0] = IMPOSSIBLE
+    return [gone, _table(own, there, kept, sets, kinds), _table(own, again, rerun, sets, kinds)]
+
+
+def _table(plain: Floats, later: Floats, extra: Floats, sets: Subsets, kinds: Ints) -> _Table:
+    size = sets.member.sum(axis=1)
+    plain_sets = np.nonzero((size > 0) & (sets.member @ (kinds == LATER) == 0))[0]
+    later_sets = np.nonzero(sets.member @ (kinds != OWN) > 0)[0]
+    members = [_with(some, sets) for some in (plain_sets, later_sets)]
+    return _Table(plain[plain_sets], later[later_sets], plain_sets, later_sets, extra, *members)
+
+
+def _with(some: Ints, sets: Subsets) -> list[tuple[Ints, Ints]]:
+    """Per use, which of these sets it is in, and all uses that are not in them."""
+    everything = len(sets.member) - 1
+    found = []
+    for use in range(sets.member.shape[1]):
+        rows = np.nonzero((some >> use) & 1)[0]
+        found.append((rows, everything ^ some[rows]))
     return found
 
 

@@ -20,49 +20,26 @@ import torch._dynamo
 import torch.fx.traceback
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.functional_export import dynamo_graph_capture_for_export
-from torch._functorch._aot_autograd.descriptors import (
-    BufferAOTInput as BufferAOTInput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    GradAOTOutput as GradAOTOutput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    InputMutationAOTOutput as InputMutationAOTOutput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    ParamAOTInput as ParamAOTInput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    PlainAOTInput as PlainAOTInput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    PlainAOTOutput as PlainAOTOutput,
-)
-from torch._functorch._aot_autograd.descriptors import (
-    TangentAOTInput as TangentAOTInput,
-)
+from torch._functorch._aot_autograd.descriptors import BufferAOTInput as BufferAOTInput
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput as GradAOTOutput
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput as InputMutationAOTOutput
+from torch._functorch._aot_autograd.descriptors import ParamAOTInput as ParamAOTInput
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput as PlainAOTInput
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput as PlainAOTOutput
+from torch._functorch._aot_autograd.descriptors import TangentAOTInput as TangentAOTInput
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload as OpOverload
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException as DataDependentOutputException,
-)
-from torch._subclasses.fake_tensor import (
-    DynamicOutputShapeException as DynamicOutputShapeException,
-)
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-)
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode as FakeTensorMode,
-)
-from torch._subclasses.fake_tensor import (
-    UnsupportedOperatorException as UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, TupleStrategy
 from torch.distributed.tensor._ops.single_dim_strategy import _ShardingPlaceholder
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils import _pytree as _torch_pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -118,8 +95,9 @@ def capture_environment(ignored_calls: set[Callable[..., Any]]) -> Iterator[None
     """The process-wide state a capture wants, put back at the end.
 
     Static shapes, gradients on, no autocast, no ambient dispatch modes, an empty Dynamo
-    cache before and after, calls to `ignored_calls` (logging) left out of the graph, and
-    torch's own error log kept quiet: its text goes into the exception.
+    cache before and after, calls to `ignored_calls` (logging) left out of the graph, no code
+    written for graphs that nobody calls, and torch's own error log kept quiet: its text goes
+    into the exception.
     """
     fake_log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = fake_log.disabled
@@ -131,6 +109,7 @@ def capture_environment(ignored_calls: set[Callable[..., Any]]) -> Iterator[None
             _disable_current_modes(),
             torch._dynamo.config.patch({**_CAPTURE_DYNAMO_CONFIG, "ignore_logging_functions": ignored}),
             torch.enable_grad(),
+            _use_lazy_graph_module(True),
         ):
             yield
     finally:
@@ -142,6 +121,11 @@ def capture_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     """Dynamo's graph of `module.forward`: called through `fx.Interpreter` it takes the leaves of args and kwargs
     and returns what the module returns. Parameters are those of `module`."""
     return dynamo_graph_capture_for_export(module)(*args, **kwargs)
+
+
+def graph_module(root: torch.nn.Module, graph: torch.fx.Graph, class_name: str) -> torch.fx.GraphModule:
+    """A GraphModule that writes the code of its graph when it is first called, if ever: most graphs are only read."""
+    return _LazyGraphModule(root, graph, class_name)
 
 
 def export_joint(

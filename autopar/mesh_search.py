@@ -66,6 +66,7 @@ class MeshSearch:
     decisions: of the best plan so far, None if nothing fits; then `needed_bytes` would.
     bound_s: no plan on this mesh is faster, whatever the memory model says. gap: relative, what a search here
     proves. cut_off: the bound showed that there is no better plan than the one known; none was looked for.
+    unexplained: nothing fits, and nobody asked so far what it would take.
     """
 
     def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
@@ -90,6 +91,7 @@ class MeshSearch:
         large = _LONG_GAP if len(self.stated.problem.ops) > _LONG else _LARGE_GAP
         self.gap = _GAP if distinct <= _LARGE else large
         self.cut_off, self.cutoff_s = False, float("inf")
+        self.unexplained = False
         self.search, self.looked = self._search(), False
 
     def _search(self) -> Search:
@@ -101,10 +103,11 @@ class MeshSearch:
             self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()))
             self.looked = True
 
-    def solve(self, deadline: float, known: MeshSearch | None = None) -> None:
+    def solve(self, deadline: float, known: MeshSearch | None = None, *, explained: bool = True) -> None:
         """The fastest plan within `capacity`, by the solver's memory model.
 
-        known: only plans faster than this one's are of interest.
+        known: only plans faster than this one's are of interest. explained: find out at once what it would take if
+        nothing fits; else `explain` does when it is needed.
         """
         self.decisions = self.memory = None
         self.cutoff_s = float("inf") if known is None else known.objective_s
@@ -115,8 +118,9 @@ class MeshSearch:
             if not self.looked:
                 self.search.look(time_limit_s=left_s)
                 self.looked = True
-            result = self.search.finish(cutoff_s=self.cutoff_s, time_limit_s=left_s)
+            result = self.search.finish(cutoff_s=self.cutoff_s, time_limit_s=left_s, explained=explained)
         except InfeasibleProblem as error:
+            self.unexplained = not explained and error.needed_bytes is None
             self._take_leanest(error)
             return
         except NothingCheaper as found:
@@ -129,6 +133,14 @@ class MeshSearch:
         self.solver_peak = result.peak_bytes
         self.decisions = self.stated.decisions(result.solution)
         self.estimate = self._estimate(result.solution)
+
+    def explain(self, deadline: float) -> None:
+        """What it would take, after a `solve` that only showed that nothing fits: the leanest plan, at least."""
+        self.unexplained = False
+        try:
+            self.search.explain(time_limit_s=max(0.0, deadline - time.perf_counter()))
+        except InfeasibleProblem as error:
+            self._take_leanest(error)
 
     def _take_bound(self, bound_s: float) -> None:
         """A bound holds for the limit it was proven for: those for leaner plans say nothing of the mesh."""

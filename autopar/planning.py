@@ -88,13 +88,14 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     for index, one in enumerate(order):
         now = time.perf_counter()
         share = max(0.0, began + limit_s - now) / min(2, len(order) - index)  # half: the first often settles the rest
-        one.solve(now + share, _fastest(tried))
+        one.solve(now + share, _fastest(tried), explained=False)
         tried.append(one)
         if settings.progress:
             name = "x".join(map(str, one.mesh)) or "1"
             settings.progress(f"mesh {name}: {one.outcome()} ({index + 1} of {len(order)})")
-    usual = [] if not settings.free or _settled(tried) else _usual(trace, settings, began + settings.time_limit_s)
-    best = _fastest_that_fits([*tried, *usual], began + settings.time_limit_s)
+    deadline = began + settings.time_limit_s
+    usual = [] if not settings.free or _settled(tried) else _usual(trace, settings, deadline, _fastest(tried))
+    best = _fastest_that_fits([*tried, *usual], deadline)
     if best is None:
         raise _infeasible(tried, settings)
     return _proven(best, tried, time.perf_counter() - began)
@@ -133,11 +134,11 @@ def _settled(tried: list[MeshSearch]) -> bool:
     return best == float("inf") or not any(t.bound_s is not None and t.beats(best) for t in tried)
 
 
-def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[MeshSearch]:
+def _usual(trace: Trace, settings: SearchSettings, deadline: float, known: MeshSearch | None) -> list[MeshSearch]:
     """The usual layouts, solved under their pins: smaller problems, so that a search that ran out of time is never
-    worse than what people would configure by hand."""
+    worse than what people would configure by hand. Only those that are faster than the best plan that is known."""
     pins = [pin for _, variants in usual_layouts(settings.cluster) for pin in variants]
-    found = []
+    found: list[MeshSearch] = []
     for index, pin in enumerate(pins):
         request = parse_pins(pin, settings.cluster.devices)
         try:
@@ -147,8 +148,10 @@ def _usual(trace: Trace, settings: SearchSettings, deadline: float) -> list[Mesh
         now = time.perf_counter()
         assert request.mesh is not None
         one = MeshSearch(trace, request.mesh, request, settings)
-        one.solve(now + max(0.0, deadline - now) / (len(pins) - index))
-        found.append(one)
+        best = min(([known] if known else []) + found, key=lambda t: t.objective_s, default=None)
+        one.solve(now + max(0.0, deadline - now) / (len(pins) - index), best, explained=False)
+        if one.decisions is not None:
+            found.append(one)
     return found
 
 
@@ -167,6 +170,8 @@ def _fastest_that_fits(tried: list[MeshSearch], deadline: float) -> MeshSearch |
         reopened = [t for t in tried if t.cut_off and t.cutoff_s < limit_s and t.beats(limit_s)]
         if reopened:
             reopened[0].solve(deadline, best)
+        elif best is None and any(t.unexplained for t in tried):
+            next(t for t in tried if t.unexplained).explain(deadline)  # its leanest plan, simulated, may fit
         elif best is None or best.fits():
             return best
         else:

@@ -148,17 +148,21 @@ class DualAscent:
 
     # -- ascending ---------------------------------------------------------------
 
-    def run(self, cost_scale: float, paid: Floats, sweeps: int, *, enough: float = np.inf) -> Ascent:
+    def run(
+        self, cost_scale: float, paid: Floats, sweeps: int, *, limit_bytes: int | None, enough: float = np.inf
+    ) -> Ascent:
         """Sweep until the bound stands still, or `sweeps` times, or until it reaches `enough` (model units).
 
         paid: [times + 1] price of one byte from time 0 up to, not including, t (zeros: memory is free).
+        limit_bytes: how many there are; None where they are free.
         """
+        assert limit_bytes is not None or not paid[-1]
         self.paid = paid
         for node in self.nodes.values():
             node.cost = cost_scale * node.seconds + sum(held.cost(paid) for held in node.held.values())
         for factor in self.factors:
             factor.set_prices(cost_scale, paid)
-        credit = float(paid[-1]) * self._limit()
+        credit = float(paid[-1]) * ((limit_bytes or 0) - self.problem.constant_bytes)
         best = before = now = self.bound()
         margins: dict[int, Floats] = {}
         for turn in range(sweeps):
@@ -177,11 +181,7 @@ class DualAscent:
             least = np.full(len(self.problem.ops[root].choices), IMPOSSIBLE)
             np.minimum.at(least, node.choice, margins[root])
             found[root] = np.maximum(least - slack, 0.0)
-        return [found[int(r)] for r in self.root]
-
-    def _limit(self) -> float:
-        assert self.problem.capacity_bytes is not None or not self.paid[-1]
-        return float((self.problem.capacity_bytes or 0) - self.problem.constant_bytes)
+        return [found[r] for r in self.root.tolist()]
 
     def bound(self) -> float:
         """The sum of all minima: no solution costs less (limit's price not taken off)."""

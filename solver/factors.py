@@ -141,7 +141,7 @@ class Factor:
 
     def _by_maker(self) -> Floats:
         found = [table.extra + least[-1] for table, least in zip(self._tables, self._partitions(), strict=True)]
-        return (found[0] if len(found) == 1 else np.minimum(*found[:2]) if len(found) == 2 else np.min(found, 0)).ravel()
+        return (found[0] if len(found) == 1 else np.min(found, axis=0)).ravel()
 
     def _partitions(self) -> list[Floats]:
         """Per table, [sets, q] the least cost of every set of uses, split into blocks; kept until a use sends."""

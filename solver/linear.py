@@ -95,24 +95,28 @@ class LinearModel:
         """Enter columns that came since the last call into the memory rows that are there."""
         if self._memory_done == len(self.memory[0]):
             return
-        columns, first, last, nbytes = (np.asarray(a[self._memory_done :]) for a in self.memory)
+        columns, first, last, nbytes = self._holds()
+        new = slice(self._memory_done, None)
         for time, row in self.memory_rows.items():
-            alive = np.nonzero((first <= time) & (time <= last))[0]
-            self.entries[0].extend([row] * len(alive))
-            self.entries[1].extend(columns[alive].tolist())
-            self.entries[2].extend((nbytes[alive] * self.byte_scale).tolist())
+            self._enter_memory(time, row, (columns[new], first[new], last[new], nbytes[new]))
         self._memory_done = len(self.memory[0])
 
     def add_memory_row(self, time: int) -> None:
         """Demand that memory at `time`, less `excess`, stays within the limit."""
         self.settle_memory()
         row = self.add_row(-np.inf, self.limit * self.byte_scale, [(self.excess, -1.0)])
-        columns, first, last, nbytes = self._holds()
-        alive = np.nonzero((first <= time) & (time <= last))[0]
-        self.entries[0].extend([row] * len(alive))
-        self.entries[1].extend(columns[alive].tolist())
-        self.entries[2].extend((nbytes[alive] * self.byte_scale).tolist())
+        self._enter_memory(time, row, self._holds())
         self.memory_rows[time] = row
+
+    def _enter_memory(self, time: int, row: int, holds: tuple[Ints, Ints, Ints, Floats]) -> None:
+        """What is held at `time`, one entry per column: identical layers share theirs."""
+        columns, first, last, nbytes = holds
+        alive = (first <= time) & (time <= last)
+        held = np.bincount(columns[alive], nbytes[alive] * self.byte_scale)
+        there = np.nonzero(held)[0]
+        self.entries[0].extend([row] * len(there))
+        self.entries[1].extend(there.tolist())
+        self.entries[2].extend(held[there].tolist())
 
     def memory_line(self, values: Floats) -> Floats:
         """[times] bytes held by a (fractional) solution, constant bytes not included."""

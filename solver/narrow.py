@@ -10,7 +10,9 @@ limit, and its margins tell which choices none better than a known one can use.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,10 @@ import numpy.typing as npt
 from autopar.solver.ascent import Ascent, DualAscent
 from autopar.solver.lifetimes import ValueLife
 from autopar.solver.linear import Floats, Ints
-from autopar.solver.problem import Choice, Problem, Solution
+from autopar.solver.problem import Problem, Solution
 from autopar.solver.stage import COST_UNITS, Clock, Relaxation, Stage
 
+Made = TypeVar("Made")
 Allowed = list[npt.NDArray[np.bool_]]  # per op, which choices; the same for tied ops
 
 NEAR = 1e-3  # of the bound: choices with a margin below this come in
@@ -43,32 +46,45 @@ class Restricted:
         return replace(solution, choices=tuple(int(p[c]) for p, c in zip(self.picks, solution.choices, strict=True)))
 
 
-def restrict(problem: Problem, allowed: Allowed) -> Restricted:
-    picks, ops = [], []
-    known: dict[tuple[int, bytes], tuple[Ints, tuple[Choice, ...]]] = {}
-    for op, some in zip(problem.ops, allowed, strict=True):
-        key = (id(op.choices), some.tobytes())  # identical layers go on sharing their choices
+def shared(function: Callable[..., Made], *lists: Sequence[object]) -> list[Made]:
+    """`function` of one element of each list, op by op; called once for ops that share these very objects, as
+    identical layers do, and these go on sharing what it makes."""
+    known: dict[tuple[int, ...], Made] = {}
+    made = []
+    for some in zip(*lists, strict=True):
+        key = tuple(map(id, some))
         if key not in known:
-            pick = np.nonzero(some)[0]
-            known[key] = (pick, tuple(op.choices[c] for c in pick))
-        picks.append(known[key][0])
-        ops.append(replace(op, choices=known[key][1]))
-    return Restricted(replace(problem, ops=tuple(ops)), picks)
+            known[key] = function(*some)
+        made.append(known[key])
+    return made
+
+
+def both(one: Allowed, other: Allowed) -> Allowed:
+    """What is in one or the other."""
+    return shared(np.logical_or, one, other)
+
+
+def restrict(problem: Problem, allowed: Allowed) -> Restricted:
+    picks: list[Ints] = shared(lambda some: np.nonzero(some)[0], allowed)
+    choices = shared(lambda of, pick: tuple(of[c] for c in pick), [op.choices for op in problem.ops], picks)
+    ops = tuple(replace(op, choices=some) for op, some in zip(problem.ops, choices, strict=True))
+    return Restricted(replace(problem, ops=ops), picks)
 
 
 def nearest(ascent: Ascent) -> Allowed:
     """Per op, its choices of least margin."""
-    allowed = []
-    for margins in ascent.margins:
+
+    def of(margins: Floats) -> npt.NDArray[np.bool_]:
         near = np.zeros(len(margins), dtype=bool)
         near[np.argsort(margins, kind="stable")[:MOST_NEAR]] = True
-        allowed.append(near & (margins <= max(NEAR * max(ascent.bound, 1.0), margins.min())))
-    return allowed
+        return near & (margins <= max(NEAR * max(ascent.bound, 1.0), margins.min()))
+
+    return shared(of, ascent.margins)
 
 
 def within(ascent: Ascent, slack: float) -> Allowed:
     """Per op, the choices that a solution cheaper than the bound + slack can take."""
-    return [margins <= slack + 1e-6 for margins in ascent.margins]
+    return shared(lambda margins: margins <= slack + 1e-6, ascent.margins)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ class Narrowing:
 
     limit_bytes: None where memory is free. groups: conversions to start with; those that turn out to matter are
     added to the set. whole: for problems so small that all choices may come in at once, and no turns are taken.
-    gap: what is to be proven, relative.
+    gap: what is to be proven, relative. graph: the ascent's, stated once per problem.
     """
 
     def __init__(
@@ -109,34 +125,38 @@ class Narrowing:
         groups: set[tuple[int, int, int]],
         whole: bool,
         gap: float,
+        graph: Callable[[], DualAscent],
     ) -> None:
         self.problem, self.lives, self.clock, self.cost_scale = problem, lives, clock, cost_scale
         self.limit_bytes, self.byte_reference, self.excess = limit_bytes, byte_reference, excess
         self.groups, self.whole, self.close = groups, whole, CLOSE * gap
-        self._graph: DualAscent | None = None
+        self._graph = graph
 
-    def run(self, allowed: Allowed, *, enough: float = np.inf) -> Narrowed:
+    def run(self, allowed: Allowed, *, enough: float = np.inf, seen: Ascent | None = None) -> Narrowed:
         """Take turns from these choices (which are extended in place) until LP and ascent agree, time is out, or
-        the bound reaches `enough`."""
-        bound: float = 0.0
-        best: Ascent | None = None
+        the bound reaches `enough`. seen: an ascent at other prices, whose bound may do."""
+        bound, best = 0.0 if seen is None else max(0.0, seen.bound), seen
         for turn in range(MOST_ROUNDS):
             now = self.limited(allowed)
             if now.relaxed.status != "optimal" or now.relaxed.result is None:
                 return replace(now, priced=best, bound=bound)
             if self.whole or (self._stop_at_zero and now.relaxed.result.objective <= ZERO):
                 return replace(now, bound=max(0.0, now.relaxed.bound) if self.whole else 0.0)
+            if best is not None and self._agree(now, bound):  # after the LP: no better prices are needed
+                break
             priced = self.ascend(self._sensible(now, bound), enough)
             if priced.bound > bound or best is None:
                 bound, best = max(bound, priced.bound), priced
-            agree = now.relaxed.bound - bound <= self.close * max(now.relaxed.bound, 1.0)
-            if agree or bound >= enough or self.clock.out() or turn == MOST_ROUNDS - 1:
+            if self._agree(now, bound) or bound >= enough or self.clock.out() or turn == MOST_ROUNDS - 1:
                 break
-            fresh = [a | b for a, b in zip(nearest(priced), allowed, strict=True)]
+            fresh = both(nearest(priced), allowed)
             if all((a == b).all() for a, b in zip(fresh, allowed, strict=True)):
                 break
             allowed[:] = fresh
         return replace(now, priced=best, bound=bound)
+
+    def _agree(self, now: Narrowed, bound: float) -> bool:
+        return now.relaxed.bound - bound <= self.close * max(now.relaxed.bound, 1.0)
 
     def _sensible(self, now: Narrowed, bound: float) -> Floats:
         """The LP's prices of memory. If its few choices do not fit, these are penalties, and are scaled down."""
@@ -154,9 +174,8 @@ class Narrowing:
 
     def ascend(self, paid: Floats, enough: float = np.inf, sweeps: int = TURN_SWEEPS) -> Ascent:
         """The bound over all choices at these memory prices."""
-        if self._graph is None:
-            self._graph = DualAscent(replace(self.problem, capacity_bytes=self.limit_bytes), self.lives)
-        return self._graph.run(0.0 if self.excess else self.cost_scale, paid, sweeps, enough=enough)
+        scale = 0.0 if self.excess else self.cost_scale
+        return self._graph().run(scale, paid, sweeps, limit_bytes=self.limit_bytes, enough=enough)
 
     def limited(self, allowed: Allowed) -> Narrowed:
         """The limited LP over these choices; nothing is proven yet for the others."""

@@ -175,9 +175,9 @@ class NothingCheaper(Exception):
 class InfeasibleProblem(Exception):
     """No solution fits.
 
-    If memory is what binds: `needed_bytes` is the smallest capacity for which one was found (proven to
-    `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most. `bound_s`: no solution is
-    cheaper, however much memory there is.
+    If memory is what binds, and it was asked what it would take: `needed_bytes` is the smallest capacity for which
+    one was found (proven to `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most.
+    `bound_s`: no solution is cheaper, however much memory there is.
     """
 
     def __init__(

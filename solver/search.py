@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autopar.solver.ascent import Ascent, DualAscent
 from autopar.solver.check import check_problem
 from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate
+from autopar.solver.least import TINY, explain, explain_s
 from autopar.solver.lifetimes import lifetimes
 from autopar.solver.linear import Floats
-from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, nearest, within
+from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, both, nearest, shared, within
 from autopar.solver.problem import (
     InfeasibleProblem,
     NothingCheaper,
@@ -29,18 +31,13 @@ from autopar.solver.problem import (
     mean_conversions,
     sum_of_choices,
 )
-from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, bytes_bound, worthwhile
+from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, worthwhile
 
 NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
 LOOK_SWEEPS = 8
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
-TINY = 200  # choices in all: below, the least memory is found exactly even where a rough figure would do
-MODEST = 600  # choices in all: beyond, finding out what fits gets more time
-EXPLAIN_S, EXPLAIN_LONGER_S = 4.0, 12.0  # for the capacity that an infeasible problem needs,
-EXPLAIN_GAP = 1e-2  # to this precision
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
-ROUGH_GAP = 0.05  # when there is no time left and nothing to show
 FINE_GAP = 1e-4  # the least that turns of LP and ascent aim at
 NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
 
@@ -75,11 +72,14 @@ class Search:
         self.groups: set[tuple[int, int, int]] = set()
         self.allowed: Allowed = []
         self.turns: Narrowed | None = None
+        self._seen: Ascent | None = None
+        self._graph: DualAscent | None = None
+        self._explain = True
         self.stats: dict[str, float] = {}
         self.limit = problem.capacity_bytes
         if self.limit is None and any(op.must_rerun for op in problem.ops):
             self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again
-        self._narrowed = self._narrowing(self.limit, excess=False)
+        self._narrowed = self.narrowing(self.limit, excess=False)
 
     # -- the whole ---------------------------------------------------------------
 
@@ -95,57 +95,65 @@ class Search:
         them, or if the problem is small, they are found too. Raises InfeasibleProblem if no assignment has its
         conversions."""
         self._set_clock(time_limit_s)
-        if self.limit is not None and paid_s is not None and not self._is_small():
+        if self.limit is not None and paid_s is not None and not self.is_small():
             there = self._narrowed.ascend(paid_s * self.cost_scale, self._enough(), sweeps=LOOK_SWEEPS)
             self._raise_bound(there.bound)
-            self.allowed = nearest(there)
+            self.allowed, self._seen = nearest(there), there
             self._report("at known prices of memory")
             return
         self.look_around()
-        self._narrowed = self._narrowing(self.limit, excess=False)  # in units that fit what was seen
-        if not self._closed() and not self._is_small():
+        self._narrowed = self.narrowing(self.limit, excess=False)  # in units that fit what was seen
+        if not self._closed() and not self.is_small():
             self._take_turns()
 
-    def finish(self, *, cutoff_s: float = math.inf, time_limit_s: float | None = None) -> SolveResult:
-        """The cheapest solution; see `solve`. After `look`."""
-        self.cutoff_s = cutoff_s
+    def finish(
+        self, *, cutoff_s: float = math.inf, time_limit_s: float | None = None, explained: bool = True
+    ) -> SolveResult:
+        """The cheapest solution; see `solve`. After `look`. explained: whether an InfeasibleProblem that is proven
+        says what it would take, which needs a search of its own (`explain` does it later)."""
+        self.cutoff_s, self._explain = cutoff_s, explained
         self._set_clock(time_limit_s)
         if not self._closed():
             self._solve(self.limit)
         return self._result()
+
+    def explain(self, *, time_limit_s: float | None = None) -> None:
+        """After an InfeasibleProblem without explanation: raises the one with it."""
+        self._set_clock(time_limit_s)
+        explain(self, proven=True)
 
     def _set_clock(self, limit_s: float | None) -> None:
         self.clock = self._narrowed.clock = Clock(limit_s)
 
     def look_around(self) -> None:
         """With memory free, relaxed and rounded: a bound, choices to start with, and perhaps the answer."""
-        narrowing = self._narrowing(None, excess=False, clock=Clock(None))
-        if self._is_small():
+        narrowing = self.narrowing(None, excess=False, clock=Clock(None))
+        if self.is_small():
             self.allowed = self._everything()
         else:
             free = narrowing.ascend(np.zeros(len(self.problem.ops) + 1))
             self._raise_bound(free.bound)
             self.allowed = nearest(free)
         now = self._relax_always_feasible(narrowing)
-        if self._is_small():
+        if self.is_small():
             self._raise_bound(now.relaxed.bound)
-        self._offer_rounded(now.stage, now.relaxed, self._accepting(now.restricted))
+        self.offer_rounded(now.stage, now.relaxed, self._accepting(now.restricted))
         self._note("free", now.stage)
         self._report("memory free, relaxed")
 
-    def _is_small(self) -> bool:
-        return self._size() <= SMALL
+    def is_small(self) -> bool:
+        return self.size() <= SMALL
 
-    def _size(self) -> int:
+    def size(self) -> int:
         return sum(len(op.choices) for op in self.problem.ops)
 
     def _everything(self) -> Allowed:
-        return [np.ones(len(op.choices), dtype=bool) for op in self.problem.ops]
+        return shared(lambda choices: np.ones(len(choices), dtype=bool), [op.choices for op in self.problem.ops])
 
     def _relax_always_feasible(self, narrowing: Narrowing) -> Narrowed:
         """The LP with memory free, which can only be infeasible for want of conversions (or of choices)."""
         now = narrowing.limited(self.allowed)
-        if now.relaxed.status == "infeasible" and not self._is_whole():
+        if now.relaxed.status == "infeasible" and not self.is_whole():
             self.allowed = self._everything()
             now = narrowing.limited(self.allowed)
         if now.relaxed.status == "infeasible":
@@ -167,7 +175,7 @@ class Search:
         if self._closed():
             return
         proven = self._search_in(found)
-        self._raise_bound(proven if found.priced is None and self._is_whole() else min(proven, found.bound))
+        self._raise_bound(proven if found.priced is None and self.is_whole() else min(proven, found.bound))
         self._report("in integers")
         if found.priced is not None and not self._closed():
             found = narrowing.tightened(found, self._enough())
@@ -178,12 +186,12 @@ class Search:
             self._find_any(limit)
 
     def _take_turns(self) -> Narrowed:
-        self.turns = self._narrowed.run(self.allowed, enough=self._enough())
+        self.turns = self._narrowed.run(self.allowed, enough=self._enough(), seen=self._seen)
         self._raise_bound(self.turns.bound)
         self._report("relaxed")
         return self.turns
 
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
         return all(a.all() for a in self.allowed)
 
     def _widen(self, narrowing: Narrowing, found: Narrowed, proven: float) -> None:
@@ -199,11 +207,11 @@ class Search:
                 slack = max(worthwhile(self._cutoff(), self.gap) - low, 0.0)
             wider = within(found.priced, slack)
             if not all((a | ~b).all() for a, b in zip(self.allowed, wider, strict=True)):
-                self.allowed[:] = [a | b for a, b in zip(self.allowed, wider, strict=True)]
+                self.allowed[:] = both(self.allowed, wider)
                 proven = self._search_in(narrowing.limited(self.allowed))
-            self._raise_bound(min(proven, math.inf if self._is_whole() else low + slack))
+            self._raise_bound(min(proven, math.inf if self.is_whole() else low + slack))
             self._report("in integers")
-            if self._is_whole() or slack >= worthwhile(self._cutoff(), self.gap) - low:
+            if self.is_whole() or slack >= worthwhile(self._cutoff(), self.gap) - low:
                 break
             slack = slack * WIDENING_GROWTH if slack < found.bound else math.inf
 
@@ -213,7 +221,7 @@ class Search:
         if found.relaxed.result is None:
             return math.inf if found.relaxed.status == "infeasible" else found.relaxed.bound
         accept = self._accepting(found.restricted)
-        self._offer_rounded(found.stage, found.relaxed, accept)
+        self.offer_rounded(found.stage, found.relaxed, accept)
         bound = found.relaxed.bound
         if found.relaxed.status == "optimal":
             bound = found.stage.search(found.relaxed, accept, self._cutoff(), self.gap)
@@ -222,11 +230,11 @@ class Search:
 
     def _accepting(self, restricted: Restricted) -> Accept:
         def accept(solution: Solution, found: Evaluation) -> None:
-            self._accept(restricted.original(solution), found)
+            self.accept(restricted.original(solution), found)
 
         return accept
 
-    def _narrowing(self, limit: int | None, *, excess: bool, clock: Clock | None = None) -> Narrowing:
+    def narrowing(self, limit: int | None, *, excess: bool, clock: Clock | None = None) -> Narrowing:
         # a limit far below what any solution takes would make the numbers of memory rows explode
         reference = max(float(limit), self.free_peak / 16) if limit else float(self.free_peak)
         return Narrowing(
@@ -238,98 +246,48 @@ class Search:
             reference,
             excess=excess,
             groups=self.groups,
-            whole=self._is_small(),
+            whole=self.is_small(),
             gap=FINE_GAP if excess else max(self.gap, FINE_GAP),
+            graph=self._graph_of_all,
         )
+
+    def _graph_of_all(self) -> DualAscent:
+        if self._graph is None:
+            self._graph = DualAscent(self.problem, self.lives)
+        return self._graph
 
     def _check_feasible(self, limit: int) -> None:
         """Raise if not even fractional solutions stay within the limit."""
-        if self._narrowing(limit, excess=True, clock=self._grace()).run(self.allowed).bound > EXCEEDED:
-            self._raise_infeasible(proven=True)
+        if self.narrowing(limit, excess=True, clock=self._grace()).run(self.allowed).bound > EXCEEDED:
+            self._raise_infeasible(limit, proven=True)
 
     def _find_any(self, limit: int) -> None:
         """No solution so far: minimise the excess over the limit, with some grace; raise if none is found."""
-        found = self._narrowing(limit, excess=True, clock=self._grace()).run(self.allowed)
+        found = self.narrowing(limit, excess=True, clock=self._grace()).run(self.allowed)
         if found.bound <= EXCEEDED and found.relaxed.result is not None:
             accept = self._accepting(found.restricted)
-            self._offer_rounded(found.stage, found.relaxed, accept)
+            self.offer_rounded(found.stage, found.relaxed, accept)
             if self.best is None:
                 found.stage.search(found.relaxed, accept, np.inf, 0.0)
         if self.best is None:
-            self._raise_infeasible(proven=found.bound > EXCEEDED)
+            self._raise_infeasible(limit, proven=found.bound > EXCEEDED)
 
-    def _explain_s(self) -> float:
-        return EXPLAIN_S if self._size() <= MODEST else EXPLAIN_LONGER_S
+    def _raise_infeasible(self, limit: int, *, proven: bool) -> None:
+        """Nothing fits; or, not proven, nothing was found: then the leanest solution may fit after all."""
+        if self._explain or not proven:
+            explain(self, proven=proven)
+        else:
+            raise InfeasibleProblem(f"no solution fits in {limit} bytes")
 
     def _grace(self) -> Clock:
         """Time to find out whether anything fits at all: what is left, but not next to nothing. Tiny problems
         are always settled."""
         left = self.clock.left_s()
-        return Clock(None if left is None or self._size() <= TINY else max(left, self._explain_s()))
-
-    # -- least memory ------------------------------------------------------------
-
-    def least_memory(self, clock: Clock, gap: float) -> tuple[int, int, Solution]:
-        """See `minimum_capacity`."""
-        narrowing = self._narrowing(0, excess=True, clock=clock)
-        found = narrowing.run(self.allowed)
-        if found.relaxed.status != "optimal":  # out of time: the first answer may take longer
-            narrowing.clock = Clock(None)
-            found = narrowing.limited(self.allowed)
-        points: list[tuple[int, Solution]] = []
-
-        def rounded(solution: Solution, priced: Evaluation) -> None:
-            points.append((priced.peak_bytes, found.restricted.original(solution)))
-
-        if found.relaxed.result is not None:
-            self._offer_rounded(found.stage, found.relaxed, rounded)
-        bound = found.relaxed.bound
-        if self._is_small() or not points:  # else the rounded relaxation is good enough for a message
-            bound = self._search_least(found, points, gap)
-        if not points:
-            found.stage.clock = Clock(None)
-            bound = self._search_least(found, points, ROUGH_GAP)
-        needed, solution = min(points, key=lambda item: item[0])
-        if not self._is_whole():
-            bound = min(bound, found.bound)
-        return needed, min(needed, bytes_bound(found.stage, bound)), solution
-
-    def _search_least(self, found: Narrowed, points: list[tuple[int, Solution]], gap: float) -> float:
-        def accept(solution: Solution, priced: Evaluation) -> None:
-            points.append((priced.peak_bytes, found.restricted.original(solution)))
-
-        return found.stage.search(found.relaxed, accept, np.inf, gap)
-
-    def _raise_infeasible(self, *, proven: bool) -> None:
-        """Raise with the least memory that was found, unless that does fit after all. proven: that nothing fits."""
-        left = self.clock.left_s()
-        longest = self._explain_s()
-        clock = Clock(longest if left is None else min(max(left, longest / 2), longest))
-        # afresh, so that the answer does not depend on the limit that was asked for
-        anew = Search(self.problem, gap=self.gap)
-        anew.clock = clock
-        anew.look_around()
-        needed, bound, solution = anew.least_memory(clock, 0.0 if self._size() <= TINY else EXPLAIN_GAP)
-        found = evaluate(self.problem, solution, self.lives)
-        self._accept(solution, found)
-        if self.best is not None:
-            return
-        if proven and self.problem.capacity_bytes is not None:
-            bound = max(bound, self.problem.capacity_bytes + 1)
-        at = found.peak_time
-        raise InfeasibleProblem(
-            f"no solution fits in {self.problem.capacity_bytes} bytes: the smallest found needs {needed} bytes "
-            f"(at op {self.problem.ops[at].name!r}); raise the capacity to that",
-            needed,
-            bound,
-            at,
-            solution,
-            anew.bound_s,
-        )
+        return Clock(None if left is None or self.size() <= TINY else max(left, explain_s(self)))
 
     # -- incumbent and bound -----------------------------------------------------
 
-    def _accept(self, solution: Solution, found: Evaluation) -> None:
+    def accept(self, solution: Solution, found: Evaluation) -> None:
         self.free_peak = max(self.free_peak, found.peak_bytes)
         limit = self.problem.capacity_bytes
         if limit is not None and found.peak_bytes > limit:
@@ -337,7 +295,7 @@ class Search:
         if self.best is None or found.cost_s < self.best[1].cost_s:
             self.best = (solution, found)
 
-    def _offer_rounded(self, stage: Stage, relaxed: Relaxation, accept: Accept) -> None:
+    def offer_rounded(self, stage: Stage, relaxed: Relaxation, accept: Accept) -> None:
         """The likeliest choices of a relaxation, with everything kept, as the LP says, or all run again."""
         assert relaxed.result is not None
         choices, recomputed, copies = stage.form.decisions(relaxed.result.values)

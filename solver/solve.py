@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from autopar.solver.least import least_memory
 from autopar.solver.linear import Floats
 from autopar.solver.problem import Problem, Solution, SolveResult
 from autopar.solver.search import Progress, Search
@@ -46,4 +47,4 @@ def minimum_capacity(
     search = Search(problem, gap=0.0)
     search.clock = Clock(time_limit_s)
     search.look_around()
-    return search.least_memory(search.clock, gap)
+    return least_memory(search, search.clock, gap)

@@ -310,9 +310,11 @@ def test_a_mesh_that_found_nothing_counts_unless_nothing_fits(
     """Out of time is no proof: the bound of such a mesh belongs in the gap."""
     whole = MeshSearch.solve
 
-    def none_on_8(self: MeshSearch, deadline: float, known: MeshSearch | None = None) -> None:
+    def none_on_8(
+        self: MeshSearch, deadline: float, known: MeshSearch | None = None, *, explained: bool = True
+    ) -> None:
         if self.mesh != (8,):
-            return whole(self, deadline, known)
+            return whole(self, deadline, known, explained=explained)
         return self._take_leanest(InfeasibleProblem("", 1 << 61, bound_bytes, bound_s=1e-9))
 
     monkeypatch.setattr(MeshSearch, "solve", none_on_8)

@@ -193,7 +193,7 @@ class _Assembler:
         self.graph.lint()
         ops = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
         return Trace(
-            graph_module=fx.GraphModule(nn.Module(), self.graph, class_name="JointGraph"),
+            graph_module=compat.graph_module(nn.Module(), self.graph, "JointGraph"),
             params=params,
             buffers=buffers,
             constants=tuple(constants),

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from autopar._torch_compat import pytree
+from autopar._torch_compat import graph_module, pytree
 from autopar.tracing.types import Trace
 
 # (phase, position in the layer, layer): a node of a layer. Layers are counted in the unrolled graph.
@@ -130,13 +130,15 @@ def _match_first(
     """For each position of the middle layer, the node of the first layer (in order) that does the same."""
     first, middle, last = order
     free = list(runs[first])
+    heads = {n: _head(n) for n in free}
     found: dict[fx.Node, fx.Node] = {}  # middle layer's node -> first layer's
     for a, b in zip(runs[middle], runs[last], strict=True):
         wanted = [_wanted(x, y, places, phase, order, found) for x, y in zip(_refs(a), _refs(b), strict=True)]
+        head = _head(a)
         fits = [
             n
             for n in free
-            if _head(n) == _head(a)
+            if heads[n] == head
             and all(w is None or w == _seen(r, places) for w, r in zip(wanted, _refs(n), strict=True))
         ]
         if not fits:
@@ -293,7 +295,7 @@ class _Unroller:
             **fx_output(old.graph_module.graph).meta,
             "val": tuple(made[n].meta["val"] for n in trace.results),
         }
-        return replace(trace, graph_module=fx.GraphModule(old.graph_module, self.graph))
+        return replace(trace, graph_module=graph_module(old.graph_module, self.graph, "JointGraph"))
 
     def _spread(self, fqn: str) -> list[tuple[int, int]] | None:
         """(layer of three, layer) of every copy of what bears this name; None for what is in no layer."""

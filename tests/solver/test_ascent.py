@@ -38,7 +38,7 @@ def test_no_solution_is_below_the_bound_or_its_margins(first: int) -> None:
         lives = lifetimes(problem)
         ascents = []
         for paid in (np.zeros(len(problem.ops) + 1), prices(problem, seed)):
-            ascents.append((paid, DualAscent(problem, lives).run(SCALE, paid, 12)))
+            ascents.append((paid, DualAscent(problem, lives).run(SCALE, paid, 12, limit_bytes=1000)))
         for solution in itertools.islice(every_solution(problem, lives), 3000):
             try:
                 found = evaluate(problem, solution, lives)
@@ -67,7 +67,7 @@ def test_reaches_the_bound_of_the_lp() -> None:
     cheapest = sum(min(c.cost_s for c in op.choices) for op in problem.ops)
     stage = Stage(problem, lives, Clock(None), SCALE / cheapest, limit_bytes=None)
     exact = stage.relax().bound
-    found = DualAscent(problem, lives).run(SCALE / cheapest, np.zeros(len(problem.ops) + 1), 40)
+    found = DualAscent(problem, lives).run(SCALE / cheapest, np.zeros(len(problem.ops) + 1), 40, limit_bytes=None)
     assert exact * 0.999 <= found.bound <= exact * (1 + 1e-9)
 
 

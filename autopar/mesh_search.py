@@ -27,8 +27,6 @@ DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
 _LARGE, _LARGE_GAP = 3000, 1e-2  # distinct choices, and what is proven of problems with more
-_LONG, _LONG_GAP = 10_000, 2e-2  # ops, and what is proven of large problems with more: layers alike by the hundred run
-# again all together or not at all, and what that leaves open is not for an LP to prove
 _MAX_LEANER = 24
 _MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
 
@@ -88,8 +86,7 @@ class MeshSearch:
         self.solver_peak = 0
         self.left = _MAX_LEANER
         distinct = sum(len(op.choices) for op in self.stated.problem.ops if op.twin_of is None)
-        large = _LONG_GAP if len(self.stated.problem.ops) > _LONG else _LARGE_GAP
-        self.gap = _GAP if distinct <= _LARGE else large
+        self.gap = _GAP if distinct <= _LARGE else _LARGE_GAP
         self.cut_off, self.cutoff_s = False, float("inf")
         self.unexplained = False
         self.search, self.looked = self._search(), False
@@ -97,11 +94,20 @@ class MeshSearch:
     def _search(self) -> Search:
         return Search(replace(self.stated.problem, capacity_bytes=self.capacity), gap=self.gap)
 
-    def look(self, paid_s: Any, deadline: float) -> None:
-        """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops."""
+    def look(self, paid_s: Any, deadline: float, gap: float | None = None) -> None:
+        """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops. gap: how close
+        this mesh's own prices have to be, where they are only wanted for others."""
         with contextlib.suppress(InfeasibleProblem):  # raised again when it is solved
-            self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()))
+            self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=gap)
             self.looked = True
+
+    def look_again(self, known: MeshSearch, deadline: float) -> None:
+        """A better bound, at what memory is worth for the best plan that is known, if it may settle this mesh."""
+        paid_s = known.search.paid_s
+        open_to = known.objective_s * (1 - self.gap)
+        if self.looked and paid_s is not None and self.search.turns is None and self.search.bound_s < open_to:
+            left_s = max(0.0, deadline - time.perf_counter())
+            self.search.look(paid_s, time_limit_s=left_s, cutoff_s=known.objective_s)
 
     def solve(self, deadline: float, known: MeshSearch | None = None, *, explained: bool = True) -> None:
         """The fastest plan within `capacity`, by the solver's memory model.

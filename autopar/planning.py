@@ -88,7 +88,10 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     for index, one in enumerate(order):
         now = time.perf_counter()
         share = max(0.0, began + limit_s - now) / min(2, len(order) - index)  # half: the first often settles the rest
-        one.solve(now + share, _fastest(tried), explained=False)
+        known = _fastest(tried)
+        if known is not None:
+            one.look_again(known, now + share)
+        one.solve(now + share, known, explained=False)
         tried.append(one)
         if settings.progress:
             name = "x".join(map(str, one.mesh)) or "1"
@@ -119,10 +122,11 @@ def _most_promising_first(stated: list[MeshSearch], deadline: float) -> list[Mes
     if len(stated) == 1:
         return stated
     paid_s: Any = None
+    gap = max(one.gap for one in stated)
     for index, one in enumerate(stated):
         now = time.perf_counter()
         share = 2 if paid_s is None else 2 * (len(stated) - index)  # the first look finds the prices for all
-        one.look(paid_s, now + max(0.0, deadline - now) / share)
+        one.look(paid_s, now + max(0.0, deadline - now) / share, gap)
         if paid_s is None:
             paid_s = one.search.paid_s
     return sorted(stated, key=lambda one: one.search.bound_s)

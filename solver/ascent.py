@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.solver.factors import IMPOSSIBLE, Factor, factors_of
-from autopar.solver.lifetimes import Span, ValueLife, roots
+from autopar.solver.lifetimes import Kinds, Span, ValueLife, roots
 from autopar.solver.linear import Floats, Ints
 from autopar.solver.problem import Op, Problem
 
@@ -41,7 +41,8 @@ class Held:
     last: list[int]
 
     def cost(self, paid: Floats) -> Floats:
-        spans = paid[np.asarray(self.last) + 1] - paid[np.asarray(self.first)]
+        first, last = (np.asarray(times, dtype=np.int64) for times in (self.first, self.last))
+        spans = paid[last + 1] - paid[first]
         return self.nbytes * float(spans.sum())
 
 
@@ -73,14 +74,15 @@ class Ascent:
 class DualAscent:
     """The graph of a problem, stated once and run at any prices."""
 
-    def __init__(self, problem: Problem, lives: tuple[ValueLife, ...]) -> None:
+    def __init__(self, problem: Problem, lives: tuple[ValueLife, ...], kinds: Kinds | None = None) -> None:
         self.problem = problem
         self.root = roots(problem)
         self.nodes: dict[int, Node] = {}
         self._arrays: dict[int, _ChoiceArrays] = {}
+        self._roles: dict[tuple[object, ...], tuple[Floats, list[tuple[tuple[str, int], Held]]]] = {}
         for o, op in enumerate(problem.ops):
             self._add_op(o, op, lives)
-        self.factors = factors_of(problem, lives, self.root)
+        self.factors = factors_of(problem, lives, self.root, kinds)
         for f, factor in enumerate(self.factors):
             self._link(f, factor)
         self.order = sorted(self.nodes)
@@ -89,33 +91,49 @@ class DualAscent:
     # -- stating -----------------------------------------------------------------
 
     def _add_op(self, o: int, op: Op, lives: tuple[ValueLife, ...]) -> None:
-        found, root = self._arrays_of(op), int(self.root[o])
+        root = int(self.root[o])
         if root == o:
             index = np.arange(len(op.choices))
             modes = [False] if op.recompute_time is None else [True] if op.must_rerun else [False, True]
             again = np.repeat(np.array(modes), len(index))
             self.nodes[o] = Node(np.tile(index, len(modes)), again, np.zeros(len(again)), np.zeros(len(again)))
-        node = self.nodes[root]
-        times = np.where(node.again, 2.0, 1.0)
-        node.seconds += found.cost_s[node.choice] * times
-        self._hold(node, "persistent", found.persistent, (0, len(self.problem.ops) - 1))
-        self._hold(node, "workspace", found.workspace, (o, o))
-        for r, (v, states) in enumerate(zip(op.results, found.makes, strict=True)):
-            self._hold(node, ("base", r), self._bytes(v)[states], lives[v].base)
-        if op.recompute_time is not None:
-            self._hold(node, "workspace again", found.workspace, (op.recompute_time,) * 2, again=True)
-            for r, (v, states) in enumerate(zip(op.results, found.makes, strict=True)):
-                self._hold(node, ("rerun", r), self._bytes(v)[states], lives[v].rerun, again=True)
+        node, values = self.nodes[root], self.problem.values
+        key = (root, id(op.choices), op.recompute_time is None, *(id(values[v].state_bytes) for v in op.results))
+        if key not in self._roles:  # identical layers share all of these
+            self._roles[key] = self._roles_of(node, op)
+        seconds, roles = self._roles[key]
+        node.seconds += seconds
+        for (name, result), held in roles:
+            if name == "persistent":
+                span: Span | None = (0, len(self.problem.ops) - 1)
+            elif name == "workspace":
+                span = (o, o)
+            elif name == "workspace again":
+                span = None if op.recompute_time is None else (op.recompute_time,) * 2
+            else:
+                life = lives[op.results[result]]
+                span = life.base if name == "base" else life.rerun
+            if span is not None:
+                held.first.append(span[0])
+                held.last.append(span[1])
 
-    def _hold(self, node: Node, role: object, nbytes: Floats, span: Span | None, *, again: bool = False) -> None:
-        if span is None or not nbytes.any():
-            return
-        key = (role, nbytes.tobytes())
-        if key not in node.held:
-            held = nbytes[node.choice]
-            node.held[key] = Held(np.where(node.again, held, 0.0) if again else held, [], [])
-        node.held[key].first.append(span[0])
-        node.held[key].last.append(span[1])
+    def _roles_of(self, node: Node, op: Op) -> tuple[Floats, list[tuple[tuple[str, int], Held]]]:
+        """Per label, the seconds of an op and the bytes it holds, by role: a name, and which result."""
+        found = self._arrays_of(op)
+        roles = {("persistent", 0): found.persistent, ("workspace", 0): found.workspace}
+        makes = list(zip(op.results, found.makes, strict=True))
+        roles |= {("base", r): self._bytes(v)[states] for r, (v, states) in enumerate(makes)}
+        if op.recompute_time is not None:
+            roles[("workspace again", 0)] = found.workspace
+            roles |= {("rerun", r): self._bytes(v)[states] for r, (v, states) in enumerate(makes)}
+        held: list[tuple[tuple[str, int], Held]] = []
+        for role, nbytes in roles.items():
+            if nbytes.any():
+                of_labels = nbytes[node.choice]
+                if role[0] in ("workspace again", "rerun"):
+                    of_labels = np.where(node.again, of_labels, 0.0)
+                held.append((role, node.held.setdefault((role, nbytes.tobytes()), Held(of_labels, [], []))))
+        return found.cost_s[node.choice] * np.where(node.again, 2.0, 1.0), held
 
     def _bytes(self, v: int) -> Floats:
         return np.asarray(self.problem.values[v].state_bytes, dtype=np.float64)

@@ -27,7 +27,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import Span, ValueLife, value_kinds
+from autopar.solver.lifetimes import Kinds, Span, ValueLife, value_kinds
 from autopar.solver.linear import Floats, Ints
 from autopar.solver.problem import Problem, Value
 
@@ -302,10 +302,10 @@ def _copies(sets: Subsets, convert: Floats, held: Floats, concerned: list[bool],
     return np.where(any_use[:, None, None], convert, 0.0) + np.where(any_counted[:, None, None], held, 0.0)
 
 
-def factors_of(problem: Problem, lives: tuple[ValueLife, ...], root: Ints) -> list[Factor]:
-    """The factors of a problem, without prices so far."""
+def factors_of(problem: Problem, lives: tuple[ValueLife, ...], root: Ints, kinds: Kinds | None = None) -> list[Factor]:
+    """The factors of a problem, without prices so far. kinds: if known, see `lifetimes.value_kinds`."""
     found: list[Factor] = []
-    for members in value_kinds(problem, lives).values():
+    for members in value_kinds(problem, lives) if kinds is None else kinds:
         life = lives[members[0]]
         uses = _uses(life, problem)
         groups = [uses[i : i + MOST_USES] for i in range(0, len(uses), MOST_USES)]

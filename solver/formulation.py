@@ -49,10 +49,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.lifetimes import Span, Use, ValueLife, distinct_uses, value_kinds
+from autopar.solver.lifetimes import Kinds, Span, Use, ValueLife, distinct_uses, value_kinds
 from autopar.solver.linear import Floats, Ints, LinearModel
-from autopar.solver.problem import Problem
+from autopar.solver.problem import Op, Problem
 
+Sized = tuple[list[int], list[float]]  # columns, and the bytes that a unit of each holds
 Terms = dict[int, list[int]]  # state -> columns whose sum says "in this state"
 
 
@@ -92,24 +93,47 @@ class ValueRows:
     kept_copies: dict[tuple[int, int], int] = field(default_factory=dict)  # (q, p) -> KC
 
 
+@dataclass
+class _Held:
+    """What some columns, one per choice, cost (seconds) and hold: per role, those that hold anything and how many
+    bytes. ops: how many ops of identical layers share it."""
+
+    columns: list[int]
+    seconds: list[float]
+    persistent: Sized
+    workspace: Sized
+    results: list[Sized]
+    ops: int = 0
+
+
 class Formulation:
     """The model of a problem, and the way from its columns back to decisions.
 
-    memory: whether memory is limited at all. cost_scale: model cost per second.
+    memory: whether memory is limited at all. cost_scale: model cost per second. kinds: if known, see
+    `lifetimes.value_kinds`.
     """
 
     def __init__(
-        self, problem: Problem, lives: tuple[ValueLife, ...], model: LinearModel, cost_scale: float, *, memory: bool
+        self,
+        problem: Problem,
+        lives: tuple[ValueLife, ...],
+        model: LinearModel,
+        cost_scale: float,
+        *,
+        memory: bool,
+        kinds: Kinds | None = None,
     ) -> None:
         self.problem, self.lives, self.model = problem, lives, model
         self.cost_scale, self.memory = cost_scale, memory
         self.x: list[list[int]] = []
         self.y: dict[int, list[int]] = {}
         self.reruns: dict[int, int] = {}
+        self._holds: dict[tuple[int, ...], _Held] = {}
         self._add_choices()
         if memory:
             self._add_reruns()
-        self.values = self._value_rows()
+        self._add_costs()
+        self.values = self._value_rows(value_kinds(problem, lives) if kinds is None else kinds)
 
     # -- ops ---------------------------------------------------------------------
 
@@ -122,12 +146,12 @@ class Formulation:
                 model.add_row(1.0, 1.0, [(column, 1.0) for column in self.x[o]])
             else:
                 self.x.append(self.x[leader])
-            for column, choice in zip(self.x[o], op.choices, strict=True):
-                model.cost[column] += self.cost_scale * choice.cost_s
-                model.hold(column, (0, model.times - 1), choice.persistent_bytes)
-                model.hold(column, (o, o), choice.workspace_bytes)
-                for v, state in zip(op.results, choice.makes, strict=True):
-                    model.hold(column, self.lives[v].base, self.problem.values[v].state_bytes[state])
+            held = self._held(self.x[o], op)
+            held.ops += 1
+            model.hold_all(held.persistent, (0, model.times - 1))
+            model.hold_all(held.workspace, (o, o))
+            for v, sizes in zip(op.results, held.results, strict=True):
+                model.hold_all(sizes, self.lives[v].base)
 
     def _add_reruns(self) -> None:
         model = self.model
@@ -139,11 +163,27 @@ class Formulation:
                 self._add_rerun(o)
             else:
                 self.y[o], self.reruns[o] = self.y[op.twin_of], self.reruns[op.twin_of]
-            for column, choice in zip(self.y[o], op.choices, strict=True):
-                model.cost[column] += self.cost_scale * choice.cost_s
-                model.hold(column, at, choice.workspace_bytes)
-                for v, state in zip(op.results, choice.makes, strict=True):
-                    model.hold(column, self.lives[v].rerun, self.problem.values[v].state_bytes[state])
+            held = self._held(self.y[o], op)
+            held.ops += 1
+            model.hold_all(held.workspace, at)
+            for v, sizes in zip(op.results, held.results, strict=True):
+                model.hold_all(sizes, self.lives[v].rerun)
+
+    def _held(self, columns: list[int], op: Op) -> _Held:
+        """What the choices of an op cost and hold if these are their columns; identical layers share it."""
+        sizes = [self.problem.values[v].state_bytes for v in op.results]
+        key = (id(columns), id(op.choices), *map(id, sizes))
+        if key not in self._holds:
+            persistent = _sized(columns, [c.persistent_bytes for c in op.choices])
+            workspace = _sized(columns, [c.workspace_bytes for c in op.choices])
+            results = [_sized(columns, [of[c.makes[r]] for c in op.choices]) for r, of in enumerate(sizes)]
+            self._holds[key] = _Held(columns, [c.cost_s for c in op.choices], persistent, workspace, results)
+        return self._holds[key]
+
+    def _add_costs(self) -> None:
+        for held in self._holds.values():
+            for column, seconds in zip(held.columns, held.seconds, strict=True):
+                self.model.cost[column] += self.cost_scale * seconds * held.ops
 
     def _add_rerun(self, o: int) -> None:
         model, op = self.model, self.problem.ops[o]
@@ -157,9 +197,9 @@ class Formulation:
 
     # -- values ------------------------------------------------------------------
 
-    def _value_rows(self) -> list[ValueRows]:
+    def _value_rows(self, kinds: Kinds) -> list[ValueRows]:
         """The rows of every value: its own, or those of the value that does the same in an identical layer."""
-        leader = {v: members[0] for members in value_kinds(self.problem, self.lives).values() for v in members}
+        leader = {v: members[0] for members in kinds for v in members}
         found: list[ValueRows] = []
         for v, life in enumerate(self.lives):
             if leader[v] == v:
@@ -315,6 +355,11 @@ class Formulation:
                 copies.extend((v, p) for p in range(len(rows.own_there)))
             copies.extend((v, p) for (_, p), column in rows.kept_copies.items() if values[column] > 0.5)
         return choices, recomputed, copies
+
+
+def _sized(columns: list[int], nbytes: list[int]) -> Sized:
+    some = [(column, float(n)) for column, n in zip(columns, nbytes, strict=True) if n]
+    return [column for column, _ in some], [n for _, n in some]
 
 
 def _terms(columns: list[int], states: list[int]) -> Terms:

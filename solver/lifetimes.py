@@ -41,6 +41,7 @@ import numpy.typing as npt
 from autopar.solver.problem import Op, Problem
 
 Span = tuple[int, int]  # first and last time, both included
+Kinds = list[list[int]]  # the values of a problem, those together that do the same in identical layers
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def roots(problem: Problem) -> npt.NDArray[np.int64]:
     return found
 
 
-def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> dict[tuple[object, ...], list[int]]:
+def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> Kinds:
     """The values that do the same in identical layers, together: made by twins and used, one by one, by twins."""
     first = [o if op.twin_of is None else op.twin_of for o, op in enumerate(problem.ops)]
     found: dict[tuple[object, ...], list[int]] = {}
@@ -124,7 +125,7 @@ def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> dict[tuple[ob
         flags = (life.forward, life.needs_keeping, value.always_available, value.live_out)
         kind = (first[life.made_by], life.result, *uses, value.state_bytes, id(value.convert_s), flags)
         found.setdefault(kind, []).append(v)
-    return found
+    return list(found.values())
 
 
 def distinct_slots(op: Op) -> list[int]:

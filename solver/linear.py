@@ -84,6 +84,15 @@ class LinearModel:
             last.append(span[1])
             held.append(nbytes)
 
+    def hold_all(self, held: tuple[list[int], list[float]], span: tuple[int, int] | None) -> None:
+        """`hold` of many: columns, and the bytes of each (not 0)."""
+        if span is not None and held[0]:
+            columns, first, last, nbytes = self.memory
+            columns.extend(held[0])
+            first.extend([span[0]] * len(held[0]))
+            last.extend([span[1]] * len(held[0]))
+            nbytes.extend(held[1])
+
     def _holds(self) -> tuple[Ints, Ints, Ints, Floats]:
         """Column, first and last time, and bytes of everything that is held, as arrays."""
         if self._held is None or len(self._held[0]) != len(self.memory[0]):

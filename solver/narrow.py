@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.solver.ascent import Ascent, DualAscent
-from autopar.solver.lifetimes import ValueLife
+from autopar.solver.lifetimes import Kinds, ValueLife
 from autopar.solver.linear import Floats, Ints
 from autopar.solver.problem import Problem, Solution
 from autopar.solver.stage import COST_UNITS, Clock, Relaxation, Stage
@@ -109,7 +109,8 @@ class Narrowing:
 
     limit_bytes: None where memory is free. groups: conversions to start with; those that turn out to matter are
     added to the set. whole: for problems so small that all choices may come in at once, and no turns are taken.
-    gap: what is to be proven, relative. graph: the ascent's, stated once per problem.
+    gap: what is to be proven, relative. graph: the ascent's, and kinds of values,
+    stated once per problem.
     """
 
     def __init__(
@@ -126,11 +127,12 @@ class Narrowing:
         whole: bool,
         gap: float,
         graph: Callable[[], DualAscent],
+        kinds: Kinds,
     ) -> None:
         self.problem, self.lives, self.clock, self.cost_scale = problem, lives, clock, cost_scale
         self.limit_bytes, self.byte_reference, self.excess = limit_bytes, byte_reference, excess
         self.groups, self.whole, self.close = groups, whole, CLOSE * gap
-        self._graph = graph
+        self._graph, self._kinds = graph, kinds
 
     def run(self, allowed: Allowed, *, enough: float = np.inf, seen: Ascent | None = None) -> Narrowed:
         """Take turns from these choices (which are extended in place) until LP and ascent agree, time is out, or
@@ -203,4 +205,5 @@ class Narrowing:
             limit_bytes=self.limit_bytes,
             byte_reference=self.byte_reference,
             excess=self.excess,
+            kinds=self._kinds,
         )

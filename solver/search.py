@@ -19,9 +19,9 @@ from autopar.solver.ascent import Ascent, DualAscent
 from autopar.solver.check import check_problem
 from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.least import TINY, explain, explain_s
-from autopar.solver.lifetimes import lifetimes
+from autopar.solver.lifetimes import lifetimes, value_kinds
 from autopar.solver.linear import Floats
-from autopar.solver.narrow import Allowed, Narrowed, Narrowing, Restricted, both, nearest, shared, within
+from autopar.solver.narrow import CLOSE, Allowed, Narrowed, Narrowing, Restricted, both, nearest, shared, within
 from autopar.solver.problem import (
     InfeasibleProblem,
     NothingCheaper,
@@ -63,6 +63,7 @@ class Search:
         self.problem, self.gap, self.progress = problem, gap, progress
         self.clock, self.cutoff_s = Clock(None), math.inf
         self.lives = lifetimes(problem)
+        self._kinds = value_kinds(problem, self.lives)
         self.bound_s = sum_of_choices(problem, min)
         self.cost_scale = COST_UNITS / (
             self.bound_s or sum_of_choices(problem, max) or mean_conversions(problem) or 1.0
@@ -90,20 +91,30 @@ class Search:
             return None
         return self.turns.paid / self.cost_scale
 
-    def look(self, paid_s: Floats | None = None, *, time_limit_s: float | None = None) -> None:
+    def look(
+        self,
+        paid_s: Floats | None = None,
+        *,
+        time_limit_s: float | None = None,
+        cutoff_s: float = math.inf,
+        gap: float | None = None,
+    ) -> None:
         """Raise the bound as far as that is cheap. paid_s: prices of memory that are known from elsewhere; without
-        them, or if the problem is small, they are found too. Raises InfeasibleProblem if no assignment has its
-        conversions."""
+        them, or if the problem is small, they are found too. cutoff_s: see `solve`. gap: how close these prices have
+        to be, if not as close as the solution. Raises InfeasibleProblem if no assignment has its conversions."""
+        self.cutoff_s = cutoff_s
         self._set_clock(time_limit_s)
         if self.limit is not None and paid_s is not None and not self.is_small():
             there = self._narrowed.ascend(paid_s * self.cost_scale, self._enough(), sweeps=LOOK_SWEEPS)
             self._raise_bound(there.bound)
-            self.allowed, self._seen = nearest(there), there
+            if self._seen is None or there.bound > self._seen.bound:
+                self.allowed, self._seen = nearest(there), there
             self._report("at known prices of memory")
             return
         self.look_around()
         self._narrowed = self.narrowing(self.limit, excess=False)  # in units that fit what was seen
         if not self._closed() and not self.is_small():
+            self._narrowed.close = max(self._narrowed.close, CLOSE * (gap or 0.0))
             self._take_turns()
 
     def finish(
@@ -249,11 +260,12 @@ class Search:
             whole=self.is_small(),
             gap=FINE_GAP if excess else max(self.gap, FINE_GAP),
             graph=self._graph_of_all,
+            kinds=self._kinds,
         )
 
     def _graph_of_all(self) -> DualAscent:
         if self._graph is None:
-            self._graph = DualAscent(self.problem, self.lives)
+            self._graph = DualAscent(self.problem, self.lives, self._kinds)
         return self._graph
 
     def _check_feasible(self, limit: int) -> None:
@@ -300,7 +312,7 @@ class Search:
         assert relaxed.result is not None
         choices, recomputed, copies = stage.form.decisions(relaxed.result.values)
         everything = [o for o, op in enumerate(self.problem.ops) if op.recompute_time is not None]
-        for again in ([], recomputed, everything):
+        for again in dict.fromkeys(map(tuple, ([], recomputed, everything))):
             try:
                 solution = complete(stage.problem, choices, again, copies, stage.lives)
                 accept(solution, evaluate(stage.problem, solution, stage.lives))

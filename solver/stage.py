@@ -18,7 +18,7 @@ import numpy as np
 
 from autopar.solver.evaluate import Evaluation, complete, evaluate
 from autopar.solver.formulation import Formulation
-from autopar.solver.lifetimes import ValueLife
+from autopar.solver.lifetimes import Kinds, ValueLife
 from autopar.solver.linear import Floats, LinearModel, LiveLp, LpResult
 from autopar.solver.mip import MipResult, solve_mip
 from autopar.solver.pricing import Prices, price
@@ -85,12 +85,13 @@ class Stage:
         limit_bytes: int | None,
         byte_reference: float = 1.0,
         excess: bool = False,
+        kinds: Kinds | None = None,
     ) -> None:
         self.problem, self.lives, self.clock, self.excess = problem, lives, clock, excess
         self.limit_bytes, self.cost_scale = limit_bytes, cost_scale
         limit = 0.0 if limit_bytes is None else float(limit_bytes - problem.constant_bytes)
         self.model = LinearModel(len(problem.ops), BYTE_UNITS / max(byte_reference, 1.0), limit)
-        self.form = Formulation(problem, lives, self.model, cost_scale, memory=limit_bytes is not None)
+        self.form = Formulation(problem, lives, self.model, cost_scale, memory=limit_bytes is not None, kinds=kinds)
         self.live = LiveLp(self.model)
         self.stats = {"lp_solves": 0.0, "mips": 0.0, "mip_columns": 0.0}
         self._add_first_groups()
@@ -257,7 +258,8 @@ class Stage:
             return
         priced = found.cost_s * self.cost_scale
         rounding = 1e-6 * max(1.0, abs(priced))
-        if priced > mip.objective + rounding or priced < mip.objective * (1 - gap) - rounding:
+        least = min(mip.bound, mip.objective * (1 - gap))  # out of time, even that may be far below
+        if priced > mip.objective + rounding or priced < least - rounding:
             raise SolverError(
                 f"the model says {mip.objective / self.cost_scale:.9g} s, but the solution costs {found.cost_s:.9g} s "
                 "priced from scratch: report this problem"

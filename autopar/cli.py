@@ -7,7 +7,6 @@ exit codes are in `autopar.command_line`.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import gc
@@ -63,8 +62,7 @@ def run_plan(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
     """Planning and the imports it takes make millions of small objects that stay: to look through them for garbage
-    again and again, and once more at the exit of the process, takes a tenth of the time."""
-    atexit.register(gc.freeze)
+    again and again takes a tenth of the time."""
     gc.disable()
     try:
         yield

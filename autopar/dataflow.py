@@ -23,7 +23,7 @@ from autopar.placements import Placement, State, local_shape
 from autopar.rules import axis_rules, is_view, operands
 
 if TYPE_CHECKING:
-    from autopar.tracing.types import Trace
+    from autopar.tracing.types import ParamInfo, Trace
 
 ValueName = str
 
@@ -253,3 +253,25 @@ def module_path(node: fx.Node) -> str:
     """Where in the model a node comes from, "" if unknown."""
     path: Any = node.meta.get("module_path", "")
     return path if isinstance(path, str) else ""
+
+
+def gradients_by_node(trace: Trace) -> dict[fx.Node | None, list[tuple[ParamInfo, Operand]]]:
+    """The parameters whose gradient an op makes, with it; under None those whose gradient no op makes."""
+    nodes = {n.name: n for n in trace.graph_module.graph.nodes}
+    found: dict[fx.Node | None, list[tuple[ParamInfo, Operand]]] = {}
+    for param in trace.params:
+        if param.fqn in trace.grads:
+            operand = resolve(nodes[trace.grads[param.fqn]])
+            made_by = operand.node if operand.node.op == "call_function" else None
+            found.setdefault(made_by, []).append((param, operand))
+    return found
+
+
+def outputs_by_value(trace: Trace) -> list[tuple[str, Operand, bool]]:
+    """(name, operand, whether it must be whole on every rank) per output."""
+    nodes = {n.name: n for n in trace.graph_module.graph.nodes}
+    outputs = [(name, True) for name in trace.whole_outputs]
+    outputs += [(o.node, False) for o in trace.outputs if o.node and (o.node, True) not in outputs]
+    outputs += [(name, True) for name in trace.buffer_updates.values()]
+    unique = dict(sorted(outputs, key=lambda item: item[1]))  # True wins over False
+    return [(name, resolve(nodes[name]), whole) for name, whole in unique.items()]

@@ -27,6 +27,8 @@ DEFAULT_TIME_LIMIT_S = 60.0
 
 _GAP = 1e-4
 _LARGE, _LARGE_GAP = 3000, 1e-2  # distinct choices, and what is proven of problems with more
+_LONG, _LONG_GAP = 10_000, 2e-2  # ops, and what is proven of large problems with more: layers alike by the hundred run
+# again all together or not at all, and what that leaves open is not for an LP to prove
 _MAX_LEANER = 24
 _MOST_SIMULATED_OPS = 3000  # beyond, a program's memory is what the solver's model says (a second or more saved a mesh)
 
@@ -86,7 +88,8 @@ class MeshSearch:
         self.solver_peak = 0
         self.left = _MAX_LEANER
         distinct = sum(len(op.choices) for op in self.stated.problem.ops if op.twin_of is None)
-        self.gap = _GAP if distinct <= _LARGE else _LARGE_GAP
+        large = _LONG_GAP if len(self.stated.problem.ops) > _LONG else _LARGE_GAP
+        self.gap = _GAP if distinct <= _LARGE else large
         self.cut_off, self.cutoff_s = False, float("inf")
         self.unexplained = False
         self.search, self.looked = self._search(), False

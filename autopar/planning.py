@@ -118,12 +118,16 @@ def _stated(
 
 
 def _most_promising_first(stated: list[MeshSearch], deadline: float) -> list[MeshSearch]:
-    """Meshes by what a first look proves of them: what the best one finds may settle all others."""
+    """Meshes by what a first look proves of them: what the best one finds may settle all others.
+
+    The mesh with the most ranks inside a node is looked at closely: it can most often do best, and what memory is
+    worth there is worth knowing for the others.
+    """
     if len(stated) == 1:
         return stated
     paid_s: Any = None
     gap = max(one.gap for one in stated)
-    for index, one in enumerate(stated):
+    for index, one in enumerate(reversed(stated)):
         now = time.perf_counter()
         share = 2 if paid_s is None else 2 * (len(stated) - index)  # the first look finds the prices for all
         one.look(paid_s, now + max(0.0, deadline - now) / share, gap)

@@ -24,9 +24,10 @@ from autopar.dataflow import (
     ValueName,
     ViewMaps,
     gradient_values,
+    gradients_by_node,
     is_backward,
     narrow_gradients,
-    resolve,
+    outputs_by_value,
     result_metas,
     value_name,
 )
@@ -142,12 +143,14 @@ class _Builder:
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
+        self._stored: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+        self._known_preimages: dict[tuple[object, ...], dict[State, State]] = {}
 
     # -- the whole ---------------------------------------------------------------
 
     def build(self, capacity_bytes: int | None) -> ShardingProblem:
-        grads_of = self._gradients_by_node()
-        output_values = self._outputs_by_value()
+        grads_of = gradients_by_node(self.trace)
+        output_values = outputs_by_value(self.trace)
         self._gradient_operands = {p.fqn: o for found in grads_of.values() for p, o in found}
         self._add_placeholders()
         forward_done = False
@@ -183,25 +186,6 @@ class _Builder:
             tuple(self.unruled),
         )
 
-    def _gradients_by_node(self) -> dict[fx.Node | None, list[tuple[ParamInfo, Operand]]]:
-        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        found: dict[fx.Node | None, list[tuple[ParamInfo, Operand]]] = {}
-        for param in self.trace.params:
-            if param.fqn in self.trace.grads:
-                operand = resolve(nodes[self.trace.grads[param.fqn]])
-                made_by = operand.node if operand.node.op == "call_function" else None
-                found.setdefault(made_by, []).append((param, operand))
-        return found
-
-    def _outputs_by_value(self) -> list[tuple[str, Operand, bool]]:
-        """(name, operand, whether it must be whole on every rank) per output."""
-        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        outputs = [(name, True) for name in self.trace.whole_outputs]
-        outputs += [(o.node, False) for o in self.trace.outputs if o.node and (o.node, True) not in outputs]
-        outputs += [(name, True) for name in self.trace.buffer_updates.values()]
-        unique = dict(sorted(outputs, key=lambda item: item[1]))  # True wins over False
-        return [(name, resolve(nodes[name]), whole) for name, whole in unique.items()]
-
     # -- values ------------------------------------------------------------------
 
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
@@ -211,6 +195,14 @@ class _Builder:
         self.states.append(table.states)
         self.value_index[name] = index
         return index
+
+    def _preimages(self, operand: Operand, states: tuple[State, ...]) -> dict[State, State]:
+        """`ViewMaps.preimages`, found once for identical layers."""
+        views = tuple((self.trace.twins.get(v.node.name, v.node.name), v.index) for v in operand.views)
+        key = (views, id(states))
+        if key not in self._known_preimages:
+            self._known_preimages[key] = self.views.preimages(operand, states)
+        return self._known_preimages[key]
 
     def _add_op(self, op: Op) -> int:
         self.op_index[op.name] = len(self.ops)
@@ -236,39 +228,46 @@ class _Builder:
         stored = [s for s in self.states[value] if "P" not in s]
         if param.fqn in self._gradient_operands:
             gradient = self._gradient_operands[param.fqn]
-            possible = self.views.preimages(gradient, self.tables.of(gradient.base_tensor).states)
+            possible = self._preimages(gradient, self.tables.of(gradient.base_tensor).states)
             stored = [s for s in stored if s in possible]
         if self.pins.allow_param is not None:
             possible_states, stored = stored, [s for s in stored if self.pins.allow_param(param, s)]
             if not stored:
                 raise PinError(_no_state_left(param, self.mesh, possible_states))
         optimized = param.fqn in self.trace.grads and self.optimizer.updates
-        choices = []
-        for state in stored:
-            at = self.states[value].index(state)
-            nbytes = self.values[value].state_bytes[at]
-            state_bytes = self.optimizer.state_bytes(nbytes) if optimized else 0
-            seconds = self.costs.optimizer_s(nbytes, state_bytes) if optimized else 0.0
-            choices.append(Choice(seconds, (), (at,), persistent_bytes=nbytes + state_bytes, label=str(state)))
         self.param_states[param.fqn] = tuple(stored)
-        self._add_op(Op(f"param:{param.fqn}", (), (value,), tuple(choices)))
+        key = ("param", id(self.values[value].state_bytes), optimized, tuple(stored))
+        if key not in self._stored:  # identical layers share their choices
+            self._stored[key] = tuple(self._param_choice(value, state, optimized) for state in stored)
+        self._add_op(Op(f"param:{param.fqn}", (), (value,), self._stored[key]))
+
+    def _param_choice(self, value: int, state: State, optimized: bool) -> Choice:
+        at = self.states[value].index(state)
+        nbytes = self.values[value].state_bytes[at]
+        state_bytes = self.optimizer.state_bytes(nbytes) if optimized else 0
+        seconds = self.costs.optimizer_s(nbytes, state_bytes) if optimized else 0.0
+        return Choice(seconds, (), (at,), persistent_bytes=nbytes + state_bytes, label=str(state))
 
     def _add_gradient(self, param: ParamInfo, operand: Operand) -> None:
         made = self.value_index[operand.value]
-        preimages = self.views.preimages(operand, self.states[made])
+        preimages = self._preimages(operand, self.states[made])
         grad = self._add_value(f"grad:{param.fqn}", operand.tensor, live_out=True)
-        choices = []
-        for state in self.param_states[param.fqn]:
-            uses = self.states[made].index(preimages[state])
-            choices.append(Choice(0.0, (uses,), (self.states[grad].index(state),), label=str(state)))
+        stored = self.param_states[param.fqn]
+        key = ("grad", id(preimages), id(self.states[grad]), stored)
+        if key not in self._stored:
+            uses = [self.states[made].index(preimages[state]) for state in stored]
+            makes = [self.states[grad].index(state) for state in stored]
+            self._stored[key] = tuple(
+                Choice(0.0, (u,), (m,), label=str(state)) for u, m, state in zip(uses, makes, stored, strict=True)
+            )
         tied_to = self.op_index[f"param:{param.fqn}"]
         name = f"grad:{param.fqn}"
-        self._add_op(Op(name, (made,), (grad,), tuple(choices), tied_to=tied_to, results_start_next=True))
+        self._add_op(Op(name, (made,), (grad,), self._stored[key], tied_to=tied_to, results_start_next=True))
 
     def _add_outputs(self, outputs: Iterable[tuple[str, Operand, bool]]) -> None:
         for name, operand, whole in outputs:
             value = self.value_index[operand.value]
-            preimages = self.views.preimages(operand, self.states[value])
+            preimages = self._preimages(operand, self.states[value])
             wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if "P" not in s]
             uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
             self.output_states[name] = tuple(self.states[value][u] for u in uses)
@@ -320,7 +319,7 @@ class _Builder:
         rule_sets = [axis_rules(node, size) for size in self.mesh]
         if not all(r.known for r in rule_sets):
             self.unruled.append(node.name)
-        preimages = [self.views.preimages(o, self.states[self.value_index[o.value]]) for o in operands]
+        preimages = [self._preimages(o, self.states[self.value_index[o.value]]) for o in operands]
         tensors = result_metas(node)
         found = []
         for rules in itertools.product(*(r.rules for r in rule_sets)):
@@ -347,34 +346,38 @@ class _Builder:
     # -- recomputation -----------------------------------------------------------
 
     def _with_recompute_times(self, forward_ops: int) -> list[Op]:
+        """The ops, with the times at which they may run again, those of identical layers tied to the first of them
+        in order (see `Op.twin_of`)."""
         pinned = self.pins.recompute
         updated = {b.node for b in self.trace.buffers if b.fqn in self.trace.buffer_updates}
         times = recompute_times(self.flow, self.op_index, pinned, updated)
         forced = must_rerun(self.flow, times, pinned) if pinned else set()
+        class_of = self._classes()
+        first: dict[tuple[object, ...], int] = {}
+        offers: dict[int, int] = {}
+        number: dict[object, int] = {}  # identical layers share their choices: each is looked at once
         ops = []
-        for op in self.ops:
+        for index, op in enumerate(self.ops):
+            if id(op.choices) not in offers:
+                states = tuple((c.uses, c.makes) for c in op.choices)
+                offers[id(op.choices)] = number.setdefault(states, len(number))
             time = times.get(op.name)
-            ops.append(op if time is None else replace(op, recompute_time=time, must_rerun=op.name in forced))
-        return self._with_twins(ops)
+            again = time is not None and op.name in forced
+            leader = first.setdefault((class_of[op.name], offers[id(op.choices)], time is None, again), index)
+            if time is not None or leader != index:
+                twin = None if leader == index else leader
+                op = replace(op, recompute_time=time, must_rerun=again, twin_of=twin)
+            ops.append(op)
+        return ops
 
-    def _with_twins(self, ops: list[Op]) -> list[Op]:
-        """Tie the ops of identical layers to those of the first of them in order (see `Op.twin_of`)."""
+    def _classes(self) -> dict[str, str]:
+        """The ops that do the same in identical layers: each by the name of one of them."""
         class_of = {name: self.trace.twins.get(name, name) for name in self.op_index}
         for param in self.trace.params:
             kind = self.trace.twins.get(param.node)
             if kind is not None:
                 class_of[f"param:{param.fqn}"], class_of[f"grad:{param.fqn}"] = f"param:{kind}", f"grad:{kind}"
-        first: dict[tuple[object, ...], int] = {}
-        twinned = []
-        offers_of: dict[int, tuple[object, ...]] = {}
-        for index, op in enumerate(ops):
-            offers = offers_of.get(id(op.choices))
-            if offers is None:  # identical layers share their choices
-                offers = offers_of[id(op.choices)] = tuple((c.uses, c.makes) for c in op.choices)
-            kind_key = (class_of[op.name], offers, op.recompute_time is None, op.must_rerun)
-            leader = first.setdefault(kind_key, index)
-            twinned.append(op if leader == index else replace(op, twin_of=leader))
-        return twinned
+        return class_of
 
 
 def _no_state_left(param: ParamInfo, mesh: tuple[int, ...], possible: list[State]) -> str:

@@ -24,6 +24,7 @@ from autopar.plans import Candidate
 from autopar.pricing import Price, price
 from autopar.trace import Trace
 
+_MAY_RISE = 2.0  # of the gap: how far a close look may raise the bound of a first one
 _FREE_SHARE = 0.6  # of the time limit; the rest is for the usual layouts, should nothing be proven by then
 
 
@@ -133,7 +134,8 @@ def _most_promising_first(stated: list[MeshSearch], deadline: float) -> list[Mes
         one.look(paid_s, now + max(0.0, deadline - now) / share, gap)
         if paid_s is None:
             paid_s = one.search.paid_s
-    return sorted(stated, key=lambda one: one.search.bound_s)
+    close = stated[-1]  # its bound stands; others may rise
+    return sorted(stated, key=lambda one: one.search.bound_s * (1 if one is close else 1 + _MAY_RISE * gap))
 
 
 def _settled(tried: list[MeshSearch]) -> bool:

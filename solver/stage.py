@@ -32,7 +32,7 @@ FIRST_SLACK = 1e-3  # of the bound
 SLACK_GROWTH = 8.0
 MOST_ROWS = 24  # memory rows that come in at once
 AIM = 0.9  # of a gap that is good enough: what bounds aim at, so that rounding does not leave them short
-MOST_MIP_GAP = 2e-3  # of an integer program, where the gap of all that is proven may be more
+MOST_MIP_GAP = 1e-3  # of an integer program, where the gap of all that is proven may be more
 LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
 
 Accept = Callable[[Solution, Evaluation], None]

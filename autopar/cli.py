@@ -114,7 +114,6 @@ def run_predict(args: argparse.Namespace) -> int:
     from autopar.layouts import parse_layout
     from autopar.predicting.predict import Predictor
     from autopar.prediction_text import describe
-    from autopar.simulating.simulate import simulate_layout
 
     cluster = _load_cluster(args)
     layouts = [parse_layout(text, cluster.devices) for text in args.layout]  # before the trace, which takes seconds
@@ -123,9 +122,10 @@ def run_predict(args: argparse.Namespace) -> int:
     model = _load_model(_model_spec(args), args.precision, open_dtype=torch.bfloat16)
     predictor = Predictor(model, cluster, global_batch=args.global_batch, **given)
     found = [predictor.predict(layout) for layout in layouts]
+    report = PredictionReport(predictor, found, str(args.model))
     if args.html is not None:
-        PredictionReport(predictor, found, str(args.model)).to_html(args.html)
-    simulation = simulate_layout(predictor, layouts[0]) if args.trace is not None else None
+        report.to_html(args.html)
+    simulation = report.simulation if args.trace is not None else None
     if simulation is not None:
         simulation.save(args.trace)
     if args.json:
@@ -134,7 +134,7 @@ def run_predict(args: argparse.Namespace) -> int:
             dicts[0]["simulation"] = simulation.to_dict()
         print(_to_json(dicts[0] if len(dicts) == 1 else {"predictions": dicts}))
     else:
-        print(describe(found, simulation))
+        print(describe(found, simulation), *report.lines(), sep="\n")
         if args.html is not None:
             print(f"Written to {args.html}")
         if simulation is not None:

@@ -149,7 +149,7 @@ class Report:
             "optimizer": plan.options.optimizer,
             "layout": plan.layout(),
             **figures,
-            "error_bars": error_bars(cluster.device.name, figures["step_time_s"], figures["peak_bytes"]),
+            "error_bars": error_bars(cluster, figures["step_time_s"], figures["peak_bytes"]),
             "memory_limit_bytes": plan.options.memory_limit_bytes,
             "memory_at_peak": [{"name": "every device", "bytes": dict(figures["breakdown"]["memory_bytes"])}],
             "solver": {

@@ -1,4 +1,4 @@
-"""Write the error bars of reports: how far predictions are from every published run, by device.
+"""Write the error bars of reports: how far predictions are from published runs, by device, on one node and several.
 
     python benchmarks/published.py training sweep --json rows.json
     python benchmarks/calibrate.py rows.json        # writes autopar/explaining/measured_errors.json
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from autopar.explaining.measured import where
 from autopar.files import write_atomically
 from benchmarks.published_models import cluster_of
 from benchmarks.published_rows import Case, sweep_cases, training_cases
@@ -30,16 +31,21 @@ SWEEP = "nanotron, sweep over layouts (benchmarks/data/h100_sweep.json)"
 Row = Mapping[str, Any]
 
 
-def errors_by_device(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the file holds, from the rows of `published.py --json`."""
+def errors_by_device(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What the file holds, from the rows of `published.py --json`: by device, then by `where`."""
     training, sweep = ({case.id: case for case in found[0]} for found in (training_cases(), sweep_cases()))
     cases: dict[str, Case] = {**training, **sweep}
-    by_device: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row["error"] is not None:
             title = SWEEP if row["id"] in sweep else row["source"]
-            by_device[cluster_of(cases[row["id"]].machine).device.name].append({**row, "source": title})
-    return {name: _errors(found) for name, found in sorted(by_device.items()) if len(found) >= LEAST_RUNS}
+            cluster = cluster_of(cases[row["id"]].machine)
+            groups[cluster.device.name, where(cluster.nodes)].append({**row, "source": title})
+    made: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (name, place), found in sorted(groups.items()):
+        if len(found) >= LEAST_RUNS:
+            made[name][place] = _errors(found)
+    return dict(made)
 
 
 def _errors(rows: Sequence[Row]) -> dict[str, Any]:
@@ -70,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = errors_by_device(json.loads(args.rows.read_text(encoding="utf-8")))
     data = {"made_by": "benchmarks/calibrate.py", "devices": devices}
     write_atomically(args.output, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    for name, one in devices.items():
-        print(f"{name}: {one['runs']} runs; measured / predicted by quantile: {one['time']}")
+    for name, places in devices.items():
+        for place, one in places.items():
+            print(f"{name}, {place}: {one['runs']} runs; measured / predicted by quantile: {one['time']}")
     return 0
 
 

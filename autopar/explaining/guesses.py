@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,20 @@ from autopar.cluster import ClusterSpec
 from autopar.explaining.degrees import degree_table
 from autopar.explaining.faster import Faster, priced_again
 from autopar.explaining.measured import error_bars
-from autopar.explaining.neighbours import Neighbour, best_of_each_key, memory_worth, neighbours
+from autopar.explaining.neighbours import Neighbour, best_of_each_key, memory_worth, neighbour_line, neighbours
 from autopar.explaining.page.write import write_page
-from autopar.explaining.spans import TimeLine, one_after_another
+from autopar.explaining.simulated import simulated_line
+from autopar.explaining.spans import TimeLine
+from autopar.explaining.text import error_bar_line, faster_line, fitted
 from autopar.predicting.predict import Prediction, Predictor
+from autopar.simulating.simulate import simulate_layout
+from autopar.simulating.simulation import Simulation
 from autopar.units import seconds_text
 
 ASSUMPTIONS = (
     "times come from the cluster description alone (its rates, or its measured curves); nothing was measured here",
     "every rank of a stage does the same, at the same speed; stages are as unequal as their blocks make them",
 )
-CLOSED_FORM = "Parts of the step on the slowest stage, by the closed form: their lengths, not their order."
-_KINDS = {
-    "forward_s": "forward",
-    "backward_s": "backward",
-    "recompute_s": "recomputation",
-    "optimizer_s": "optimizer",
-    "bubble_s": "other",
-}
-_WORDS = {
-    "tensor_messages_s": "collectives of tensor parallelism",
-    "bubble_s": "waiting for other stages",
-    "send_s": "sends between stages",
-    "gradients_s": "reduction of gradients",
-    "gathers_s": "gathers of parameters",
-    "recompute_s": "recomputation",
-}
 
 
 @dataclass(frozen=True)
@@ -76,9 +64,16 @@ class PredictionReport:
         return priced_again(self.predictor.cluster, self.best.step_time_s, price_s)
 
     @cached_property
+    def simulation(self) -> Simulation:
+        """The best layout's step, event by event."""
+        return simulate_layout(self.predictor, self.best.layout)
+
+    @cached_property
     def time_line(self) -> TimeLine:
-        """Parts of the step."""
-        return TimeLine(one_after_another(_closed_form(self.best.breakdown)), CLOSED_FORM)
+        """The simulated step. Its length is not quite that of the prediction, which has a closed form."""
+        line = simulated_line(self.simulation)
+        simulated, predicted = seconds_text(self.simulation.step_time_s), seconds_text(self.best.step_time_s)
+        return replace(line, note=f"{line.note} It takes {simulated}, by the closed form of the prediction {predicted}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the page shows."""
@@ -97,7 +92,7 @@ class PredictionReport:
             "optimizer": predictor.optimizer.name,
             **figures,
             "memory_limit_bytes": predictor.limit_bytes,
-            "error_bars": error_bars(cluster.device.name, best.step_time_s, best.peak_bytes),
+            "error_bars": error_bars(cluster, best.step_time_s, best.peak_bytes),
             "degrees": degree_table(best.layout, cluster),
             "time_line": self.time_line.to_dict(),
             "memory_at_peak": self._memory_at_peak(),
@@ -107,6 +102,17 @@ class PredictionReport:
             "others": [p.to_dict() for p in self.predictions if p is not best],
             "assumptions": list(ASSUMPTIONS),
         }
+
+    def lines(self) -> list[str]:
+        """What there is to say beyond the figures: how sure they are, what binds, what else is near."""
+        best, predictor = self.best, self.predictor
+        return [
+            error_bar_line(error_bars(predictor.cluster, best.step_time_s, best.peak_bytes)),
+            faster_line(self.faster),
+            *map(fitted, memory_worth(best, self.neighbours, predictor.limit_bytes)["lines"]),
+            f"one key of {'the' if len(self.predictions) == 1 else 'the best'} layout changed, the best of each",
+            *(neighbour_line(n) for n in best_of_each_key(self.neighbours)),
+        ]
 
     def headline(self) -> str:
         """The prediction in a line."""
@@ -130,9 +136,3 @@ class PredictionReport:
             found.append({"name": name, "bytes": {k: round(v) for k, v in held.items()}})
         return found
 
-
-def _closed_form(breakdown: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    for key, seconds in breakdown.items():
-        if key.endswith("_s"):
-            words = _WORDS.get(key, key.removesuffix("_s"))
-            yield "slowest stage", _KINDS.get(key, "communication"), words, seconds

@@ -12,19 +12,22 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from autopar.cluster import ClusterSpec
+
 SHARE = 0.8  # of the runs lie between the quantiles that make an interval
 LOW, HIGH = "0.1", "0.9"
 
 
 @dataclass(frozen=True)
 class MeasuredErrors:
-    """Of one device. time, memory: quantiles of measured over predicted, by "0.1", "0.5" and the like.
+    """Of one device, on one node or on several. time, memory: quantiles of measured over predicted, by "0.1", "0.5" ...
 
     median_error: of the step time, relative. runs, memory_runs: how many there are. gpus: the fewest and the most.
     sources: (title, runs) of each.
     """
 
     device: str
+    where: str
     runs: int
     memory_runs: int
     gpus: tuple[int, int]
@@ -39,26 +42,36 @@ class MeasuredErrors:
         return (predicted * quantiles[LOW], predicted * quantiles[HIGH]) if quantiles else None
 
 
+def where(nodes: int) -> str:
+    """Runs on one node and on several are far from predictions in different ways."""
+    return "on one node" if nodes == 1 else "on several nodes"
+
+
 @cache
-def known() -> dict[str, MeasuredErrors]:
-    """By name of the device."""
+def known() -> dict[tuple[str, str], MeasuredErrors]:
+    """By name of the device and `where`."""
     data = json.loads(files("autopar.explaining").joinpath("measured_errors.json").read_text(encoding="utf-8"))
-    return {name: _read(name, one) for name, one in data["devices"].items()}
+    return {
+        (name, place): _read(name, place, one)
+        for name, places in data["devices"].items()
+        for place, one in places.items()
+    }
 
 
-def _read(name: str, data: dict[str, Any]) -> MeasuredErrors:
+def _read(device: str, place: str, data: dict[str, Any]) -> MeasuredErrors:
     sources = tuple((title, runs) for title, runs in data["sources"].items())
     gpus = (data["gpus"][0], data["gpus"][1])
-    return MeasuredErrors(name, **{**data, "sources": sources, "gpus": gpus})
+    return MeasuredErrors(device, place, **{**data, "sources": sources, "gpus": gpus})
 
 
-def error_bars(device: str, step_time_s: float, peak_bytes: float) -> dict[str, Any] | None:
-    """The measured errors of a device and the intervals they give, as data; None for a device without runs."""
-    errors = known().get(device)
+def error_bars(cluster: ClusterSpec, step_time_s: float, peak_bytes: float) -> dict[str, Any] | None:
+    """The measured errors of such a cluster and the intervals they give, as data; None where nothing was measured."""
+    errors = known().get((cluster.device.name, where(cluster.nodes)))
     if errors is None:
         return None
     return {
         "share": SHARE,
+        "where": errors.where,
         "step_time_s": errors.interval(step_time_s),
         "peak_bytes": errors.interval(peak_bytes, "memory"),
         "median_error": errors.median_error,

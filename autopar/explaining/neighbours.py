@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.errors import LayoutError
+from autopar.explaining.text import fitted
 from autopar.layouts import RECOMPUTE, SCHEDULES, Layout
 from autopar.predicting.predict import Prediction, Predictor
-from autopar.units import bytes_text, seconds_text
+from autopar.units import bytes_text, seconds_text, signed_bytes
 
 _DEGREES = ("tp", "pp", "cp")  # dp makes up for them
 
@@ -79,6 +80,16 @@ def best_of_each_key(found: Sequence[Neighbour]) -> list[Neighbour]:
         by_key.setdefault(one.key, []).append(one)
     best = [min(group, key=_rank) for group in by_key.values()]
     return sorted(best, key=_rank)
+
+
+def neighbour_line(one: Neighbour) -> str:
+    """One row of a text."""
+    start = f"  {one.key:<12} {one.chosen:>10} -> {one.instead:<12}"
+    if one.prediction is None:
+        return fitted(f"{start} cannot be: {one.reason}")
+    share = (one.extra_s or 0.0) / one.baseline.step_time_s
+    time, memory = seconds_text(one.prediction.step_time_s), signed_bytes(one.extra_bytes or 0)
+    return f"{start} {time:>11} {share:>+8.1%} {memory:>12}{'' if one.prediction.fits else '  does not fit'}"
 
 
 def memory_worth(best: Prediction, found: Sequence[Neighbour], limit_bytes: float) -> dict[str, Any]:

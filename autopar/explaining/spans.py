@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,24 @@ class Span:
 
 @dataclass(frozen=True)
 class TimeLine:
-    """One step. note: what the reader has to know of it. tracks: those that come first, in this order."""
+    """One step. note: what the reader has to know of it. tracks: those that come first, in this order.
+
+    totals: seconds by (track, kind), where spans are drawn coarser than they are; otherwise they say so themselves.
+    """
 
     spans: tuple[Span, ...]
     note: str
     tracks: tuple[str, ...] = ()
+    totals: Mapping[tuple[str, str], float] | None = None
+
+    def seconds(self) -> dict[tuple[str, str], float]:
+        """By (track, kind)."""
+        if self.totals is not None:
+            return dict(self.totals)
+        found: dict[tuple[str, str], float] = {}
+        for span in self.spans:
+            found[span.track, span.kind] = found.get((span.track, span.kind), 0.0) + span.seconds
+        return found
 
     @property
     def length_s(self) -> float:
@@ -49,6 +62,7 @@ class TimeLine:
             "tracks": list(tracks),
             "kinds": list(kinds),
             "names": list(names),
+            "totals": [[track, kind, seconds] for (track, kind), seconds in self.seconds().items()],
             "spans": [[tracks[s.track], kinds[s.kind], names[s.name], s.start_s, s.end_s] for s in self.spans],
         }
 

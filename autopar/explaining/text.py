@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autopar.explaining.alternatives import Alternative
 from autopar.explaining.attribution import folded
+from autopar.explaining.faster import Faster
+from autopar.explaining.measured import error_bars
 from autopar.placements import State, shard_dim
 from autopar.plans import Plan
 from autopar.units import bytes_text, seconds_text, signed_bytes, signed_seconds
@@ -17,14 +21,16 @@ if TYPE_CHECKING:
     from autopar.explain import Report
 
 ASSUMPTIONS = (
-    "times come from the cluster description alone (its rates, or its measured curves); nothing was measured here",
-    "communication and compute are added up; memory is the sum of the tensors alive, without fragmentation",
-    "outputs other than the loss are dropped before backward; without a loss all are held, the caller's is free",
+    "times come from the cluster description alone; nothing was measured here",
+    "communication and compute are added up; memory is the tensors alive, without fragmentation",
+    "outputs beside the loss are dropped before backward; without a loss all are held",
 )
-WIDTH = 120
-MOST_PARAMETERS = 8
-MOST_COLLECTIVES = 3
-_MODEL = "the usual layouts and other alternatives: plan.explain(model, ...) or `autopar explain FILE --again`"
+WIDTH = 100
+MOST_PARAMETERS = 3
+MOST_COLLECTIVES = 2
+WORTH_NAMING = 0.0005  # of a step
+_RANKS = re.compile(r"\d+ ranks(, )?")
+_MODEL = "other layouts and alternatives: plan.explain(model, ...) or `autopar explain FILE --again`"
 
 
 def lines(report: Report) -> list[str]:
@@ -35,20 +41,20 @@ def lines(report: Report) -> list[str]:
         *_layout_lines(plan),
         "",
         *_figure_lines(report),
+        *_sureness_lines(report),
         "",
         *_parameter_lines(plan),
         "",
         *(_again_lines(report) if report.bench and report.solves else [_MODEL]),
-        "",
         *_rule_lines(plan),
-        *(f"assumed: {assumption}" for assumption in ASSUMPTIONS),
+        *(fitted(f"assumed: {assumption}") for assumption in ASSUMPTIONS),
     ]
 
 
 def headline(plan: Plan) -> str:
     """The plan in a line."""
     figures = plan.predicted
-    return (
+    return fitted(
         f"plan for {plan.devices} x {plan.cluster.device.name}, global batch {plan.options.global_batch}: "
         f"{seconds_text(figures['step_time_s'])} a step, {figures['tokens_per_s_per_gpu']:.0f} tokens/s per device"
     )
@@ -77,7 +83,7 @@ def _layout_lines(plan: Plan) -> list[str]:
     proven = "optimal" if plan.status == "optimal" else "best found in time"
     found.append(f"  {proven}: no plan in this search space is more than {plan.gap:.2%} faster (proven bound)")
     if plan.options.pin:
-        found.append(f"  pinned by you: {dict(plan.options.pin)}")
+        found.append(fitted(f"  pinned by you: {dict(plan.options.pin)}"))
     return found
 
 
@@ -88,7 +94,7 @@ def _figure_lines(report: Report) -> list[str]:
     columns = [_time_column(report.plan), _memory_column(report.plan)]
     if report.bench is not None:
         columns.insert(1, _resource_column(report))
-    widths = [max(len(line) for line in column) + 3 for column in columns]
+    widths = [max(len(line) for line in column) + 2 for column in columns]
     rows = itertools.zip_longest(*columns, fillvalue="")
     return ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -104,26 +110,56 @@ def _time_column(plan: Plan) -> list[str]:
         ("optimizer_s", "optimizer"),
         ("communication_s", "communication"),
     ):
-        found.append(f"  {name:<13} {seconds_text(parts[key]):>10} {parts[key] / total:6.1%}")
+        if parts[key]:
+            found.append(f"  {name:<13} {seconds_text(parts[key]):>10} {parts[key] / total:6.1%}")
     by_kind = sorted(parts["communication_by_kind_s"].items(), key=lambda item: -item[1])
     for kind, seconds in by_kind[:MOST_COLLECTIVES]:
-        found.append(f"    {kind.replace(' on axis ', ', axis '):<23} {seconds_text(seconds):>10}")
+        if seconds:
+            found.append(f"   {kind.replace(' on axis ', ', axis '):<22} {seconds_text(seconds):>10}")
     return found
 
 
 def _resource_column(report: Report) -> list[str]:
     total = report.plan.predicted["step_time_s"] or 1.0
-    parts = report.attribution.by_resource
+    parts = {_RANKS.sub("", name).replace(" ()", ""): s for name, s in report.attribution.by_resource.items()}
     width = max((len(name) for name in parts), default=0)
     return ["it waits for", *(f"  {name:<{width}} {seconds / total:6.1%}" for name, seconds in parts.items())]
 
 
 def _memory_column(plan: Plan) -> list[str]:
     figures, limit = plan.predicted, plan.options.memory_limit_bytes
-    found = [f"peak memory: {bytes_text(figures['peak_bytes'])} of {bytes_text(limit)}"]
+    found = [f"peak {bytes_text(figures['peak_bytes'])} of {bytes_text(limit)}"]
     for name, nbytes in figures["breakdown"]["memory_bytes"].items():
-        found.append(f"  {name:<13} {bytes_text(nbytes):>11}")
-    return [*found, f"  in the {figures['breakdown']['peak_at']}"[:48]]
+        if nbytes:
+            found.append(f"  {name:<13} {bytes_text(nbytes):>11}")
+    return [*found, f"  in the {figures['breakdown']['peak_at']}"[:28]]
+
+
+def _sureness_lines(report: Report) -> list[str]:
+    """How far off the figures may be, and what would make them better."""
+    plan, figures = report.plan, report.plan.predicted
+    bars = error_bars(plan.cluster, figures["step_time_s"], figures["peak_bytes"])
+    found = [error_bar_line(bars)]
+    if report.bench is not None:
+        found.append(faster_line(report.faster))
+    return found
+
+
+def error_bar_line(bars: Mapping[str, Any] | None) -> str:
+    """The interval in which measured runs would lie."""
+    if bars is None or bars["step_time_s"] is None:
+        return "error bar: none, as no published run was measured on such a cluster"
+    low, high = (seconds_text(s) for s in bars["step_time_s"])
+    return fitted(
+        f"error bar: {low} to {high}, by {bars['share']:.0%} of {bars['runs']} runs on this device, {bars['where']}"
+    )
+
+
+def faster_line(faster: Iterable[Faster]) -> str:
+    """What a part of the cluster is worth."""
+    shares = {f.what: f.extra_s / f.before_s if f.before_s else 0.0 for f in faster}
+    parts = [f"{what} {share:+.1%}" for what, share in shares.items() if share <= -WORTH_NAMING] or ["as it is"]
+    return fitted(f"with a part 10% faster, the step: {', '.join(parts)}")
 
 
 # -- parameters -----------------------------------------------------------------------------
@@ -166,26 +202,23 @@ def fitted(line: str, width: int = WIDTH) -> str:
 def _again_lines(report: Report) -> list[str]:
     return [
         *_alternative_lines(report),
-        *report.memory_price.lines(),
-        "",
+        *map(fitted, report.memory_price.lines()),
         *_baseline_lines(report),
     ]
 
 
 def _alternative_lines(report: Report) -> list[str]:
-    found = [
-        "decisions, each | its next best: solved again with the choice forbidden; seconds a step and bytes that it adds"
-    ]
+    found = ["each decision | its next best, solved again with the choice forbidden: seconds and bytes more"]
     for alternative in report.alternatives:
         found.append(_row(alternative))
     left = len(report.decisions) - len(report.alternatives)
     if left:
-        found.append(f"  {left} more decisions are in report.decisions; report.next_best(NAME) solves one again")
+        found.append(f"  {left} more in report.decisions; report.next_best(NAME) solves one again")
     return found
 
 
 def _row(alternative: Alternative) -> str:
-    start = f"  {fitted(alternative.decision, 50):<50} {fitted(alternative.chosen, 14)}"
+    start = f"  {fitted(short_title(alternative.decision), 38):<38} {fitted(alternative.chosen, 12)}"
     if alternative.plan is None:
         needed = alternative.needed_bytes
         return fitted(f"{start}; {alternative.verdict() if needed is None else f'no other fits: {bytes_text(needed)}'}")
@@ -193,8 +226,14 @@ def _row(alternative: Alternative) -> str:
     seconds = "as fast" if alternative.as_fast else signed_seconds(extra_s)
     known = "" if alternative.proven else f" gap {alternative.plan.gap:.0%}"
     known += "; some not asked" if alternative.reason else ""
-    choice = f"{start} | {fitted(alternative.instead, 14)}"
-    return fitted(f"{choice:<83} {seconds:>12} {signed_bytes(extra_bytes):>11}{known}")
+    choice = f"{start} | {fitted(alternative.instead, 12)}"
+    return fitted(f"{choice:<69} {seconds:>11} {signed_bytes(extra_bytes):>11}{known}")
+
+
+def short_title(decision: str) -> str:
+    """ "storage of mlp.up_proj" of "storage of model.layers.*.mlp.up_proj.weight"."""
+    kind, of, name = decision.partition(" of ")
+    return f"{kind}{of}{_short([name])[0]}" if of else decision
 
 
 def _baseline_lines(report: Report) -> list[str]:
@@ -208,7 +247,7 @@ def _baseline_lines(report: Report) -> list[str]:
         else:
             ratio = row.step_time_s / ours if ours else math.inf
             time, memory = seconds_text(row.step_time_s), bytes_text(row.peak_bytes or 0)
-            found.append(f"  {row.name:<34}{time:>12}  {ratio:6.2f} x  {memory:>12}")
+            found.append(f"  {row.name:<38} {time:>11} {ratio:7.2f} x {memory:>12}")
     return found
 
 

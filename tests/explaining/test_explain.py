@@ -18,7 +18,8 @@ from autopar.explain import Report
 from autopar.explaining.alternatives import Alternative
 from autopar.explaining.attribution import COMPUTE, LAUNCH, MEMORY, roofline_parts
 from autopar.explaining.memory_price import FIRST_STEP, TOLERANCE
-from autopar.explaining.text import WIDTH
+from autopar.explaining.text import WIDTH, short_title
+from autopar.units import seconds_text
 from tests.models import tiny_llama, tiny_mlp
 from tests.test_planning import MODELS, SOLVER_GAP, cluster, free, make
 
@@ -265,7 +266,7 @@ def test_the_price_of_a_byte_is_the_difference_of_two_plans() -> None:
 
 def fits_a_screen(text: str) -> bool:
     lines = text.splitlines()
-    return len(lines) <= 56 and max(map(len, lines)) <= WIDTH
+    return len(lines) <= 42 and max(map(len, lines)) <= WIDTH
 
 
 def test_the_text_fits_one_screen_and_says_what_the_dict_says() -> None:
@@ -273,11 +274,14 @@ def test_the_text_fits_one_screen_and_says_what_the_dict_says() -> None:
     assert fits_a_screen(text), text
     json.dumps(data, allow_nan=False)
     for alternative in report().alternatives:
-        assert alternative.decision[:40] in text
+        assert short_title(alternative.decision)[:34] in text
     assert len(data["next_best"]) == len(report().alternatives) > 3
     assert {b["name"] for b in data["baselines"]} >= {"DDP", "FSDP"} and "FSDP" in text
     assert sum(data["resources_s"].values()) == pytest.approx(data["step_time_s"])
     assert "it waits for" in text and "memory does not bind" in text
+    low, high = data["error_bars"]["step_time_s"]
+    assert f"error bar: {seconds_text(low)} to {seconds_text(high)}, by 80% of " in text
+    assert all(f"{f['what']} {f['share']:+.1%}" in text for f in data["faster"] if f["share"] < -0.001)
 
 
 def test_a_report_keeps_to_its_time() -> None:

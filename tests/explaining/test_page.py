@@ -7,21 +7,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import autopar
-from autopar import ClusterSpec, Plan
-from autopar.explain import Report
-from autopar.explaining.guesses import PredictionReport
+from autopar import Plan
 from autopar.explaining.page.write import render
-from autopar.models import load_model
-from autopar.predicting.predict import Predictor
 from autopar.units import bytes_text, seconds_text
 from tests.browser import Browser, Page, browser, chromium
+from tests.explaining.reports import predicted, report
 from tests.test_planning import free
 
 WIDTHS = (360, 768, 1600)
@@ -29,20 +25,6 @@ NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.ti
 SECTIONS = ["layout", "time", "memory", "binds", "why-not", "shardings", "sure"]
 
 needs_browser = pytest.mark.skipif(chromium() is None, reason="no Chromium here: apt-get install chromium")
-
-
-@cache
-def report() -> Report:
-    return free("mlp").explain(time_limit_s=4)
-
-
-@cache
-def predicted() -> PredictionReport:
-    """A pipeline over two nodes, and two other layouts."""
-    cluster = ClusterSpec.preset("h100-sxm", gpus=16)
-    predictor = Predictor(load_model("tiny-llama"), cluster, seq=64, global_batch=32)
-    layouts = ("pp=4,tp=2,micro_batch=1,zero=1", "tp=8,micro_batch=2", "pp=2,micro_batch=2,recompute=full")
-    return PredictionReport(predictor, [predictor.predict(layout) for layout in layouts], "tiny-llama")
 
 
 @pytest.fixture(scope="module")

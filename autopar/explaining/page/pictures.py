@@ -95,22 +95,12 @@ def strips(line: Mapping[str, Any]) -> tuple[Strip, ...]:
 def _strip(line: Mapping[str, Any], number: int, track: str) -> Strip:
     length = line["length_s"] or 1.0
     by_kind: dict[str, list[str]] = {}
-    busy = 0.0
     for at, kind, _, start, end in line["spans"]:
-        if at != number:
-            continue
-        busy += end - start
-        left, width = STRIP * start / length, max(LEAST_WIDTH, STRIP * (end - start) / length)
-        by_kind.setdefault(line["kinds"][kind], []).append(f"M{left:.2f} 0h{width:.2f}v1h-{width:.2f}z")
+        if at == number:
+            left, width = STRIP * start / length, max(LEAST_WIDTH, STRIP * (end - start) / length)
+            by_kind.setdefault(line["kinds"][kind], []).append(f"M{left:.2f} 0h{width:.2f}v1h-{width:.2f}z")
+    busy = sum(seconds for name, _, seconds in line["totals"] if name == track)
     return Strip(track, number, tuple((k, "".join(d)) for k, d in by_kind.items()), busy / length)
-
-
-def by_track_and_kind(line: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """(track, kind, seconds): the time line as a table."""
-    found: dict[tuple[int, int], float] = {}
-    for track, kind, _, start, end in line["spans"]:
-        found[track, kind] = found.get((track, kind), 0.0) + end - start
-    return [(line["tracks"][t], line["kinds"][k], seconds) for (t, k), seconds in sorted(found.items())]
 
 
 # -- shardings ---------------------------------------------------------------------------------------

@@ -199,7 +199,31 @@ def test_explain_prints_and_writes(
     code, out, _ = run(capsys, "explain", str(plan_file[0]), "--html", str(page))
     assert code == 0
     assert out == f"Written to {page}\n"
-    assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "Each decision against its next best" in text
+
+
+def test_a_page_runs_no_code_that_a_plan_file_names(
+    capsys: pytest.CaptureFixture[str],
+    plan_file: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "somebodys.py").write_text("open('it ran', 'w').close()\n")
+    data = json.loads(plan_file[0].read_text())
+    data["options"]["model"] = "somebodys:build"
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    code, out, err = run(capsys, "explain", "plan.json", "--html", "plan.html")
+    assert (code, out, err) == (0, "Written to plan.html\n", "")
+    assert "not done for this page" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "it ran").exists()
+    data["options"]["model"] = str(tmp_path / "no-such-config.json")
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    code, out, err = run(capsys, "explain", "plan.json", "--html", "plan.html")
+    assert (code, out) == (0, "Written to plan.html\n") and err.count("\n") == 1
+    assert err.startswith("autopar: the page is without what takes the model: ") and "no-such-config.json" in err
 
 
 def test_explain_answers_questions(capsys: pytest.CaptureFixture[str], plan_file: tuple[Path, dict[str, Any]]) -> None:
@@ -253,6 +277,18 @@ def test_predict_compares_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     fastest = min(range(3), key=lambda i: found[i]["step_time_s"])
     assert [line.startswith("*") for line in lines[1:4]] == [i == fastest for i in range(3)]
     assert lines[2].endswith("dp=2,pp=2,micro_batch=1,zero=0,schedule=1f1b") and lines[4] == "* the fastest that fits"
+
+
+def test_predict_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "guess.html"
+    argv = ["predict", "--model", "tiny-llama", "--cluster", "h100-sxm", "--gpus", "4", "--seq", "64"]
+    argv += ["--global-batch", "8", "--layout", "tp=2", "--layout", "dp=4", "--html", str(page)]
+    code, out, err = run(capsys, *argv)
+    assert (code, err) == (0, "") and out.endswith(f"Written to {page}\n")
+    assert "error bar: " in out and "with a part 10% faster" in out and "one key of the best layout changed" in out
+    assert "autopar prediction of tiny-llama" in page.read_text(encoding="utf-8")
+    code, out, err = run(capsys, *argv[:-1], "/no-such-folder/guess.html")
+    assert (code, out) == (cli.EXIT_ERROR, "") and "does not exist or is not writable" in err
 
 
 def test_the_network_is_an_option_of_presets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ class PredictionReport:
         """The simulated step. Its length is not quite that of the prediction, which has a closed form."""
         line = simulated_line(self.simulation)
         simulated, predicted = seconds_text(self.simulation.step_time_s), seconds_text(self.best.step_time_s)
-        return replace(line, note=f"{line.note} It takes {simulated}, by the closed form of the prediction {predicted}.")
+        return replace(
+            line, note=f"{line.note} It takes {simulated}, by the closed form of the prediction {predicted}."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the page shows."""
@@ -135,4 +137,3 @@ class PredictionReport:
             name = f"stage {at}, {stage.blocks} blocks" if layout.pp > 1 else "every device"
             found.append({"name": name, "bytes": {k: round(v) for k, v in held.items()}})
         return found
-

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.choosing.plan import choose, is_staged, staged_plan, wish
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.errors import AutoparError, PlanMismatch
+from autopar.errors import AutoparError, LayoutError, PlanMismatch
 from autopar.explain import Report
 from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
@@ -30,11 +31,13 @@ from autopar.plan_types import Decisions
 from autopar.planning import SearchResult, search
 from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.precision import MODEL, checked_precision
+from autopar.predicting.predict import Predictor, global_batch_of
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.memory import check_room
 from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
+from autopar.staged import StagedPlan, refuse_to_run
 from autopar.trace import Trace, graph_hash, trace
 from autopar.verification import VerifyReport, emit_for, random_nodes, verify
 
@@ -67,11 +70,19 @@ def plan(
     time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
     dump_dir: a folder for every stage as readable Python or JSON, see `docs/explain.md`.
+    On several nodes, and where pp, cp, vpp or a schedule is pinned, layouts with pipeline and context ranks are looked
+    at too: if one of them is the fastest, the plan is a `StagedPlan`. Pin pp=1 or cp=1 for one that runs today.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
     precision = _check_options(precision, objective)
     call = example_inputs or _default_call(model, global_batch, seq)
     began = time.perf_counter()
+    limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
+    staged = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress)
+    if staged is not None:
+        if dump_dir is not None:
+            raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
+        return staged
     traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
     options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
@@ -109,6 +120,8 @@ def compile(
         raise PlanMismatch(f"the plan is for precision={plan.options.precision!r}, not {chosen!r}; plan again")
     if inputs != "global":
         raise AutoparError(f"inputs={inputs!r} is not available yet; pass the global batch on every rank")
+    if plan is not None:
+        refuse_to_run(plan)
     if plan is not None and plan.devices != cluster.devices:
         raise PlanMismatch(f"the plan is for {plan.devices} devices, the cluster has {cluster.devices}; plan again")
     join_world(cluster.devices, cluster.device.kind)
@@ -133,6 +146,37 @@ def compile(
     if at_once is not None:
         program.prepare(at_once)
     return program
+
+
+def _staged(
+    model: nn.Module,
+    cluster: ClusterSpec,
+    call: Call,
+    precision: str,
+    limits: Mapping[str, Any],
+    pin: Mapping[str, Any] | None,
+    time_limit_s: float,
+    progress: Callable[[str], None] | None,
+) -> StagedPlan | None:
+    """The best layout, if it has pipeline or context ranks; None where a plan op by op is to be made."""
+    asked = wish(pin, cluster)
+    if asked.apart:
+        return None
+    began = time.perf_counter()
+    try:
+        batch = global_batch_of(call)
+        predictor = Predictor(model, cluster, example_inputs=call, global_batch=batch, precision=precision, **limits)
+    except LayoutError:
+        if asked.wanted:
+            raise
+        return None  # what `predict` does not know is planned op by op
+    trace_s = time.perf_counter() - began
+    choice = choose(predictor, asked.pin, time_limit_s, progress)
+    if not (asked.wanted or is_staged(choice)):
+        return None
+    limit, pins = predictor.limit_bytes, dict(asked.pin)
+    options = PlanOptions(batch, precision, str(limits["optimizer"]), limit, pins)
+    return staged_plan(predictor, choice, options).with_timings(trace_s=trace_s)
 
 
 # -- the pipeline -----------------------------------------------------------------------

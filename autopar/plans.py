@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from autopar.explaining.difference import PlanDifference
     from autopar.explaining.workbench import Workbench
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: plans op by op; 2: also plans by degrees (`autopar.staged`)
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,10 @@ class Plan:
 
         return difference(self, other)
 
+    def staged_data(self) -> dict[str, Any] | None:
+        """What the file of a plan by degrees holds beside these fields."""
+        return None
+
     # -- file ------------------------------------------------------------------------
 
     def dumps(self) -> str:
@@ -193,7 +197,7 @@ class Plan:
             raise PlanError(f"cannot read plan {path}: {error}") from None
         return cls.loads(text, str(path))
 
-    def with_timings(self, **seconds: float) -> Plan:
+    def with_timings(self, **seconds: float) -> Self:
         """The same plan with wall-clock times of this process."""
         return replace(self, timings={**self.timings, **seconds})
 
@@ -216,8 +220,10 @@ def _encode(plan: Plan) -> dict[str, Any]:
         }
         for name, d in sorted(plan.decisions.nodes.items())
     }
+    staged = plan.staged_data()
     return {
-        "autopar_plan": SCHEMA_VERSION,
+        "autopar_plan": 1 if staged is None else 2,
+        **({} if staged is None else {"staged": staged}),
         "torch_version": plan.torch_version,
         "graph_hash": plan.graph_hash,
         "cluster": json.loads(plan.cluster.to_json()),
@@ -261,12 +267,13 @@ def _decode(reader: Reader) -> Plan:
     reader.check("autopar_plan", version >= 1, "there is no such version")
     mesh, roles = reader.ints("mesh"), reader.strings("roles")
     cluster = ClusterSpec.from_json(json.dumps(reader.get("cluster", dict)))
-    fits = all(size >= 1 for size in mesh) and math.prod(mesh) == cluster.devices
+    by_degrees = version > 1 and "staged" in reader.data
+    fits = all(size >= 1 for size in mesh) and (math.prod(mesh) == cluster.devices or by_degrees)
     reader.check("mesh", fits, f"sizes must multiply to the {cluster.devices} devices of the cluster")
-    known = len(roles) == len(mesh) and set(roles) <= {"dp", "tp", "none"}
+    known = len(roles) == len(mesh) and (set(roles) <= {"dp", "tp", "none"} or by_degrees)
     reader.check("roles", known, f"expected dp, tp or none for each of {len(mesh)} mesh axes")
     solver = reader.sub("solver")
-    return Plan(
+    plan = Plan(
         graph_hash=reader.get("graph_hash", str),
         torch_version=reader.get("torch_version", str),
         cluster=cluster,
@@ -289,6 +296,11 @@ def _decode(reader: Reader) -> Plan:
         ),
         unruled=reader.strings("unruled"),
     )
+    if not by_degrees:
+        return plan
+    from autopar.staged import staged
+
+    return staged(plan, reader.sub("staged"))
 
 
 def _decode_input(reader: Reader) -> InputShape:

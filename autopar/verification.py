@@ -42,6 +42,7 @@ from autopar.rules.schema import op_call
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.matching import match_collectives as match_collectives
 from autopar.sample import sample_call, sample_values
+from autopar.staged import refuse_to_run
 from autopar.trace import Trace, graph_hash, trace
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -80,6 +81,7 @@ def verify(model: nn.Module, plan: Plan, *, example_inputs: Any = None, seed: in
 
     example_inputs: (args, kwargs) to compare on; made up from the plan's shapes if not given.
     """
+    refuse_to_run(plan)
     call = example_inputs or sample_call(plan)
     traced = trace(model, call, precision=plan.options.precision)
     if graph_hash(traced) != plan.graph_hash:

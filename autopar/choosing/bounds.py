@@ -49,11 +49,14 @@ def _seconds(predictor: Predictor, of: Pass, shape: Shape) -> float:
     return predictor.pricer.work(of, shape).seconds
 
 
-def cell_bounds_s(costs: GroupCosts, blocks: int, pp: Ints, micro_batches: Ints) -> Floats:
-    """Seconds that no layout of a cell is below, for arrays of cells of one group."""
+def cell_bounds_s(costs: GroupCosts, blocks: int, pp: Ints, micro_batches: Ints, schedule: str | None = None) -> Floats:
+    """Seconds that no layout of a cell is below, for arrays of cells of one group. schedule: where one is pinned."""
     slowest = np.maximum(costs.both_s / pp, -(-blocks // pp) * costs.block_s)
     others = costs.both_s - slowest
-    interleaved = np.where(micro_batches % pp == 0, others / np.maximum(1, blocks // pp), others)
-    zero_bubble = costs.forward_s - slowest
-    pipelined = micro_batches * slowest + np.maximum(0.0, np.minimum(interleaved, zero_bubble))
+    around = [others]
+    if schedule in (None, "interleaved"):
+        around.append(np.where(micro_batches % pp == 0, others / np.maximum(1, blocks // pp), others))
+    if schedule in (None, "zero-bubble"):
+        around.append(costs.forward_s - slowest)
+    pipelined = micro_batches * slowest + np.maximum(0.0, np.minimum.reduce(around))
     return np.where(pp == 1, micro_batches * costs.both_s, pipelined)

@@ -51,7 +51,8 @@ class Cells:
             pp, dp = space.cells(group)
             if len(pp):
                 micro_batches = space.global_batch // (dp * group.micro_batch)
-                bounds.append(cell_bounds_s(costs_of(group), max(1, space.blocks), pp, micro_batches))
+                schedule = space.pin.get("schedule")
+                bounds.append(cell_bounds_s(costs_of(group), space.blocks, pp, micro_batches, schedule))
                 rows.append(np.stack([np.full_like(pp, at), pp, dp]))
         bound_s, row = np.concatenate(bounds), np.concatenate(rows, axis=1)
         degrees = np.array([(g.tp > 1) + (g.cp > 1) for g in groups], np.int64)

@@ -83,10 +83,10 @@ class Predictor:
         self.heads, self.kv_heads = attention_heads(model)
         batch = _prime_for(model, seq)
         call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
-        sample = trace_sample(model, call, precision=precision)
+        self.sample = sample = trace_sample(model, call, precision=precision)
         tokens = _tokens(sample.trace.inputs)
         self.run = run or Run.usual(keeps_scores(sample, tokens))
-        axis = tensor_axis(sample.trace, cluster, tokens)
+        self.axis = axis = tensor_axis(sample.trace, cluster, tokens)
         self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=self.run.fusion)
         self.pricer = Pricer(cluster, self.run)
         self._stages: dict[tuple[int, bool, Shape], tuple[Stage, ...]] = {}
@@ -221,6 +221,14 @@ def _prime_for(model: nn.Module, seq: int | None) -> int:
     if found is None:
         raise LayoutError(f"every batch of {_PRIMES} divides some size of the model; change the model's width a little")
     return found
+
+
+def global_batch_of(call: Any) -> int:
+    """Samples that a call holds: the first dim of its first tensor; LayoutError where there is none."""
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()]
+    if not tensors:
+        raise LayoutError("the example inputs hold no tensor with a batch dim; layouts are about batches")
+    return int(tensors[0].shape[0])
 
 
 def _with_batch(example_inputs: Any, batch: int) -> Any:

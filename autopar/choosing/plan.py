@@ -1,0 +1,154 @@
+"""From a model and a cluster to a plan by degrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.choosing.search import KEPT, LayoutChoice, LayoutSearch
+from autopar.choosing.space import LAYOUT_KEYS, Space
+from autopar.cluster import ClusterSpec
+from autopar.errors import PinError, PlanMismatch
+from autopar.placements import State
+from autopar.plan_types import Decisions
+from autopar.plans import Candidate, InputShape, PlanOptions
+from autopar.predicting.predict import Prediction, Predictor
+from autopar.sample import sample_call
+from autopar.staged import ROLES, OtherLayout, StagedPlan
+from autopar.trace import graph_hash
+
+STAGED_KEYS = ("pp", "cp", "vpp", "schedule")  # that only a plan by degrees can have
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a search over layouts.
+
+    wanted: the user pinned what only such a search can give. apart: why no such search is made; "" if it is.
+    """
+
+    pin: Mapping[str, Any]
+    wanted: bool
+    apart: str = ""
+
+
+def wish(pin: Mapping[str, Any] | None, cluster: ClusterSpec) -> Wish:
+    """Whether layouts with pipeline and context ranks are to be looked at.
+
+    They are where the cluster has several nodes, unless pp=1 is pinned or anything that layouts don't speak of; and
+    wherever a degree of theirs is pinned. PinError for pins that go with neither kind of plan.
+    """
+    given = dict(pin or {})
+    wanted = any(given.get(key, 1) not in (1, "none") for key in STAGED_KEYS)
+    foreign = [key for key in given if key not in LAYOUT_KEYS]
+    if wanted and foreign:
+        degrees = ", ".join(key for key in STAGED_KEYS if key in given)
+        raise PinError(
+            f"pin {foreign[0]!r} does not go with {degrees}: stages are laid out by degrees, not op by op; leave one "
+            "of them out"
+        )
+    if wanted:
+        return Wish(given, wanted=True)
+    if cluster.nodes == 1:
+        return Wish(given, wanted=False, apart="one node")
+    if given.get("pp") == 1 or given.get("cp") == 1 or foreign:
+        return Wish(given, wanted=False, apart="pinned")
+    return Wish(given, wanted=False)
+
+
+def choose(
+    predictor: Predictor, pin: Mapping[str, Any], time_limit_s: float, progress: Progress | None = None
+) -> LayoutChoice:
+    """The fastest layout under a pin; raises Infeasible, PinError, LayoutError."""
+    return LayoutSearch(predictor, Space.of(predictor, pin), progress=progress).run(time_limit_s)
+
+
+def is_staged(choice: LayoutChoice) -> bool:
+    """Whether the best layout has what only a plan by degrees can have, or leaves devices idle."""
+    return choice.best.layout.pp > 1 or choice.best.layout.cp > 1
+
+
+def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions) -> StagedPlan:
+    """The plan that a choice comes to."""
+    best, layout = choice.best, choice.best.layout
+    figures = {key: value for key, value in best.to_dict().items() if key != "layout"}
+    figures["tokens_per_s_per_gpu"] *= choice.devices / predictor.cluster.devices  # idle ones count
+    figures["mfu"] *= choice.devices / predictor.cluster.devices
+    figures["hfu"] *= choice.devices / predictor.cluster.devices
+    return StagedPlan(
+        graph_hash=graph_hash(predictor.sample.trace),
+        torch_version=torch.__version__.split("+")[0],
+        cluster=predictor.cluster,
+        mesh=(layout.dp, layout.cp, layout.tp),
+        roles=ROLES,
+        options=options,
+        inputs=_inputs(predictor),
+        decisions=Decisions({}, _parameters(predictor, best), {}, frozenset(), frozenset()),
+        layout_keys=layout.to_dict(),
+        predicted=figures,
+        status="optimal" if choice.gap == 0 else "feasible",
+        objective_s=best.step_time_s,
+        bound_s=choice.bound_s,
+        gap=choice.gap,
+        candidates=tuple(
+            Candidate((p.layout.pp, p.layout.dp, p.layout.cp, p.layout.tp), "feasible", p.step_time_s, None)
+            for p in (best, *choice.alternatives)
+        ),
+        timings={"solve_s": choice.solve_s},
+        blocks=tuple(best.breakdown["blocks_per_stage"]),
+        others=tuple(OtherLayout(p.layout.to_dict(), p.step_time_s, p.peak_bytes) for p in choice.alternatives[:KEPT]),
+        counts={"cells": choice.cells, "visited": choice.visited, "priced": choice.priced},
+        predictor=predictor,
+    )
+
+
+def _inputs(predictor: Predictor) -> tuple[InputShape, ...]:
+    """Of the global batch."""
+    found = []
+    for one in predictor.sample.trace.inputs:
+        shape = list(one.shape)
+        if one.batch_dim is not None:
+            shape[one.batch_dim] = predictor.global_batch
+        found.append(InputShape(one.path, tuple(shape), str(one.dtype).removeprefix("torch.")))
+    return tuple(found)
+
+
+def _parameters(predictor: Predictor, best: Prediction) -> dict[str, State]:
+    """How every parameter of the traced layers is stored over the ranks of its stage."""
+    zero3 = best.layout.zero == 3
+    cut = "S(0)" if zero3 else "R"
+    tensor = predictor.axis.params if best.layout.tp > 1 else {}
+    return {
+        p.fqn: (cut if best.layout.dp > 1 else "R", cut if best.layout.cp > 1 else "R", tensor.get(p.fqn, "R"))
+        for p in predictor.sample.trace.params
+    }
+
+
+def reopen(plan: StagedPlan, model: nn.Module, example_inputs: Any = None) -> Predictor:
+    """What it takes to choose again for a loaded plan; raises PlanMismatch if it was made for another model."""
+    options = plan.options
+    predictor = Predictor(
+        model,
+        plan.cluster,
+        example_inputs=example_inputs or sample_call(plan),
+        global_batch=options.global_batch,
+        precision=options.precision,
+        optimizer=options.optimizer,
+        memory_limit_bytes=options.memory_limit_bytes,
+    )
+    if graph_hash(predictor.sample.trace) != plan.graph_hash:
+        raise PlanMismatch("the plan was made for another model (its traced graph differs); plan again for this model")
+    return predictor
+
+
+def changed(predictor: Predictor, **cluster_fields: Any) -> Predictor:
+    """The same model on a cluster that differs in some fields."""
+    made = predictor.on(dataclasses.replace(predictor.cluster, **cluster_fields))
+    made.forget_prices()
+    return made

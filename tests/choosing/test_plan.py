@@ -1,0 +1,177 @@
+"""Plans by degrees: when they are made, what they say, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import autopar
+from autopar.choosing.report import LayoutReport
+from autopar.errors import AutoparError, Infeasible, LayoutError, PinError, PlanError, PlanMismatch
+from autopar.plans import Plan
+from autopar.staged import StagedPlan
+from tests.choosing.test_search import SEQ, model
+
+NODES = autopar.ClusterSpec.preset("h100-sxm", gpus=16)
+PIPELINE = {"pp": 2, "tp": 2, "zero": 1}
+
+
+@cache
+def made() -> StagedPlan:
+    found = autopar.plan(model(), NODES, seq=SEQ, global_batch=16, pin=PIPELINE)
+    assert isinstance(found, StagedPlan)
+    return found
+
+
+def test_is_what_predict_says() -> None:
+    plan = made()
+    assert {key: plan.layout()[key] for key in PIPELINE} == PIPELINE
+    used = NODES.part(plan.named.devices)
+    guess = autopar.predict(model(), used, plan.named, seq=SEQ, global_batch=16)
+    assert not isinstance(guess, list)
+    summary = plan.to_summary()
+    for key in ("step_time_s", "peak_bytes", "fits"):
+        assert summary[key] == pytest.approx(guess.to_dict()[key], rel=1e-12), key
+    for key in ("tokens_per_s_per_gpu", "mfu", "hfu"):  # of all devices, idle ones too
+        assert summary[key] * NODES.devices == pytest.approx(guess.to_dict()[key] * used.devices, rel=1e-12), key
+    assert summary["gap"] == 0
+    assert sum(plan.blocks) == 6
+    assert plan.mesh == (plan.named.dp, 1, 2)
+
+
+def test_without_pins_it_is_no_slower_than_any_layout() -> None:
+    free = autopar.plan(model(), NODES, seq=SEQ, global_batch=16)
+    if isinstance(free, StagedPlan):
+        assert free.objective_s <= made().objective_s
+    else:  # then the best layout has no pipeline
+        best = autopar.predict(model(), NODES, {"dp": 16}, seq=SEQ, global_batch=16)
+        assert not isinstance(best, list)
+        assert best.step_time_s <= made().objective_s
+
+
+@pytest.mark.parametrize(
+    ("pin", "gpus"), [({"pp": 1}, 16), ({"cp": 1, "tp": 2, "dp": 8}, 16), ({"lm_head.weight": ["S(0)"]}, 16), ({}, 8)]
+)
+def test_plans_op_by_op_stay(pin: dict[str, Any], gpus: int) -> None:
+    cluster = autopar.ClusterSpec.preset("h100-sxm", gpus=gpus)
+    found = autopar.plan(tiny(), cluster, seq=16, global_batch=16, pin=pin or None)
+    assert not isinstance(found, StagedPlan)
+    assert found.decisions.nodes
+
+
+def tiny() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=64, max_position_embeddings=16, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def test_file_and_back(tmp_path: Path) -> None:
+    plan, path = made(), tmp_path / "plan.json"
+    plan.save(path)
+    loaded = Plan.load(path)
+    assert isinstance(loaded, StagedPlan)
+    assert loaded == plan
+    assert loaded.dumps() == plan.dumps()
+
+
+def broken(**changes: Any) -> str:
+    data = json.loads(made().dumps())
+    for key, value in changes.items():
+        (data["staged"] if key in data["staged"] else data)[key] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": [6]}, "expected one count for each of 2 ranks"),
+        ({"blocks": [7, -1]}, "must not be negative"),
+        ({"mesh": [2, 2, 2]}, "is not that of the layout"),
+        ({"roles": ["dp", "cp", "ep"]}, "is not that of the layout"),
+        ({"layout": {"tp": 2, "pp": 0}}, "not a layout"),
+        ({"layout": {"tp": 1000, "pp": 1000}}, "is not that of the layout|expected one count"),
+        ({"others": [{"layout": {"xp": 1}, "step_time_s": 1.0, "peak_bytes": 1}]}, "not a layout"),
+        ({"others": [{"layout": {"tp": 1}, "step_time_s": "fast", "peak_bytes": 1}]}, "wrong type"),
+        ({"counts": {"cells": "many"}}, "expected whole numbers"),
+        ({"staged": []}, "wrong type"),
+        ({"autopar_plan": 3}, "newer autopar"),
+    ],
+)
+def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.loads(broken(**changes))
+
+
+def test_cannot_be_run_yet() -> None:
+    with pytest.raises(AutoparError, match="cannot be run yet; plan with pin pp=1"):
+        autopar.compile(model(), NODES, plan=made())
+    with pytest.raises(AutoparError, match="cannot be run yet; plan with pin pp=1"):
+        autopar.verify(model(), made())
+
+
+@pytest.mark.parametrize(
+    ("pin", "error", "message"),
+    [
+        ({"pp": 2, "lm_head.weight": ("R",)}, PinError, "does not go with pp"),
+        ({"pp": 7}, Infeasible, "no layout satisfies the pins"),
+        ({"pp": "two"}, LayoutError, "pp=two"),
+        ({"pp": 2, "dp": 3}, Infeasible, "no layout satisfies the pins"),
+    ],
+)
+def test_impossible_pins(pin: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        autopar.plan(model(), NODES, seq=SEQ, global_batch=16, pin=pin)
+
+
+def test_report() -> None:
+    report = made().explain(time_limit_s=60)
+    assert isinstance(report, LayoutReport)
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(text.splitlines()) <= 40
+    for said in ("pipeline", "where time goes", "memory", "why not", "what binds", "cannot be run yet", "optimal"):
+        assert said in text
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["layout"] == made().layout()
+    assert data["solver"]["gap"] == 0
+    for worth in data["worths"]:
+        assert worth["saves_s"] >= -1e-12, worth  # more never hurts
+    for other in data["alternatives"]:
+        assert other["extra_s"] is None or other["extra_s"] >= -1e-12, other
+
+
+def test_why_not() -> None:
+    report = made().explain()
+    slower = report.why_not({"tp": 8})
+    assert slower.extra_s is not None and slower.extra_s >= 0
+    assert isinstance(slower.plan, StagedPlan)
+    assert slower.plan.layout()["tp"] == 8
+    assert report.why_not({"tp": 3}).outcome == "impossible"
+    with pytest.raises(AutoparError, match="why_not needs layout keys"):
+        report.why_not({"lm_head.weight": ("R",)})
+
+
+def test_a_loaded_plan_is_explained_again(tmp_path: Path) -> None:
+    loaded = Plan.loads(made().dumps())
+    assert "plan.explain(model)" in str(loaded.explain())
+    with pytest.raises(AutoparError, match="loaded without its model"):
+        loaded.explain().why_not({"tp": 8})
+    again = loaded.explain(model())
+    assert again.why_not({"tp": 8}).plan is not None
+    with pytest.raises(PlanMismatch, match="another model"):
+        loaded.explain(tiny())
+
+
+def test_too_little_memory() -> None:
+    with pytest.raises(Infeasible, match="the leanest needs"):
+        autopar.plan(model(), NODES, seq=SEQ, global_batch=16, pin=PIPELINE, memory_limit_bytes=1 << 28)

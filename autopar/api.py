@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.choosing.plan import choose, is_staged, staged_plan, wish
+from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, wish
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
@@ -70,8 +70,9 @@ def plan(
     time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
     dump_dir: a folder for every stage as readable Python or JSON, see `docs/explain.md`.
-    On several nodes, and where pp, cp, vpp or a schedule is pinned, layouts with pipeline and context ranks are looked
-    at too: if one of them is the fastest, the plan is a `StagedPlan`. Pin pp=1 or cp=1 for one that runs today.
+    Where pp, cp, vpp or a schedule is pinned, and for models that one node of the cluster cannot hold or batches of
+    fewer samples than devices, layouts with pipeline and context ranks are looked at too: if one of them is the
+    fastest, the plan is a `StagedPlan`. Pin pp=1 for one that runs today.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
     precision = _check_options(precision, objective)
@@ -159,15 +160,15 @@ def _staged(
     progress: Callable[[str], None] | None,
 ) -> StagedPlan | None:
     """The best layout, if it has pipeline or context ranks; None where a plan op by op is to be made."""
-    asked = wish(pin, cluster)
-    if asked.apart:
-        return None
-    began = time.perf_counter()
     try:
         batch = global_batch_of(call)
+        asked = wish(pin, cluster, model, batch, limits["optimizer"])
+        if asked.apart:
+            return None
+        began = time.perf_counter()
         predictor = Predictor(model, cluster, example_inputs=call, global_batch=batch, precision=precision, **limits)
     except LayoutError:
-        if asked.wanted:
+        if any(key in (pin or {}) for key in STAGED_KEYS):
             raise
         return None  # what `predict` does not know is planned op by op
     trace_s = time.perf_counter() - began

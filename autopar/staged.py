@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ROLES = ("dp", "cp", "tp")
 NOT_YET = (
-    "a plan with pipeline or context ranks cannot be run yet; plan with pin pp=1, cp=1 (on the command line --pin pp=1 "
-    "--pin cp=1) for one that can"
+    "a plan with pipeline or context ranks cannot be run yet; plan with pin pp=1 (on the command line --pin pp=1) for "
+    "one that can"
 )
 
 

@@ -58,7 +58,7 @@ def _predict_group(group: Sequence[Case], predict: Predict) -> list[Outcome]:
     outcomes, possible = [], []
     for case in group:
         try:
-            possible.append((case, _layout(case)))
+            possible.append((case, layout_of_case(case)))
         except LayoutError as error:
             outcomes.append(Outcome(case, problem=str(error), refused=True))
     if not possible:
@@ -78,7 +78,7 @@ def _predict_group(group: Sequence[Case], predict: Predict) -> list[Outcome]:
     return outcomes + [_outcome(case, p) for (case, _), p in zip(possible, predictions, strict=True)]
 
 
-def _layout(case: Case) -> Layout:
+def layout_of_case(case: Case) -> Layout:
     """The layout of a case; LayoutError where its model cannot be cut that way."""
     dims, layout = case.dims, parse_layout(case.layout, case.machine.gpus)
     cut = {"blocks": dims.layers, "heads": dims.heads, "kv_heads": dims.kv_heads, "seq": dims.seq}

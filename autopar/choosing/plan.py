@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.choosing.search import KEPT, LayoutChoice, LayoutSearch
+from autopar.choosing.search import KEPT, LayoutChoice, LayoutSearch, rounded
 from autopar.choosing.space import LAYOUT_KEYS, Space
 from autopar.cluster import ClusterSpec
+from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError, PlanMismatch
 from autopar.placements import State
 from autopar.plan_types import Decisions
@@ -38,11 +40,15 @@ class Wish:
     apart: str = ""
 
 
-def wish(pin: Mapping[str, Any] | None, cluster: ClusterSpec) -> Wish:
+def wish(
+    pin: Mapping[str, Any] | None, cluster: ClusterSpec, model: nn.Module, global_batch: int, optimizer: str
+) -> Wish:
     """Whether layouts with pipeline and context ranks are to be looked at.
 
-    They are where the cluster has several nodes, unless pp=1 is pinned or anything that layouts don't speak of; and
-    wherever a degree of theirs is pinned. PinError for pins that go with neither kind of plan.
+    They are wherever one of their degrees is pinned. Where none is, they are on clusters of several nodes if a node
+    cannot hold the model's training state, or if there are fewer samples than devices: otherwise data parallelism
+    across nodes and tensor parallelism inside them keep all devices busy, and a plan op by op decides more. PinError
+    for pins that go with neither kind of plan.
     """
     given = dict(pin or {})
     wanted = any(given.get(key, 1) not in (1, "none") for key in STAGED_KEYS)
@@ -55,11 +61,23 @@ def wish(pin: Mapping[str, Any] | None, cluster: ClusterSpec) -> Wish:
         )
     if wanted:
         return Wish(given, wanted=True)
-    if cluster.nodes == 1:
-        return Wish(given, wanted=False, apart="one node")
-    if given.get("pp") == 1 or given.get("cp") == 1 or foreign:
+    all_used = math.prod(given[key] for key in ("dp", "tp") if isinstance(given.get(key), int)) == cluster.devices
+    if given.get("pp") == 1 or given.get("cp") == 1 or foreign or all_used:
         return Wish(given, wanted=False, apart="pinned")
+    node_bytes = cluster.devices_per_node * cluster.device.usable_bytes
+    if cluster.nodes == 1 or (_state_bytes(model, optimizer) <= node_bytes and global_batch >= cluster.devices):
+        return Wish(given, wanted=False, apart="no need")
     return Wish(given, wanted=False)
+
+
+def _state_bytes(model: nn.Module, optimizer: str) -> int:
+    """Parameters, their gradients in float32, and the optimizer's state with its master copy."""
+    states = OptimizerSpec(optimizer).states_per_param
+    found = 0
+    for param in model.parameters():
+        size = param.dtype.itemsize
+        found += param.numel() * (size + 4 + 4 * states + (4 if size < 4 and states else 0))
+    return found
 
 
 def choose(
@@ -77,10 +95,9 @@ def is_staged(choice: LayoutChoice) -> bool:
 def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions) -> StagedPlan:
     """The plan that a choice comes to."""
     best, layout = choice.best, choice.best.layout
-    figures = {key: value for key, value in best.to_dict().items() if key != "layout"}
-    figures["tokens_per_s_per_gpu"] *= choice.devices / predictor.cluster.devices  # idle ones count
-    figures["mfu"] *= choice.devices / predictor.cluster.devices
-    figures["hfu"] *= choice.devices / predictor.cluster.devices
+    figures = _rounded({key: value for key, value in best.to_dict().items() if key != "layout"})
+    for rate in ("tokens_per_s_per_gpu", "mfu", "hfu"):  # idle devices count
+        figures[rate] = rounded(figures[rate] * choice.devices / predictor.cluster.devices)
     return StagedPlan(
         graph_hash=graph_hash(predictor.sample.trace),
         torch_version=torch.__version__.split("+")[0],
@@ -93,19 +110,31 @@ def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions
         layout_keys=layout.to_dict(),
         predicted=figures,
         status="optimal" if choice.gap == 0 else "feasible",
-        objective_s=best.step_time_s,
-        bound_s=choice.bound_s,
-        gap=choice.gap,
+        objective_s=rounded(best.step_time_s),
+        bound_s=rounded(choice.bound_s),
+        gap=rounded(choice.gap),
         candidates=tuple(
-            Candidate((p.layout.pp, p.layout.dp, p.layout.cp, p.layout.tp), "feasible", p.step_time_s, None)
+            Candidate((p.layout.pp, p.layout.dp, p.layout.cp, p.layout.tp), "feasible", rounded(p.step_time_s), None)
             for p in (best, *choice.alternatives)
         ),
         timings={"solve_s": choice.solve_s},
         blocks=tuple(best.breakdown["blocks_per_stage"]),
-        others=tuple(OtherLayout(p.layout.to_dict(), p.step_time_s, p.peak_bytes) for p in choice.alternatives[:KEPT]),
+        others=tuple(
+            OtherLayout(p.layout.to_dict(), rounded(p.step_time_s), p.peak_bytes) for p in choice.alternatives[:KEPT]
+        ),
         counts={"cells": choice.cells, "visited": choice.visited, "priced": choice.priced},
         predictor=predictor,
     )
+
+
+def _rounded(data: dict[str, Any]) -> dict[str, Any]:
+    """Its figures, as every processor would have them."""
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        kept[key] = (
+            rounded(value) if isinstance(value, float) else _rounded(value) if isinstance(value, dict) else value
+        )
+    return kept
 
 
 def _inputs(predictor: Predictor) -> tuple[InputShape, ...]:

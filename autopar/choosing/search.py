@@ -50,6 +50,11 @@ class LayoutChoice:
         return max(0.0, 1 - self.bound_s / self.best.step_time_s)
 
 
+def rounded(seconds: float) -> float:
+    """To what every processor agrees on: sums of products differ in their last digits between them."""
+    return float(f"{seconds:.12g}")
+
+
 class LayoutSearch:
     """The search for one model, batch and cluster."""
 
@@ -76,7 +81,7 @@ class LayoutSearch:
                 self.progress(f"layouts: {self.priced} priced, {visited} of {len(cells)} cells")
         if not self.found:
             raise self._infeasible(timed_out)
-        best, *others = sorted(self.found.values(), key=lambda p: p.step_time_s)
+        best, *others = sorted(self.found.values(), key=lambda p: (rounded(p.step_time_s), str(p.layout)))
         solve_s = time.perf_counter() - began
         return LayoutChoice(
             best, tuple(others[:KEPT]), min(bound_s, best.step_time_s), best.layout.devices, len(cells), visited,
@@ -103,13 +108,13 @@ class LayoutSearch:
         leaves = list(self.space.leaves(cell.group, cell.pp, cell.dp))
         if not any(m.total <= predictor.limit_bytes for _, m in self._lean(predictor, leaves)):
             return
-        for floor_s, layout in sorted(self._floors(predictor, leaves), key=lambda pair: pair[0]):
+        for floor_s, layout in sorted(self._floors(predictor, leaves), key=lambda pair: rounded(pair[0])):
             known = self.found.get(key)
             if floor_s >= (known.step_time_s if known else self._best_s):
                 break
             for fitting in self._fitting(predictor, layout):
                 made = self._price(predictor, fitting)
-                if key not in self.found or made.step_time_s < self.found[key].step_time_s:
+                if key not in self.found or rounded(made.step_time_s) < rounded(self.found[key].step_time_s):
                     self.found[key] = made
 
     def _floors(self, predictor: Predictor, leaves: list[Layout]) -> Iterator[tuple[float, Layout]]:

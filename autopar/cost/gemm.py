@@ -51,6 +51,8 @@ _TILES = (  # m, n, efficiency relative to the largest
     (64, 64, 0.70),
 )
 _PIECES = (1, 2, 3, 4, 6, 8)  # of k, each on a multiprocessor of its own, added up at the end
+_TILE_AXES = tuple(np.array(column, np.float64)[:, None] for column in zip(*_TILES, strict=True))  # [tiles, 1] each
+_PIECE_AXIS = np.array(_PIECES, np.float64)[None]  # [1, pieces]
 _STEP = 64  # of k, that the main loop takes at a time
 _PIECES_S = 2e-6  # a second pass over the result
 _CACHE_SPEEDUP = 2.5  # the pieces of the result stay in the second-level cache, which is so much faster than memory
@@ -87,16 +89,19 @@ def _tiled_s(device: DeviceSpec, m: Seconds, n: Seconds, k: Seconds, batch: Seco
     """The least of all kernels, in seconds of their waves."""
     one_s = device.multiprocessors / (device.peak_flops(dtype) * device.matmul_burst_fraction)  # a FLOP on one of them
     cache_bytes_per_s = device.memory_bytes_per_s * _CACHE_SPEEDUP
-    steps = {pieces: _STEP * np.ceil(k / (pieces * _STEP)) for pieces in _PIECES}
-    merging = {p: 0.0 if p == 1 else _PIECES_S + 4 * (p + 1) * batch * m * n / cache_bytes_per_s for p in _PIECES}
-    least = np.full(m.shape, np.inf)
-    for tile_m, tile_n, efficiency in _TILES:
-        tiles = batch * np.ceil(m / tile_m) * np.ceil(n / tile_n)
-        step_s = 2.0 * tile_m * tile_n * one_s / efficiency
-        for pieces in _PIECES:
-            waves = np.ceil(tiles * pieces / device.multiprocessors)
-            least = np.minimum(least, waves * (step_s * steps[pieces] + device.matmul_wave_s) + merging[pieces])
+    m, n, k, batch = (size[None, None] for size in (m, n, k, batch))  # [tiles, pieces, products]
+    tile_m, tile_n, efficiency, pieces = (_axes(values, m.ndim) for values in (*_TILE_AXES, _PIECE_AXIS))
+    merging_s = np.where(pieces == 1, 0.0, _PIECES_S + 4 * (pieces + 1) * batch * m * n / cache_bytes_per_s)
+    steps = _STEP * np.ceil(k / (pieces * _STEP))
+    waves = np.ceil(batch * np.ceil(m / tile_m) * np.ceil(n / tile_n) * pieces / device.multiprocessors)
+    step_s = 2.0 * tile_m * tile_n * one_s / efficiency
+    least: Seconds = (waves * (step_s * steps + device.matmul_wave_s) + merging_s).min(axis=(0, 1))
     return least
+
+
+def _axes(values: Seconds, dims: int) -> Seconds:
+    """[tiles, pieces] with a dim of one for each dim of the sizes."""
+    return values.reshape(*values.shape, *(1,) * (dims - 2))
 
 
 def _curve_s(curve: OpCurve, flops: Seconds) -> Seconds:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from autopar.cluster import ClusterSpec
 from autopar.cost.collectives import MeshAxis
 from autopar.layouts import Layout
 from autopar.predicting.precision import Precision
 from autopar.predicting.run import Run
-from autopar.predicting.sizes import Shape
+from autopar.predicting.sizes import Floats, Shape
 from autopar.predicting.stages import Stage
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer
@@ -28,6 +29,11 @@ class Job:
     precision: Precision
     run: Run
 
+    @cached_property
+    def weights(self) -> Floats:
+        """[5]: what a share of each kind counts."""
+        return self.shape.weights
+
     @property
     def data_axis(self) -> MeshAxis:
         """The ranks that share the weights of one stage and tensor rank."""
@@ -45,7 +51,7 @@ class Job:
 
     def numbers(self, stage: Stage) -> float:
         """Parameters that one rank of the stage computes with; tied ones once where one stage has both uses."""
-        weights = self.shape.weights
+        weights = self.weights
         numbers = sum(times * float(part.parameters @ weights) for part, times in stage.parts(self.table))
         if stage.first and stage.last:
             numbers -= float(self.table.after.tied @ weights)

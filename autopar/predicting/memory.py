@@ -64,7 +64,7 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
 def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     """The peak on the ranks of stage `at`."""
     table, layout, precision, run = job.table, job.layout, job.precision, job.run
-    weights, numbers, replicas = job.shape.weights, job.numbers(stage), job.data_axis.size
+    weights, numbers, replicas = job.weights, job.numbers(stage), job.data_axis.size
     kept = float(kept_on(stage, table, layout, run) @ weights)
     extra = max((_extra(part, job) for part, _ in stage.parts(table)), default=0.0)
     gathered = 0.0
@@ -105,7 +105,7 @@ def _ahead(job: Job, stage: Stage) -> float:
 
 def _extra(part: Part, job: Job) -> float:
     """How far the passes of a part rise above what it keeps."""
-    weights = job.shape.weights
+    weights = job.weights
     kept = float(kept_of(part, job.table, job.layout, job.run) @ weights)
     again = kept - float(part.gathered @ weights) if job.run.keeps_gathered and job.layout.sp else kept
     forward = float((part.forward.alive @ weights).max()) - again

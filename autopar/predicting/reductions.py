@@ -49,7 +49,7 @@ def tied_s(job: Job, stage: Stage) -> float:
     """The first and the last stage exchange and add the gradients of what both use."""
     if job.layout.pp == 1 or not (stage.first or stage.last):
         return 0.0
-    nbytes = float(job.table.after.tied @ job.shape.weights) * job.precision.gradient
+    nbytes = float(job.table.after.tied @ job.weights) * job.precision.gradient
     return collective_time_s("permute", nbytes, job.pipeline_axis, job.cluster) if nbytes else 0.0
 
 

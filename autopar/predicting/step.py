@@ -36,21 +36,23 @@ class StepTime:
 
 def step_time(job: Job, stages: list[Stage]) -> StepTime:
     """Price one step."""
-    works = [_with_accumulation(job, s, stage_work(job.table, s, job.layout, job.pricer, job.shape)) for s in stages]
-    gathers_s = [zero3_s(job, s, w) for s, w in zip(stages, works, strict=True)]
-    slow = max(range(len(works)), key=lambda i: _seconds(works[i]) + gathers_s[i])
-    worst, n = works[slow], job.micro_batches
+    work_of = {  # many stages are alike
+        s: _with_accumulation(job, s, stage_work(job.table, s, job.layout, job.pricer, job.shape)) for s in set(stages)
+    }
+    gathers_s = {s: zero3_s(job, s, w) for s, w in work_of.items()}
+    slow = max(stages, key=lambda s: _seconds(work_of[s]) + gathers_s[s])
+    worst, n = work_of[slow], job.micro_batches
     send_s = sum(send_parts_s(job))
     return StepTime(
         forward_s=n * _own(worst.forward),
         backward_s=n * _own(worst.backward),
         recompute_s=n * _own(worst.again),
         tensor_messages_s=n * (worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s),
-        bubble_s=_bubble_s(job, works, slow, send_s),
+        bubble_s=_bubble_s(job, [work_of[s] for s in stages], worst, send_s),
         send_s=0.0 if job.layout.pp == 1 else 2 * n * job.layout.vpp * send_s,
-        gradients_s=max(reduce_s(job, s, w) for s, w in zip(stages, works, strict=True)),
+        gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
         gathers_s=n * gathers_s[slow],
-        optimizer_s=optimizer_s(job, max(job.numbers(s) for s in stages)),
+        optimizer_s=optimizer_s(job, max(map(job.numbers, work_of))),
         flops=n * (worst.forward.flops + worst.backward.flops),
         again_flops=n * worst.again.flops,
     )
@@ -63,6 +65,10 @@ def _own(work: Work) -> float:
 
 def _seconds(work: StageWork) -> float:
     return work.forward.seconds + work.whole_backward.seconds
+
+
+def _forward_and_again(work: StageWork) -> float:
+    return work.forward.seconds + work.again.seconds
 
 
 def _with_accumulation(job: Job, stage: Stage, work: StageWork) -> StageWork:
@@ -78,7 +84,7 @@ def accumulation_s(job: Job, numbers: float) -> float:
     return job.streaming_s(numbers * (job.precision.parameter + 2 * job.precision.gradient))
 
 
-def _bubble_s(job: Job, works: list[StageWork], slow: int, send_s: float) -> float:
+def _bubble_s(job: Job, works: list[StageWork], slow: StageWork, send_s: float) -> float:
     """What a pipeline adds to the slowest stage's own work: one micro-batch through all the others, both ways.
 
     Interleaved stages make it 1/vpp of that (Narayanan et al. 2021); zero-bubble hides the weights' gradients, half
@@ -86,10 +92,10 @@ def _bubble_s(job: Job, works: list[StageWork], slow: int, send_s: float) -> flo
     """
     if job.layout.pp == 1:
         return 0.0
-    others = [w for i, w in enumerate(works) if i != slow]
-    around = sum(_seconds(w) for w in others) / job.layout.vpp
+    counted = _seconds
     if job.layout.schedule == "zero-bubble":
-        around = sum(w.forward.seconds + w.again.seconds for w in others)
+        counted = _forward_and_again
+    around = (sum(map(counted, works)) - counted(slow)) / job.layout.vpp
     return around + 2 * (job.layout.pp - 1) * send_s
 
 
@@ -103,7 +109,7 @@ def send_parts_s(job: Job) -> tuple[float, float]:
     if layout.pp == 1:
         return 0.0, 0.0
     part = job.table.block or job.table.before
-    nbytes = float(part.boundary @ job.shape.weights)
+    nbytes = float(part.boundary @ job.weights)
     if layout.tp == 1 or layout.sp:
         return collective_time_s("permute", nbytes, job.pipeline_axis, cluster), 0.0
     gather_s = collective_time_s("all_gather", nbytes, MeshAxis(layout.tp, 1), cluster)

@@ -13,7 +13,7 @@ from autopar.cost.compute import OpClass, op_time_s
 from autopar.cost.gemm import gemm_times_s
 from autopar.cost.host import OpCounts, host_time_s
 from autopar.predicting.run import Run
-from autopar.predicting.sizes import Shape
+from autopar.predicting.sizes import KINDS, Floats, Shape
 from autopar.predicting.table import Pass
 
 # What a collective of the tensor axis costs the host, in ops of the forward pass: the framework's autograd function,
@@ -51,12 +51,36 @@ class Work:
         return Work(self.kernels_s * times, self.messages_s * times, self.host_s * times, self.flops * times)
 
 
+@dataclass(frozen=True)
+class _Arrays:
+    """The sizes of a pass, stacked. flops, bytes: [kernels, 5]. dims: [products, 4, 5]. products: rows by dtype."""
+
+    flops: Floats
+    bytes: Floats
+    dims: Floats
+    products: dict[str, list[int]]
+
+    @staticmethod
+    def of(one: Pass) -> _Arrays:
+        found = [(k.dtype, k.dims) for k in one.kernels if k.dims is not None]
+        products: dict[str, list[int]] = {}
+        for row, (dtype, _) in enumerate(found):
+            products.setdefault(dtype, []).append(row)
+        return _Arrays(
+            flops=np.array([k.flops for k in one.kernels]).reshape(-1, KINDS),
+            bytes=np.array([k.bytes for k in one.kernels]).reshape(-1, KINDS),
+            dims=np.array([dims for _, dims in found]).reshape(-1, 4, KINDS),
+            products=products,
+        )
+
+
 class Pricer:
     """Prices passes on one cluster; every (pass, shape) once."""
 
     def __init__(self, cluster: ClusterSpec, run: Run) -> None:
         self.cluster, self.device, self.run = cluster, cluster.device, run
         self._known: dict[tuple[int, Shape], Work] = {}
+        self._stacked: dict[int, _Arrays] = {}
 
     def work(self, of: Pass, shape: Shape) -> Work:
         """What one micro-batch of this shape takes."""
@@ -66,20 +90,15 @@ class Pricer:
         return self._known[key]
 
     def _price(self, of: Pass, shape: Shape) -> Work:
-        weights = shape.weights
-        seconds = flops = 0.0
-        products = [k for k in of.kernels if k.dims is not None]
-        if products:
-            dims = np.maximum(np.stack([k.dims for k in products if k.dims is not None]) @ weights, 1.0)
-            for dtype in {k.dtype for k in products}:
-                rows = dims[[k.dtype == dtype for k in products]]
-                found = gemm_times_s(self.device, rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 0], dtype)
-                seconds += float(np.sum(found))
-        for kernel in of.kernels:
-            work = float(kernel.flops @ weights)
-            flops += work
+        arrays, weights = self._arrays(of), shape.weights
+        works, moved = arrays.flops @ weights, arrays.bytes @ weights
+        dims = np.maximum(arrays.dims @ weights, 1.0)
+        seconds = 0.0
+        for dtype, rows in arrays.products.items():
+            batch, m, n, k = dims[rows].T
+            seconds += float(np.sum(gemm_times_s(self.device, m, n, k, batch, dtype)))
+        for kernel, work, nbytes in zip(of.kernels, works.tolist(), moved.tolist(), strict=True):
             if kernel.dims is None:
-                nbytes = float(kernel.bytes @ weights)
                 times = self.run.attention_factor if kernel.kind is OpClass.ATTENTION else 1.0
                 seconds += times * _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
         seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
@@ -89,7 +108,12 @@ class Pricer:
         host_s = self._host_s(of, messages) + messages * stall_s
         if shape.tensor > self.cluster.devices_per_node:
             messages_s += messages * self.run.far_tensor_s * shape.tensor
-        return Work(seconds, messages_s, host_s, flops)
+        return Work(seconds, messages_s, host_s, float(works.sum()))
+
+    def _arrays(self, of: Pass) -> _Arrays:
+        if id(of) not in self._stacked:
+            self._stacked[id(of)] = _Arrays.of(of)
+        return self._stacked[id(of)]
 
     def _host_s(self, of: Pass, messages: int) -> float:
         """What it takes to launch it all."""

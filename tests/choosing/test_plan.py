@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,22 +39,21 @@ def test_is_what_predict_says() -> None:
     assert not isinstance(guess, list)
     summary = plan.to_summary()
     for key in ("step_time_s", "peak_bytes", "fits"):
-        assert summary[key] == pytest.approx(guess.to_dict()[key], rel=1e-12), key
+        assert summary[key] == pytest.approx(guess.to_dict()[key], rel=1e-10), key
     for key in ("tokens_per_s_per_gpu", "mfu", "hfu"):  # of all devices, idle ones too
-        assert summary[key] * NODES.devices == pytest.approx(guess.to_dict()[key] * used.devices, rel=1e-12), key
+        assert summary[key] * NODES.devices == pytest.approx(guess.to_dict()[key] * used.devices, rel=1e-10), key
     assert summary["gap"] == 0
     assert sum(plan.blocks) == 6
     assert plan.mesh == (plan.named.dp, 1, 2)
 
 
-def test_without_pins_it_is_no_slower_than_any_layout() -> None:
-    free = autopar.plan(model(), NODES, seq=SEQ, global_batch=16)
-    if isinstance(free, StagedPlan):
-        assert free.objective_s <= made().objective_s
-    else:  # then the best layout has no pipeline
-        best = autopar.predict(model(), NODES, {"dp": 16}, seq=SEQ, global_batch=16)
-        assert not isinstance(best, list)
-        assert best.step_time_s <= made().objective_s
+def test_fewer_samples_than_devices() -> None:
+    """Then data parallelism does not fill the cluster, and the free plan is no slower than any layout that does."""
+    free = autopar.plan(model(), NODES, seq=SEQ, global_batch=4)
+    assert isinstance(free, StagedPlan)
+    named = autopar.predict(model(), NODES, ["tp=4", "tp=4,pp=4,dp=1", "pp=4,tp=2,dp=2"], seq=SEQ, global_batch=4)
+    assert isinstance(named, list)
+    assert free.objective_s <= min(p.step_time_s for p in named if p.fits)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +177,26 @@ def test_a_loaded_plan_is_explained_again(tmp_path: Path) -> None:
 def test_too_little_memory() -> None:
     with pytest.raises(Infeasible, match="the leanest needs"):
         autopar.plan(model(), NODES, seq=SEQ, global_batch=16, pin=PIPELINE, memory_limit_bytes=1 << 28)
+
+
+PLAN_IT = """
+import sys
+import autopar
+from tests.choosing.test_plan import NODES, SEQ, model
+sys.stdout.write(autopar.plan(model(), NODES, seq=SEQ, global_batch=4).dumps())
+"""
+
+
+def test_the_same_bytes_from_other_processors() -> None:
+    """Fewer vector units, another BLAS kernel, another number of threads: numpy then sums in another order."""
+    others = [
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "2", "OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX2 FMA3"},
+    ]
+    texts = []
+    for changed in others:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changed}
+        done = subprocess.run([sys.executable, "-c", PLAN_IT], env=env, capture_output=True, text=True, check=True)
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+    assert isinstance(Plan.loads(texts[0]), StagedPlan)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import autopar
 from autopar.cli import EXIT_OK, main
@@ -161,14 +162,22 @@ LAYOUT = frozenset(
         "wait_tensor", "getitem", "clone", "reshape", "view", "_unsafe_view", "permute", "t", "transpose", "cat",
         "slice", "expand", "squeeze", "unsqueeze", "all_gather_into_tensor", "all_to_all_single", "all_reduce",
         "all_reduce_coalesced", "reduce_scatter_tensor", "_to_copy", "add", "mul", "div", "stack", "slice_backward",
-        "select_backward", "constant_pad_nd",
+        "select_backward", "constant_pad_nd", "empty", "copy",
     }
 )  # fmt: skip
 SUMS = ("all_reduce", "all_reduce_coalesced", "reduce_scatter_tensor")
 
 
-def gradient_sums(emitted: EmittedProgram) -> list[torch.dtype]:
-    """The dtypes in which gradients of parameters are summed over ranks."""
+def writers(buffer: fx.Node) -> list[fx.Node]:
+    """Who writes into parts of a buffer."""
+    found = []
+    for user in buffer.users:
+        found += writers(user) if str(user.target) in ("aten.slice.Tensor", "aten.view.default") else [user]
+    return found
+
+
+def gradient_sums(emitted: EmittedProgram) -> list[torch.Tensor]:
+    """What is summed over ranks to make gradients of parameters."""
     output = next(iter(emitted.backward.find_nodes(op="output")))
     stack, seen, found = list(output.all_input_nodes), set(), []
     while stack:
@@ -179,7 +188,9 @@ def gradient_sums(emitted: EmittedProgram) -> list[torch.dtype]:
             continue
         seen.add(node)
         if is_collective(node) and name in SUMS:
-            found += [source.meta["val"].dtype for source in node.all_input_nodes]
+            found += [source.meta["val"] for source in node.all_input_nodes]
+        if name == "empty":
+            stack += writers(node)
         stack += [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor) or is_collective(n)]
     return found
 
@@ -189,10 +200,10 @@ def gradient_sums(emitted: EmittedProgram) -> list[torch.dtype]:
 )
 def test_gradients_are_summed_in_float32(name: str, pin: str) -> None:
     _, traced, plan = planned(name, pin)
-    dtypes = gradient_sums(emit_for(traced, plan))
-    assert set(dtypes) == {torch.float32}
+    summed = gradient_sums(emit_for(traced, plan))
+    assert {t.dtype for t in summed} == {torch.float32}
     if (name, pin) == ("batch", "ddp"):
-        assert len(dtypes) == len(traced.grads) == 4
+        assert sum(t.numel() for t in summed) == sum(math.prod(p.shape) for p in traced.params)
 
 
 def test_without_the_rule_they_would_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +212,8 @@ def test_without_the_rule_they_would_not_be(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(f"{module}.narrow_gradients", lambda flow, nodes: frozenset())
     model, call = large_batch()
     plan = autopar.plan(model, cluster((2,)), example_inputs=call, pin={"dp": 2, "zero": 3}, precision="bf16")
-    assert torch.bfloat16 in gradient_sums(emit_for(trace(model, call, precision="bf16"), plan))
+    summed = gradient_sums(emit_for(trace(model, call, precision="bf16"), plan))
+    assert torch.bfloat16 in {t.dtype for t in summed}
 
 
 def test_weights_are_gathered_in_bfloat16() -> None:

@@ -40,7 +40,7 @@ def priced() -> Predictor:
 def test_memory_peaks_where_it_is_priced(priced: Predictor, layout: str) -> None:
     """Uneven chunks of interleaved stages aside, to the byte."""
     found, predicted = simulate_layout(priced, layout), priced.predict(layout)
-    assert found.peak_bytes == pytest.approx(predicted.peak_bytes, abs=2, rel=0.002 if "vpp" in layout else 0)
+    assert found.peak_bytes == pytest.approx(predicted.peak_bytes, abs=2, rel=0.004 if "vpp" in layout else 0)
 
 
 @pytest.mark.parametrize("layout", ["dp=8", "dp=8,zero=1", "dp=4,tp=2,zero=2", "tp=8", "dp=2,tp=4,recompute=full"])

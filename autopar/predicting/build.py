@@ -35,9 +35,14 @@ _PRODUCTS = {
 }
 
 
-def build_table(sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fusion: str) -> ModelTable:
-    """batch: of the trace. tokens: of one sequence. fusion: see `autopar.predicting.fusing`."""
-    return _Builder(sample, axis, batch, tokens, fusion).table()
+def build_table(
+    sample: Sample, axis: TensorAxis, batch: int, tokens: int, *, fusion: str, kv_share: float = 1.0
+) -> ModelTable:
+    """batch: of the trace. tokens: of one sequence. fusion: see `autopar.predicting.fusing`. kv_share: key-value heads
+    for each head of queries, where fused attention reads them repeated."""
+    builder = _Builder(sample, axis, batch, tokens, fusion)
+    builder.kv_share = kv_share
+    return builder.table()
 
 
 def keeps_scores(sample: Sample, tokens: int) -> bool:
@@ -48,6 +53,8 @@ def keeps_scores(sample: Sample, tokens: int) -> bool:
 
 
 class _Builder(Reading):
+    kv_share = 1.0
+
     def table(self) -> ModelTable:
         trained = [p for p in self.trace.params if p.fqn in self.trace.grads]
         blocks = self.sample.count
@@ -234,12 +241,12 @@ class _Builder(Reading):
         backward = self.parts.ops(self.flow, name, backward=True)
         kept = self._kept(forward)
         core = {v: s for v, s in kept.items() if self._is_quadratic(v)}
-        saved = self._saved(forward)
+        saved, shown = self._saved(forward), self._shown(forward)
         used = self._parameters(forward + backward)
         others = {p for other in (BEFORE, BLOCK, AFTER) if other != name for p in self._used(other)}
         return Part(
-            forward=self._pass(forward, kept, backward=False),
-            backward=self._pass(backward, kept, backward=True),
+            forward=self._pass(forward, kept, shown, backward=False),
+            backward=self._pass(backward, kept, shown, backward=True),
             kept=total(list(kept.values())),
             kept_selective=total([s for v, s in kept.items() if v not in core]),
             kept_products=total([s for v, s in kept.items() if v in saved]),
@@ -251,7 +258,7 @@ class _Builder(Reading):
             tied=total([self._numbers(p) for p in used if p in others]),
         )
 
-    def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], *, backward: bool) -> Pass:
+    def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], shown: Floats, *, backward: bool) -> Pass:
         kernels = groups(self.flow, ops, self._node_grows, self.fusion, self._alike)
         return Pass(
             tuple(self._kernel(k) for k in kernels),
@@ -259,6 +266,7 @@ class _Builder(Reading):
             self._alive(kernels, kept, backward=backward),
             self._views(ops),
             backward,
+            shown,
         )
 
     def _saved(self, forward: list[fx.Node]) -> set[str]:
@@ -284,7 +292,31 @@ class _Builder(Reading):
             ]
         ops = [n for n in forward if n in needed]
         kernels = groups(self.flow, ops, self._node_grows, self.fusion, self._alike)
-        return Pass(tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._views(ops), False)
+        return Pass(
+            tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._views(ops), False, self._shown(ops)
+        )
+
+    def _shown(self, ops: list[fx.Node]) -> Floats:
+        """[5] bytes of the keys and values that attention in these forward ops reads, each head of them once."""
+        found = []
+        for node in ops:
+            operands, rule = self.flow.operands_of[node], self.axis.rules[node.name]
+            for slot in self._key_slots(node):
+                size = self._size(operands[slot].tensor, rule.inputs[slot], False)
+                found.append(size * self.kv_share if op_class(node.target) is OpClass.ATTENTION else size)
+        return total(found)
+
+    def _key_slots(self, node: fx.Node) -> tuple[int, ...]:
+        """Which operands of an op are keys or values."""
+        if op_class(node.target) is OpClass.ATTENTION:
+            return 1, 2
+        target: Any = node.target
+        slots = _PRODUCTS.get(target)
+        if slots is None:
+            return ()
+        made = [t for t in result_metas(node) if t is not None]
+        scores = any(map(self._is_scores, made)) or self._is_scores(self.flow.operands_of[node][slots[0]].tensor)
+        return slots[1:] if scores else ()
 
     def _views(self, ops: list[fx.Node]) -> int:
         return len({v.node for n in ops for o in self.flow.operands_of[n] for v in o.views})

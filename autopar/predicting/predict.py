@@ -87,7 +87,9 @@ class Predictor:
         tokens = _tokens(sample.trace.inputs)
         self.run = run or Run.usual(keeps_scores(sample, tokens))
         self.axis = axis = tensor_axis(sample.trace, cluster, tokens)
-        self.table: ModelTable = build_table(sample, axis, batch, tokens, fusion=self.run.fusion)
+        self.table: ModelTable = build_table(
+            sample, axis, batch, tokens, fusion=self.run.fusion, kv_share=_kv_share(self.heads, self.kv_heads)
+        )
         self.pricer = Pricer(cluster, self.run)
         self._stages: dict[tuple[int, bool, Shape], tuple[Stage, ...]] = {}
 
@@ -196,7 +198,6 @@ def predict(
 
     options: of `Predictor`: example_inputs=(args, kwargs), or seq= for a transformers model; precision, optimizer,
         memory_limit_bytes (per device; what the device can give if left out).
-    With cp > 1 the exchange of keys and values between ranks is not priced yet: such layouts come out too fast.
     Raises LayoutError for a layout that cannot be, TraceError for a model that cannot be traced.
     """
     predictor = Predictor(model, cluster, global_batch=global_batch, **options)
@@ -242,6 +243,10 @@ def _with_batch(example_inputs: Any, batch: int) -> Any:
         return torch.zeros((batch, *t.shape[1:]), dtype=t.dtype, device="meta")
 
     return pytree.tree_map_only(torch.Tensor, resized, example_inputs)
+
+
+def _kv_share(heads: int | None, kv_heads: int | None) -> float:
+    return kv_heads / heads if heads and kv_heads else 1.0
 
 
 def _tokens(inputs: Any) -> int:

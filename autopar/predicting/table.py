@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from autopar.cost.compute import OpClass
-from autopar.predicting.sizes import ACT, Floats
+from autopar.predicting.sizes import ACT, KINDS, Floats
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,28 @@ class Message:
 @dataclass(frozen=True)
 class Pass:
     """Forward or backward pass of one part. alive: [kernels, 5] bytes that exist while each kernel runs, of what the
-    pass makes itself, and (backward) of what was kept for it. views: that eager execution makes."""
+    pass makes itself, and (backward) of what was kept for it. views: that eager execution makes. shown: [5] bytes of
+    keys and values, which every rank of the context axis has to see.
+    """
 
     kernels: tuple[Kernel, ...]
     messages: tuple[Message, ...]
     alive: Floats
     views: int
     backward: bool
+    shown: Floats
 
     @cached_property
     def weight_gradients(self) -> Pass:
         """Of a backward pass: the products that nothing before it waits for, as they sum over the batch."""
-        return Pass(tuple(k for k in self.kernels if k.sums_over_batch), (), self.alive, 0, self.backward)
+        products = tuple(k for k in self.kernels if k.sums_over_batch)
+        return Pass(products, (), self.alive, 0, self.backward, np.zeros(KINDS))
 
     @cached_property
     def input_gradients(self) -> Pass:
         """Of a backward pass: all the rest."""
         rest = tuple(k for k in self.kernels if not k.sums_over_batch)
-        return Pass(rest, self.messages, self.alive, self.views, self.backward)
+        return Pass(rest, self.messages, self.alive, self.views, self.backward, self.shown)
 
 
 @dataclass(frozen=True)

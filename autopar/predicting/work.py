@@ -93,14 +93,17 @@ class Pricer:
         arrays, weights = self._arrays(of), shape.weights
         works, moved = arrays.flops @ weights, arrays.bytes @ weights
         dims = np.maximum(arrays.dims @ weights, 1.0)
-        seconds = 0.0
+        seconds = attention_s = 0.0
         for dtype, rows in arrays.products.items():
             batch, m, n, k = dims[rows].T
             seconds += float(np.sum(gemm_times_s(self.device, m, n, k, batch, dtype)))
         for kernel, work, nbytes in zip(of.kernels, works.tolist(), moved.tolist(), strict=True):
             if kernel.dims is None:
-                times = self.run.attention_factor if kernel.kind is OpClass.ATTENTION else 1.0
-                seconds += times * _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
+                kernel_s = _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)
+                if kernel.kind is OpClass.ATTENTION:
+                    kernel_s *= self.run.attention_factor
+                    attention_s += kernel_s
+                seconds += kernel_s
         seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0
@@ -108,12 +111,25 @@ class Pricer:
         host_s = self._host_s(of, messages) + messages * stall_s
         if shape.tensor > self.cluster.devices_per_node:
             messages_s += messages * self.run.far_tensor_s * shape.tensor
+        shown_s = self._ring_s(of, shape) - attention_s / self.device.step_fraction
+        messages_s += max(0.0, shown_s) * (shape.context - 1) / shape.context
         return Work(seconds, messages_s, host_s, float(works.sum()))
 
     def _arrays(self, of: Pass) -> _Arrays:
         if id(of) not in self._stacked:
             self._stacked[id(of)] = _Arrays.of(of)
         return self._stacked[id(of)]
+
+    def _ring_s(self, of: Pass, shape: Shape) -> float:
+        """Seconds for keys and values to go around the context axis once, as in ring attention (Liu et al. 2023).
+
+        Backward, their gradients go around with them.
+        """
+        nbytes = float(of.shown @ shape.weights) * (2 if of.backward else 1)
+        if shape.context == 1 or not nbytes:
+            return 0.0
+        axis = MeshAxis(shape.context, shape.tensor)
+        return shape.context * collective_time_s("permute", nbytes, axis, self._fitting(shape.tensor * shape.context))
 
     def _host_s(self, of: Pass, messages: int) -> float:
         """What it takes to launch it all."""
@@ -131,15 +147,17 @@ class Pricer:
         if kind == "gather" and not shape.sequence:
             return 0.0
         done = {"gather": "all_gather", "sum": "reduce_scatter" if shape.sequence else "all_reduce"}
-        return collective_time_s(done.get(kind, "all_reduce"), nbytes, MeshAxis(shape.tensor, 1), self._fitting(shape))
+        return collective_time_s(
+            done.get(kind, "all_reduce"), nbytes, MeshAxis(shape.tensor, 1), self._fitting(shape.tensor)
+        )
 
-    def _fitting(self, shape: Shape) -> ClusterSpec:
-        """The cluster, or as many of its nodes as can be filled with tensor groups."""
+    def _fitting(self, group: int) -> ClusterSpec:
+        """The cluster, or as many of its nodes as can be filled with groups of so many ranks."""
         devices = self.cluster.devices
-        if devices % shape.tensor == 0:
+        if devices % group == 0:
             return self.cluster
-        filled = devices - devices % math.lcm(shape.tensor, self.cluster.devices_per_node)
-        return self.cluster.part(filled or shape.tensor)  # or a part of one node
+        filled = devices - devices % math.lcm(group, self.cluster.devices_per_node)
+        return self.cluster.part(filled or group)  # or a part of one node
 
 
 def _kernel_s(device: DeviceSpec, kind: OpClass, flops: float, nbytes: float, dtype: str, name: str) -> float:

@@ -172,3 +172,24 @@ def test_models_without_sequences_or_blocks() -> None:
     assert cut.step_time_s > 0
     with pytest.raises(autopar.LayoutError, match="1 block"):
         autopar.predict(model, CLUSTER, "pp=2", example_inputs=call, global_batch=64)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_keys_and_values_go_around_the_context_axis(name: str) -> None:
+    """Two tensors of [tokens, width] a layer, on the tensor axis a share; without a context axis nothing is sent."""
+    weights = Shape(2, 4).weights
+    width = predictor(name).table.itemsize * SEQ * HIDDEN
+    for one in (block(name).forward, block(name).backward):
+        assert float(one.shown @ weights) == pytest.approx(2 * 2 * width / 4)
+    pricer = predictor(name).pricer
+    alone, ring = (pricer.work(block(name).forward, Shape(8, 1, c)) for c in (1, 4))
+    assert alone.messages_s == 0
+    assert ring.kernels_s < alone.kernels_s
+
+
+def test_a_slow_network_shows_in_the_ring() -> None:
+    slow = autopar.ClusterSpec.preset("a100-80g", gpus=16, inter_node_gbit_per_s=1.0)
+    model = llama()
+    near, far = autopar.predict(model, slow, ["dp=2,cp=8", "dp=1,cp=16"], seq=SEQ, global_batch=32)
+    assert near.breakdown["tensor_messages_s"] < far.breakdown["tensor_messages_s"]
+    assert far.breakdown["tensor_messages_s"] > 0.5 * far.step_time_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from functools import cache
 from itertools import pairwise
@@ -12,9 +13,14 @@ import torch
 from torch import nn
 
 import autopar
+from autopar.cost.compute import OpClass
+from autopar.layouts import Layout
 from autopar.predicting.predict import Predictor
+from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
+from autopar.predicting.stages import split
 from autopar.predicting.table import ModelTable
+from autopar.predicting.work import Pricer
 
 HEADS, HIDDEN, SEQ, LAYERS, VOCAB = 16, 1024, 512, 8, 4096
 CLUSTER = autopar.ClusterSpec.preset("a100-80g", gpus=8)
@@ -193,3 +199,47 @@ def test_a_slow_network_shows_in_the_ring() -> None:
     near, far = autopar.predict(model, slow, ["dp=2,cp=8", "dp=1,cp=16"], seq=SEQ, global_batch=32)
     assert near.breakdown["tensor_messages_s"] < far.breakdown["tensor_messages_s"]
     assert far.breakdown["tensor_messages_s"] > 0.5 * far.step_time_s
+
+
+def test_cuts_into_stages() -> None:
+    """By count; or as nanotron does: the block that exceeds a stage's share of the parameters still belongs to it."""
+    table, layout, shape = predictor("llama").table, Layout(pp=4), Shape(1)
+    counts = {
+        cut: [s.blocks for s in split(table, layout, Pricer(CLUSTER, Run(cut=cut)), shape)]
+        for cut in ("even", "threshold", "balanced")
+    }
+    assert counts["even"] == [2, 2, 2, 2]
+    assert sum(counts["threshold"]) == sum(counts["balanced"]) == LAYERS
+    per_block, head = float(block("llama").parameters.sum()), VOCAB * HIDDEN
+    share = (LAYERS * per_block + head) / 4
+    assert (counts["threshold"][0] - 1) * per_block <= share < counts["threshold"][0] * per_block
+    assert counts["threshold"][-1] < 2  # it has the head
+
+
+def test_recomputation_of_every_other_product() -> None:
+    """Attention and products 1, 3, 5 and 7 of 7 are kept; 2, 4 and 6 and all that is elementwise run again."""
+    again, whole = block("llama").again_products, block("llama").forward
+    assert sum(k.dims is not None for k in whole.kernels) == 7
+    assert sum(k.dims is not None for k in again.kernels) == 3
+    assert not any(k.kind is OpClass.ATTENTION for k in again.kernels)
+    weights = Shape(2).weights
+    assert float(block("llama").kept_products @ weights) < 0.6 * float(block("llama").kept @ weights)
+
+
+def test_habits_of_frameworks_change_what_they_should() -> None:
+    usual = predictor("llama").price(Layout(dp=8, zero=1))
+
+    def with_run(**options: Any) -> Any:
+        made = copy.copy(predictor("llama"))
+        made.run = Run(**options)
+        made.forget_prices()
+        return made.price(Layout(dp=8, zero=1))
+
+    assert with_run(reduces_whole=True).breakdown["gradients_s"] > usual.breakdown["gradients_s"]
+    assert with_run(overlap=True).breakdown["gradients_s"] < usual.breakdown["gradients_s"]
+    assert with_run(zero_ranks=2).breakdown["gradients_s"] < usual.breakdown["gradients_s"]
+    assert with_run(zero_ranks=2).breakdown["memory_bytes"]["optimizer"] == pytest.approx(
+        4 * usual.breakdown["memory_bytes"]["optimizer"], abs=8
+    )
+    slow, fast = (Pricer(CLUSTER, Run(attention_factor=f)).work(block("llama").forward, Shape(4)) for f in (2.0, 1.0))
+    assert slow.kernels_s > fast.kernels_s

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """A model and cluster, and what planning may take: CPU seconds, GiB, relative gap."""
+    """A model and cluster, what is pinned, and what planning may take: CPU seconds, GiB, relative gap."""
 
     model: str
     gpus: int
@@ -28,11 +28,13 @@ class Run:
     most_cpu_s: float = float("inf")
     most_gib: float = float("inf")
     most_gap: float = float("inf")
+    pins: tuple[str, ...] = ()
 
 
 RUNS = (
     Run("llama3-8b", 64, 8192, 256, most_cpu_s=12.0, most_gib=2.0, most_gap=0.01),
-    Run("llama3-405b", 1024, 4096, 1024, most_cpu_s=20.0, most_gib=4.0, most_gap=0.02),
+    Run("llama3-405b", 1024, 4096, 1024, most_cpu_s=20.0, most_gib=4.0, most_gap=0.02, pins=("pp=1",)),  # op by op
+    Run("llama3-405b", 16384, 8192, 2048, most_cpu_s=30.0, most_gib=2.0, most_gap=0.01),  # by degrees
     Run("tiny-llama", 8, 256, 32),
 )
 PLAN = "import sys; from autopar.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -41,6 +43,7 @@ PLAN = "import sys; from autopar.cli import main; sys.exit(main(sys.argv[1:]))"
 def measure(run: Run) -> bool:
     """Plan in a process of its own and print its figures; whether they stay within the run's limits."""
     options = ["plan", "--model", run.model, "--cluster", "h100-sxm", "--gpus", str(run.gpus), "--seq", str(run.seq)]
+    options += [word for pin in run.pins for word in ("--pin", pin)]
     command = [sys.executable, "-c", PLAN, *options, "--global-batch", str(run.global_batch), "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -53,7 +56,8 @@ def measure(run: Run) -> bool:
     print(
         f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {cpu_s:.1f} CPU s "
         f"(trace {plan['trace_s']:.1f} s, solve {plan['solve_s']:.1f} s of wall), {gib:.2f} GiB, step "
-        f"{plan['step_time_s']:.4g} s, dp {plan['dp']} tp {plan['tp']} zero {plan['zero']}, gap {plan['gap']:.2%}"
+        f"{plan['step_time_s']:.4g} s, dp {plan['dp']} tp {plan['tp']} pp {plan['pp']} zero {plan['zero']}, "
+        f"gap {plan['gap']:.2%}"
         f"{'' if within else '  BEYOND ITS LIMITS'}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Emission under a memory limit: bucketing and overlap where their buffers fit, else without."""
+"""Emission under a memory limit: large buckets and overlap where their buffers fit, else small ones, else neither."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def emit_within(
 ) -> tuple[EmittedProgram, MemoryTimeline]:
     """The emitted program and its simulated memory; overlapped and bucketed if that stays within the limit."""
     with torch.no_grad():
-        for bucket_bytes, overlapped in ((costs.bucket_bytes, True), (costs.bucket_bytes, False), (0, False)):
+        small = costs.bucket_bytes // 4
+        for bucket_bytes, overlapped in ((costs.bucket_bytes, True), (small, True), (small, False), (0, False)):
             program = emit(trace, decisions, mesh, costs, bucket_bytes=bucket_bytes)
             if overlapped:
                 overlap(program.forward)

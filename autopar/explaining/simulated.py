@@ -55,7 +55,7 @@ def _track(stage: int, lane: str, alone: bool) -> str:
 def kind_of(task: Task) -> str:
     """In the words of `autopar.explaining.spans`."""
     if task.lane == HOST:
-        return "other"
+        return "launches"
     if task.lane != COMPUTE:
         return "communication"
     if task.micro_batch < 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-KINDS = ("forward", "backward", "recomputation", "communication", "optimizer", "other")
+KINDS = ("forward", "backward", "recomputation", "communication", "optimizer", "launches")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class TimeLine:
         """As data: `spans` has [track, kind, name, start, end] each, the first three as places in the lists."""
         used = dict.fromkeys(s.track for s in self.spans)
         tracks = _places((*(t for t in self.tracks if t in used), *used))
-        kinds, names = (_places(getattr(s, key) for s in self.spans) for key in ("kind", "name"))
+        kinds = _places(kind for kind in KINDS if any(s.kind == kind for s in self.spans))
+        names = _places(s.name for s in self.spans)
         return {
             "length_s": self.length_s,
             "note": self.note,

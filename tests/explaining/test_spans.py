@@ -23,19 +23,19 @@ def test_neighbours_that_are_alike_become_one() -> None:
     parts = [
         ("a", "forward", "x", 1.0),
         ("a", "forward", "x", 2.0),
-        ("b", "other", "y", 0.0),
+        ("b", "launches", "y", 0.0),
         ("a", "backward", "x", 1.0),
     ]
     assert one_after_another(parts) == (Span("a", "forward", "x", 0.0, 3.0), Span("a", "backward", "x", 3.0, 4.0))
 
 
 def test_as_data_and_back() -> None:
-    line = TimeLine(one_after_another([("b", "other", "n", 1.0), ("a", "forward", "m", 2.0)]), "note", ("a", "unused"))
+    line = TimeLine(one_after_another([("b", "launches", "n", 1.0), ("a", "forward", "m", 2.0)]), "note", ("a", "unused"))
     data = line.to_dict()
     assert data["tracks"] == ["a", "b"] and data["length_s"] == 3.0
     named = [(data["tracks"][t], data["kinds"][k], data["names"][n], a, b) for t, k, n, a, b in data["spans"]]
     assert named == [(s.track, s.kind, s.name, s.start_s, s.end_s) for s in line.spans]
-    assert data["totals"] == [["b", "other", 1.0], ["a", "forward", 2.0]]
+    assert data["totals"] == [["b", "launches", 1.0], ["a", "forward", 2.0]]
 
 
 @pytest.mark.parametrize("pin", PINS)

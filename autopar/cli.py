@@ -183,7 +183,8 @@ def _for_page(args: argparse.Namespace, plan: Plan) -> Report:
     except AutoparError as error:
         print(f"autopar: the page is without what takes the model: {' '.join(str(error).split())}", file=sys.stderr)
         return plan.explain()
-    return dataclasses.replace(report, solves=len(plan.decisions.nodes) <= MOST_COMPARED_OPS)
+    large = len(plan.decisions.nodes) > MOST_COMPARED_OPS
+    return dataclasses.replace(report, solves=False) if large else report
 
 
 def _answer(args: argparse.Namespace, report: Report) -> int:

@@ -30,7 +30,8 @@ def test_neighbours_that_are_alike_become_one() -> None:
 
 
 def test_as_data_and_back() -> None:
-    line = TimeLine(one_after_another([("b", "launches", "n", 1.0), ("a", "forward", "m", 2.0)]), "note", ("a", "unused"))
+    spans = one_after_another([("b", "launches", "n", 1.0), ("a", "forward", "m", 2.0)])
+    line = TimeLine(spans, "note", ("a", "unused"))
     data = line.to_dict()
     assert data["tracks"] == ["a", "b"] and data["length_s"] == 3.0
     named = [(data["tracks"][t], data["kinds"][k], data["names"][n], a, b) for t, k, n, a, b in data["spans"]]

@@ -13,7 +13,9 @@ import pytest
 import autopar
 from autopar.errors import AutoparError
 from autopar.files import write_atomically
+from autopar.simulating.simulation import simulate_cost
 from tests.models import tiny_mlp
+from tests.simulating.jobs import step
 
 
 @contextmanager
@@ -32,10 +34,11 @@ def savers() -> dict[str, Callable[[Path], object]]:
     model, call = tiny_mlp()
     cluster = autopar.ClusterSpec.preset("cpu", gpus=1)
     plan = autopar.plan(model, cluster, example_inputs=call)
-    return {"plan": plan.save, "cluster": cluster.save, "report": plan.explain().to_html}
+    trace = simulate_cost(step("1f1b", [(1.0, 1.0, 1.0)] * 2, 4))
+    return {"plan": plan.save, "cluster": cluster.save, "report": plan.explain().to_html, "trace": trace.save}
 
 
-@pytest.mark.parametrize("what", ["plan", "cluster", "report"])
+@pytest.mark.parametrize("what", ["plan", "cluster", "report", "trace"])
 def test_a_full_disk_costs_nothing(savers: dict[str, Callable[[Path], object]], what: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("the old one")

@@ -12,7 +12,7 @@ from autopar.errors import AutoparError
 from autopar.files import write_atomically
 from autopar.simulating.chrome import chrome_trace
 from autopar.simulating.costs import COMPUTE, StepCost
-from autopar.simulating.engine import Task, run_step
+from autopar.simulating.engine import PassRun, Task, run_step
 from autopar.simulating.schedules import Order
 from autopar.simulating.timeline import MemoryTimeline, memory_timeline
 
@@ -22,6 +22,7 @@ class Simulation:
     """One training step, stage by stage; all ranks of a pipeline stage are alike.
 
     tasks: by stage, in the order in which they were issued; those of one lane do not overlap.
+    passes: of each stage, in order; a pass is the tasks of one micro-batch in one chunk, forward or backward.
     memory: along time, of one rank of each stage.
     idle_share: of the step, in which the device of a stage computes nothing.
     ranks: on each stage.
@@ -29,6 +30,7 @@ class Simulation:
 
     tasks: tuple[Task, ...]
     step_time_s: float
+    passes: tuple[tuple[PassRun, ...], ...]
     memory: tuple[MemoryTimeline, ...]
     idle_share: tuple[float, ...]
     ranks: int = 1
@@ -73,6 +75,7 @@ def simulate_cost(cost: StepCost, orders: Sequence[Order] | None = None) -> Simu
     return Simulation(
         tasks,
         step_s,
+        tuple(tuple(stage.passes) for stage in stages),
         tuple(memory_timeline(cost.stages[stage.at], stage.passes) for stage in stages),
         tuple(1 - one / step_s if step_s else 0.0 for one in busy),
         cost.ranks,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autopar.simulating.costs import StageCost
 from autopar.simulating.engine import PassRun
 from autopar.simulating.schedules import BACKWARD, FORWARD, WEIGHTS
 
 
-@dataclass(frozen=True)
-class MemoryPoint:
+class MemoryPoint(NamedTuple):
     """From this time on a rank holds so many bytes of each kind."""
 
     time_s: float

@@ -152,11 +152,11 @@ def test_micro_batches_in_flight_are_those_that_memory_is_priced_for(cost: StepC
     p, v = len(cost.stages), len(cost.stages[0].chunks)
     layout = Layout(pp=p, vpp=v, schedule=cost.schedule)
     found = simulate_cost(cost)
-    for stage in run_step(cost):
-        priced = in_flight(layout, cost.micro_batches, stage.at)
-        assert in_flight_peak(stage.passes, v) == pytest.approx(priced)
-        assert found.memory[stage.at].peak.activations == pytest.approx(priced * v)  # a byte a chunk
-        assert found.memory[stage.at].points[-1].activations == 0
+    for at, passes in enumerate(found.passes):
+        priced = in_flight(layout, cost.micro_batches, at)
+        assert in_flight_peak(passes, v) == pytest.approx(priced)
+        assert found.memory[at].peak.activations == pytest.approx(priced * v)  # a byte a chunk
+        assert found.memory[at].points[-1].activations == 0
 
 
 def faster(cost: StepCost, share: float) -> StepCost:

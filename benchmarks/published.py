@@ -1,7 +1,7 @@
 """Predictions against published measurements: step time, memory, fit, and the choice of a layout.
 
     python benchmarks/published.py                      # everything; exits with 1 beyond the targets below
-    python benchmarks/published.py training memory      # parts: training, memory, sweep
+    python benchmarks/published.py training memory      # parts: training, memory, sweep, choices
     python benchmarks/published.py --json rows.json     # every row: measured, predicted, error
 
 Needs no GPU. The measurements and their sources are in `benchmarks/data`. No constant of autopar belongs to one of
@@ -15,17 +15,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autopar.errors import AutoparError, LayoutError
-from autopar.layouts import Layout, check_layout, parse_layout
-from autopar.predicting.run import Run
+from benchmarks import choices
 from benchmarks.published_figures import Check, Outcome, cells, quantile, rate_error, relative, sizes
-from benchmarks.published_models import build, cluster_of
+from benchmarks.published_models import build, cluster_of, layout_of_case, run_of_case
 from benchmarks.published_rows import Case, Skipped, memory_cases, sweep_cases, training_cases
 
 # Relative errors and shares that the project asks of itself.
@@ -36,7 +34,7 @@ SWEEP_MEDIAN, SWEEP_SPEARMAN, SWEEP_PEAK = 0.12, 0.90, 0.05
 RAN_FITS, FAILED_REFUSED = 0.98, 0.75
 CHOICE_MEDIAN, CHOICE_LEAST = 0.95, 0.88
 
-PARTS = ("training", "memory", "sweep")
+PARTS = ("training", "memory", "sweep", "choices")
 Predict = Callable[..., Any]
 Say = Callable[[str], None]
 
@@ -71,19 +69,11 @@ def _predict_group(group: Sequence[Case], predict: Predict) -> list[Outcome]:
             [layout for _, layout in possible],
             seq=first.dims.seq,
             global_batch=first.global_batch,
-            run=replace(Run.usual(keeps_scores=first.dims.attention == "eager"), **dict(first.run)),
+            run=run_of_case(first),
         )
     except AutoparError as error:
         return outcomes + [Outcome(case, problem=str(error)) for case, _ in possible]
     return outcomes + [_outcome(case, p) for (case, _), p in zip(possible, predictions, strict=True)]
-
-
-def layout_of_case(case: Case) -> Layout:
-    """The layout of a case; LayoutError where its model cannot be cut that way."""
-    dims, layout = case.dims, parse_layout(case.layout, case.machine.gpus)
-    cut = {"blocks": dims.layers, "heads": dims.heads, "kv_heads": dims.kv_heads, "seq": dims.seq}
-    check_layout(layout, global_batch=case.global_batch, **cut)
-    return layout
 
 
 def _outcome(case: Case, prediction: Any) -> Outcome:
@@ -198,6 +188,9 @@ def run(parts: Sequence[str], predict: Predict, say: Say) -> tuple[list[Check], 
     checks: list[Check] = []
     outcomes: list[Outcome] = []
     for part in parts:
+        if part == "choices":
+            checks += [*choices.papers(), *choices.sweep()]
+            continue
         cases, skipped = CASES[part]()
         found = predict_all(cases, predict, lambda text, part=part: say(f"{part}: {text}"))
         checks += memory(found) if part == "memory" else (training if part == "training" else sweep)(found, skipped)

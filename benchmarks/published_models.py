@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from autopar.cluster import ClusterSpec, DeviceSpec
-from benchmarks.published_rows import GIB, Dims, Machine
+from autopar.layouts import Layout, check_layout, parse_layout
+from autopar.predicting.run import Run
+from benchmarks.published_rows import GIB, Case, Dims, Machine
 
 
 def build(dims: Dims) -> nn.Module:
@@ -102,3 +105,16 @@ def _throttled(device: DeviceSpec, power_share: float) -> DeviceSpec:
         attention_backward_fraction=device.attention_backward_fraction * clock,
         attention_efficiency_fraction=device.attention_efficiency_fraction * clock,
     )
+
+
+def layout_of_case(case: Case) -> Layout:
+    """The layout of a case; LayoutError where its model cannot be cut that way."""
+    dims, layout = case.dims, parse_layout(case.layout, case.machine.gpus)
+    cut = {"blocks": dims.layers, "heads": dims.heads, "kv_heads": dims.kv_heads, "seq": dims.seq}
+    check_layout(layout, global_batch=case.global_batch, **cut)
+    return layout
+
+
+def run_of_case(case: Case) -> Run:
+    """How the framework of a case runs a layout."""
+    return replace(Run.usual(keeps_scores=case.dims.attention == "eager"), **dict(case.run))

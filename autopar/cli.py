@@ -98,8 +98,17 @@ def _plan(args: argparse.Namespace) -> int:
         plan = dataclasses.replace(plan, bench=None)
     print(_to_json({**plan.layout(), **plan.to_summary()}) if args.json else plan.explain())
     if args.output is not None and not args.json:
-        print(f"Written to {args.output}; next: autopar verify {args.output}")
+        print(f"Written to {args.output}; next: {_next_command(plan, args.output)}")
     return EXIT_OK
+
+
+def _next_command(plan: Plan, path: Path) -> str:
+    """What a person may want to do with the file."""
+    from autopar.staged import StagedPlan
+
+    if isinstance(plan, StagedPlan):  # which no program can be made of yet
+        return f"autopar explain {path} --html {path.with_suffix('.html')}"
+    return f"autopar verify {path}"
 
 
 def run_predict(args: argparse.Namespace) -> int:

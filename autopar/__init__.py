@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from autopar.runtime.program import Program
     from autopar.simulating.simulate import simulate
     from autopar.simulating.simulation import Simulation
+    from autopar.sizing.size import size
+    from autopar.sizing.types import Sizing
 
 __version__ = "0.1.0"
 
@@ -50,11 +52,13 @@ _LAZY = {
     "Program": "autopar.runtime.program",
     "Report": "autopar.explain",
     "Simulation": "autopar.simulating.simulation",
+    "Sizing": "autopar.sizing.types",
     "compile": "autopar.api",
     "plan": "autopar.api",
     "predict": "autopar.predicting.predict",
     "profile": "autopar.profiling.run",
     "simulate": "autopar.simulating.simulate",
+    "size": "autopar.sizing.size",
     "verify": "autopar.api",
 }
 
@@ -74,6 +78,7 @@ __all__ = [
     "Report",
     "RuntimeFailure",
     "Simulation",
+    "Sizing",
     "TraceError",
     "VerifyError",
     "__version__",
@@ -82,6 +87,7 @@ __all__ = [
     "predict",
     "profile",
     "simulate",
+    "size",
     "verify",
 ]
 

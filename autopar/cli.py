@@ -1,4 +1,4 @@
-"""The command line: `autopar plan`, `predict`, `explain`, `verify` and `profile`.
+"""The command line: `autopar plan`, `predict`, `size`, `explain`, `verify` and `profile`.
 
 It calls the public API and prints. Results go to stdout, everything else (progress, errors) to stderr. Options and
 exit codes are in `autopar.command_line`.
@@ -42,6 +42,7 @@ def build_parser() -> command_line.Parser:
     commands: dict[str, command_line.Run] = {
         "plan": run_plan,
         "predict": run_predict,
+        "size": run_size,
         "explain": run_explain,
         "verify": run_verify,
         "profile": run_profile,
@@ -148,6 +149,37 @@ def run_predict(args: argparse.Namespace) -> int:
             print(f"Written to {args.html}")
         if simulation is not None:
             print(f"Written to {args.trace}; open it at ui.perfetto.dev")
+    return EXIT_OK
+
+
+def run_size(args: argparse.Namespace) -> int:
+    """Find what a target takes, print it, and write it where it was asked for."""
+    _check_writable(args.output)
+    _check_writable(args.html)
+    import torch
+
+    import autopar
+    from autopar.files import write_atomically
+    from autopar.sizing.target import parse_target
+
+    target = parse_target(args.target)  # before the trace, which takes seconds
+    names = ("seq", "max_gpus", "inter_node_gbit_per_s", "precision", "optimizer", "time_limit_s")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    model = _load_model(_model_spec(args), args.precision, open_dtype=torch.bfloat16)
+    with Progress() as progress:
+        found = autopar.size(
+            model, target, global_batch=args.global_batch, clusters=args.clusters, prices=dict(args.price),
+            pin=_merge_pins(args.pin), progress=progress.show, **given,
+        )  # fmt: skip
+    text = _to_json({"model": args.model, "seq": args.seq, **found.to_dict()})
+    try:
+        if args.output is not None:
+            write_atomically(args.output, text + "\n")
+    except OSError as error:
+        raise AutoparError(f"cannot write {args.output}: {error.strerror or error}; nothing was changed") from None
+    if args.html is not None:
+        found.to_html(args.html)
+    print(text if args.json else found)
     return EXIT_OK
 
 

@@ -34,6 +34,13 @@ examples:
   autopar predict --model llama3-8b --cluster h100-sxm --gpus 64 --seq 8192 --global-batch 64 \\
                   --layout pp=4,tp=2,vpp=2 --trace step.json"""
 
+SIZE_EXAMPLES = """\
+examples:
+  autopar size --model llama3-8b --seq 8192 --global-batch 512 --target "1T tokens in 30 days"
+  autopar size --model llama3-70b --seq 8192 --global-batch 1024 --target "300B tokens under $2M" \\
+               --clusters h100-sxm,mi300x --price mi300x=2.5 --max-gpus 2048 --html sizing.html
+  autopar size --model path/to/config.json --seq 4096 --global-batch 256 --target "step in 2.5 s" --json"""
+
 EXPLAIN_EXAMPLES = """\
 examples:
   autopar explain plan.json
@@ -80,6 +87,15 @@ PREDICT_PRECISION_HELP = (
 
 TRACE_HELP = "simulate the step of the one layout, event by event, and write it for ui.perfetto.dev to FILE"
 
+TARGET_HELP = (
+    'such as "1T tokens in 30 days", "300B tokens under $2M", "1T tokens in 30 days for 5M USD", "step in 2.5 s"; '
+    "samples may stand for tokens"
+)
+
+CLUSTERS_HELP = "presets or cluster files (default: the presets whose price is known)"
+
+PRICE_HELP = "USD per device-hour of one of the clusters, instead of the known one; repeated"
+
 WHY_NOT_HELP = "solve again with this pin (as for autopar plan) and say what it costs; repeated, pins hold together"
 
 
@@ -101,6 +117,7 @@ def build_parser(run: Mapping[str, Run]) -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_plan(commands, run["plan"])
     _add_predict(commands, run["predict"])
+    _add_size(commands, run["size"])
     _add_explain(commands, run["explain"])
     _add_verify(commands, run["verify"])
     _add_profile(commands, run["profile"])
@@ -163,6 +180,42 @@ def _add_predict(commands: Any, run: Run) -> None:
     add("--trace", type=Path, metavar="FILE", help=TRACE_HELP)
     add("--json", action="store_true", help="print one JSON object; with several layouts, a list in it: predictions")
     add("--html", type=Path, metavar="FILE", help="write a report of the fastest that fits as one HTML file")
+
+
+def _add_size(commands: Any, run: Run) -> None:
+    summary = "find the fewest GPUs, and the cheapest way, to meet a target"
+    parser = _command(commands, "size", summary, SIZE_EXAMPLES, run)
+    add = parser.add_argument
+    add("--model", required=True, help="a name of the zoo, a Hugging Face config.json, or package.module:callable")
+    add("--target", required=True, metavar="WORDS", help=TARGET_HELP)
+    add("--seq", type=_positive_int, metavar="N", help="tokens in a sequence, for a transformers model")
+    add("--global-batch", type=_positive_int, required=True, metavar="N", help="samples in a step; stays as given")
+    add("--clusters", type=_names, default=[], metavar="A,B", help=CLUSTERS_HELP)
+    add("--max-gpus", type=_positive_int, metavar="N", help="the most GPUs of a preset (default 16384)")
+    add("--price", type=_price, action="append", default=[], metavar="NAME=USD", help=PRICE_HELP)
+    add("--inter-node-gbit-per-s", type=_positive_float, metavar="G", help=NETWORK_HELP)
+    add("--attention", choices=("eager", "sdpa"), help="attention of a transformers model (default: its own)")
+    add("--precision", metavar="NAME", help=PREDICT_PRECISION_HELP)
+    add("--optimizer", help="whose state and step are counted (default adamw), as in autopar.plan")
+    add("--pin", type=parse_pin, action="append", default=[], metavar="KEY=VALUE", help="fix a layout key (zero=1)")
+    add("--time-limit-s", type=_positive_float, metavar="S", help="stop searching after S seconds (default 300)")
+    add("-o", "--output", type=Path, metavar="FILE", help="write what --json prints to FILE")
+    add("--html", type=Path, metavar="FILE", help="write tables and picture as one HTML file")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return names
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, equals, usd = (part.strip() for part in text.rpartition("="))
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=USD, got {text!r}")
+    return name, _positive_float(usd)
 
 
 def _add_explain(commands: Any, run: Run) -> None:

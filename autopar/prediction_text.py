@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from autopar.layout_text import short
 from autopar.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from autopar.predicting.predict import Prediction
     from autopar.simulating.simulation import Simulation
-
-# What the table shows of a layout, besides the degrees.
-_DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
 
 
 def describe(predictions: Sequence[Prediction], simulation: Simulation | None = None) -> str:
@@ -59,22 +57,6 @@ def _table(predictions: Sequence[Prediction]) -> str:
     for p in predictions:
         figures = f"{seconds_text(p.step_time_s):>12} {p.tokens_per_s_per_gpu:>10,.0f} {p.mfu:>7.1%}"
         mark, full = "*" if p is best else " ", "" if p.fits else "  (does not fit)"
-        lines.append(f"{mark} {figures} {bytes_text(p.peak_bytes):>12}  {_short(p)}{full}")
+        lines.append(f"{mark} {figures} {bytes_text(p.peak_bytes):>12}  {short(p.layout)}{full}")
     lines.append("* the fastest that fits" if best is not None else "none of them fits")
     return "\n".join(lines)
-
-
-def _short(prediction: Prediction) -> str:
-    """The layout without what has its default."""
-    keys = prediction.layout.to_dict()
-    shown = [f"{k}={keys[k]}" for k in _DEGREES if keys[k] > 1]
-    shown += [f"micro_batch={keys['micro_batch']}", f"zero={keys['zero']}"]
-    if keys["tp"] > 1:
-        shown.append(f"sp={'true' if keys['sp'] else 'false'}")
-    if keys["recompute"] != "none":
-        shown.append(f"recompute={keys['recompute']}")
-    if keys["recompute_blocks"] is not None:
-        shown.append(f"recompute_blocks={keys['recompute_blocks']}")
-    if keys["pp"] > 1:
-        shown.append(f"schedule={keys['schedule']}")
-    return ",".join(shown)

@@ -1,4 +1,4 @@
-"""Seconds and bytes for people."""
+"""Seconds, bytes and money for people."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def signed_seconds(seconds: float) -> str:
 def signed_bytes(nbytes: float) -> str:
     """A difference: "-1.00 GiB"."""
     return f"{'-' if nbytes < 0 else '+'}{bytes_text(abs(nbytes))}"
+
+
+def span_text(seconds: float) -> str:
+    """A long time in days or hours."""
+    for unit, factor in (("days", 86400.0), ("hours", 3600.0)):
+        if abs(seconds) >= 2 * factor:
+            return f"{seconds / factor:.1f} {unit}"
+    return seconds_text(seconds)
+
+
+def usd_text(usd: float) -> str:
+    """US dollars, with cents where there are few."""
+    return f"{usd:,.0f} USD" if abs(usd) >= 1000 else f"{usd:.2f} USD"

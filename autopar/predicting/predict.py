@@ -84,13 +84,19 @@ class Predictor:
         batch = _prime_for(model, seq)
         call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
         self.sample = sample = trace_sample(model, call, precision=precision)
-        tokens = _tokens(sample.trace.inputs)
-        self.run = run or Run.usual(keeps_scores(sample, tokens))
-        self.axis = axis = tensor_axis(sample.trace, cluster, tokens)
+        self._traced_batch = batch
+        self.run = run or Run.usual(keeps_scores(sample, _tokens(sample.trace.inputs)))
+        self._read()
+
+    def _read(self) -> None:
+        """What the trace comes to on this cluster's devices and links."""
+        tokens = _tokens(self.sample.trace.inputs)
+        self.axis = tensor_axis(self.sample.trace, self.cluster, tokens)
+        shared = _kv_share(self.heads, self.kv_heads)
         self.table: ModelTable = build_table(
-            sample, axis, batch, tokens, fusion=self.run.fusion, kv_share=_kv_share(self.heads, self.kv_heads)
+            self.sample, self.axis, self._traced_batch, tokens, fusion=self.run.fusion, kv_share=shared
         )
-        self.pricer = Pricer(cluster, self.run)
+        self.pricer = Pricer(self.cluster, self.run)
         self._stages: dict[tuple[int, bool, Shape], tuple[Stage, ...]] = {}
 
     def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
@@ -103,6 +109,13 @@ class Predictor:
         """The same model and batch on a part of the cluster, with the same links."""
         made = copy.copy(self)
         made.cluster = cluster
+        return made
+
+    def elsewhere(self, cluster: ClusterSpec, memory_limit_bytes: int | None = None) -> Predictor:
+        """The same model and batch, without another trace, on devices and links of another kind."""
+        made = self.on(cluster)
+        made.limit_bytes = checked_limit(memory_limit_bytes) or cluster.device.usable_bytes
+        made._read()
         return made
 
     def forget_prices(self) -> None:

@@ -223,6 +223,7 @@ def test_public_names() -> None:
         "Report",
         "RuntimeFailure",
         "Simulation",
+        "Sizing",
         "TraceError",
         "VerifyError",
         "__version__",
@@ -231,6 +232,7 @@ def test_public_names() -> None:
         "predict",
         "profile",
         "simulate",
+        "size",
         "verify",
     ]
     for name in autopar.__all__:

@@ -64,7 +64,7 @@ def test_the_demo_ends_well() -> None:
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    autopar (.+)$", readme, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["plan", "explain", "verify", "predict"]
+    assert [command.split()[0] for command in commands] == ["plan", "explain", "verify", "predict", "size"]
     for command in commands:
         line = [sys.executable, "-m", "autopar.cli", *shlex.split(command)]
         done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)

@@ -70,6 +70,7 @@ def costs(found: dict[int, Prediction], longest_s: float) -> list[float]:
     return [n * p.step_time_s for n, p in found.items() if p.step_time_s <= longest_s and p.layout.devices == n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [TARGET, "step in 300 ms", "step in 35 ms", "20B tokens in 1 day under $3k"])
 def test_answers_are_those_of_solving_every_size(target: str) -> None:
     found = sized(target)
@@ -155,6 +156,7 @@ def test_a_limit_on_time_is_held_and_said() -> None:
         sized(TARGET, time_limit_s=1e-9)
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_says_how_close_and_what_helps() -> None:
     with pytest.raises(Infeasible) as caught:
         sized("100B tokens in 12 hours", clusters=("a100-80g",))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopar import command_line
 from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
+from autopar.fixes import lines as fix_lines
 from autopar.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from autopar.cluster import ClusterSpec
     from autopar.explain import Report
     from autopar.plans import Plan
+    from autopar.predicting.predict import Prediction, Predictor
 
 EXIT_OK, EXIT_ERROR, EXIT_INFEASIBLE, EXIT_VERIFY, EXIT_INTERRUPTED = 0, 1, 3, 4, 130
 
@@ -123,7 +125,7 @@ def run_predict(args: argparse.Namespace) -> int:
     from autopar.explaining.guesses import PredictionReport
     from autopar.layouts import parse_layout
     from autopar.predicting.predict import Predictor
-    from autopar.prediction_text import describe
+    from autopar.prediction_text import describe, lacking
 
     cluster = _load_cluster(args)
     layouts = [parse_layout(text, cluster.devices) for text in args.layout]  # before the trace, which takes seconds
@@ -139,12 +141,16 @@ def run_predict(args: argparse.Namespace) -> int:
     if simulation is not None:
         simulation.save(args.trace)
     if args.json:
-        dicts = [prediction.to_dict() for prediction in found]
+        dicts = [{**p.to_dict(), **_lacking_data(predictor, p)} for p in found]
         if simulation is not None:
             dicts[0]["simulation"] = simulation.to_dict()
         print(_to_json(dicts[0] if len(dicts) == 1 else {"predictions": dicts}))
     else:
         print(describe(found, simulation), *report.lines(), sep="\n")
+        nearest = min(found, key=lambda p: p.peak_bytes)
+        if not nearest.fits:
+            print(f"\n{nearest.layout}" if len(found) > 1 else "")
+            print(lacking(predictor.shortfall(nearest), predictor.fixes(nearest)))
         if args.html is not None:
             print(f"Written to {args.html}")
         if simulation is not None:
@@ -181,6 +187,15 @@ def run_size(args: argparse.Namespace) -> int:
         found.to_html(args.html)
     print(text if args.json else found)
     return EXIT_OK
+
+
+def _lacking_data(predictor: Predictor, prediction: Prediction) -> dict[str, Any]:
+    """What a layout that does not fit is short by, where, and what would help."""
+    if prediction.fits:
+        return {}
+    short = predictor.shortfall(prediction)
+    fixes = [fix.to_dict() for fix in predictor.fixes(prediction)]
+    return {"short_by_bytes": short.short_by_bytes, "where": short.where, "fixes": fixes}
 
 
 def run_explain(args: argparse.Namespace) -> int:
@@ -342,6 +357,17 @@ def _to_json(data: Any) -> str:
     return json.dumps(data, indent=2, allow_nan=False)
 
 
+def _say_infeasible(error: Infeasible, *, as_json: bool) -> int:
+    """One line, then what would help, one change a line; as JSON on stdout besides, if that was asked for."""
+    if as_json:
+        print(_to_json(error.to_dict()))
+    headline = error.headline if error.fixes else str(error)
+    print(f"autopar: error: {' '.join(headline.split())}", file=sys.stderr)
+    if error.fixes and not as_json:
+        print("\n".join(["any one of these makes it fit:", *fix_lines(error.fixes)]), file=sys.stderr)
+    return EXIT_INFEASIBLE
+
+
 # -- entry point ------------------------------------------------------------------------
 
 
@@ -352,10 +378,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except AutoparError as error:
+        if isinstance(error, Infeasible):
+            return _say_infeasible(error, as_json=getattr(args, "json", False))
         print(f"autopar: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if isinstance(error, VerifyError):
-            return EXIT_VERIFY
-        return EXIT_INFEASIBLE if isinstance(error, Infeasible) else EXIT_ERROR
+        return EXIT_VERIFY if isinstance(error, VerifyError) else EXIT_ERROR
     except KeyboardInterrupt:
         print("autopar: stopped", file=sys.stderr)
         return EXIT_INTERRUPTED

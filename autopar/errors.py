@@ -16,6 +16,8 @@ Each message says what is wrong, where, and what to do about it, in this order.
 
 from __future__ import annotations
 
+from autopar.fixes import Fix, any_one_of
+
 
 class AutoparError(Exception):
     """Base of all errors that autopar raises on purpose."""
@@ -52,6 +54,8 @@ class LayoutError(AutoparError):
 class Infeasible(AutoparError):
     """No plan fits; `needed_bytes` is the smallest limit found that would, `bound_bytes` what was proven, where known.
 
+    short_by_bytes: beyond the limit. where: the peak is. fixes: single changes each of which was priced and fits, the
+        cheapest first (`autopar.fixes.Fix`). headline: the message without them. advice: instead of them.
     The bound is that of the planner's own account of memory, which counts some bytes too long: the simulated memory of
     a program may be a little less.
     """
@@ -62,11 +66,34 @@ class Infeasible(AutoparError):
         needed_bytes: int | None = None,
         where: str | None = None,
         bound_bytes: int | None = None,
+        short_by_bytes: int | None = None,
+        fixes: tuple[Fix, ...] = (),
+        advice: str = "",
     ) -> None:
-        super().__init__(message)
+        remedy = any_one_of(fixes) or advice
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.headline, self.advice = message, advice
         self.needed_bytes = needed_bytes
         self.where = where
         self.bound_bytes = bound_bytes
+        self.short_by_bytes = short_by_bytes
+        self.fixes = fixes
+
+    def with_fixes(self, fixes: tuple[Fix, ...]) -> Infeasible:
+        """The same, with what would help."""
+        return Infeasible(
+            self.headline, self.needed_bytes, self.where, self.bound_bytes, self.short_by_bytes, fixes, self.advice
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """As data."""
+        return {
+            "error": self.headline,
+            "needed_bytes": self.needed_bytes,
+            "short_by_bytes": self.short_by_bytes,
+            "where": self.where,
+            "fixes": [fix.to_dict() for fix in self.fixes],
+        }
 
 
 class VerifyError(AutoparError):

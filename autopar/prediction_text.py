@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autopar.layout_text import short
+from autopar.fixes import lines as fix_lines
 from autopar.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
+    from autopar.choosing.shortfall import Shortfall
+    from autopar.fixes import Fix
     from autopar.predicting.predict import Prediction
     from autopar.simulating.simulation import Simulation
 
@@ -32,6 +35,11 @@ def _one(prediction: Prediction, simulation: Simulation | None) -> str:
     if simulation is not None:
         rows.append(("simulated", _simulated(simulation)))
     return "\n".join(f"{name:<18} {text}" for name, text in rows)
+
+
+def lacking(shortfall: Shortfall, fixes: tuple[Fix, ...]) -> str:
+    """What a layout that does not fit is short by, and what would help, one change a line."""
+    return "\n".join([f"{'does not fit':<18} {shortfall}", "any one of these makes it fit:", *fix_lines(fixes)])
 
 
 def _simulated(simulation: Simulation) -> str:

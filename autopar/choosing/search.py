@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 
 from autopar.choosing.bounds import GroupCosts
 from autopar.choosing.cells import Cell, Cells
+from autopar.choosing.shortfall import shortfall
 from autopar.choosing.space import Group, Space
 from autopar.errors import Infeasible
 from autopar.layouts import Layout
 from autopar.predicting.memory import StageMemory
 from autopar.predicting.predict import Prediction, Predictor
 from autopar.predicting.stages import Stage
+from autopar.units import bytes_text
 
 KEPT = 12  # alternatives that a result holds
 Progress = Callable[[str], None]
@@ -148,23 +150,26 @@ class LayoutSearch:
         """
         kind, seen = self.space.recomputations()[-1], set()
         for leaf in sorted(leaves, key=lambda one: (one.vpp, -one.zero)):
-            if (leaf.vpp, leaf.zero) not in seen:  # a zero-bubble schedule holds what 1F1B does
+            if (leaf.vpp, leaf.zero) not in seen:  # 1F1B comes first, and holds no more than zero-bubble
                 seen.add((leaf.vpp, leaf.zero))
                 lean = replace(leaf, recompute=kind, recompute_blocks=self._blocks(kind))
                 yield lean, predictor.memory(lean)
 
-    def leanest(self) -> tuple[Layout, StageMemory] | None:
-        """The layout that needs least memory: the smallest micro-batch, ZeRO as far as it may go, all run again.
+    def leanest(self, enough: float = 0.0) -> tuple[Layout, StageMemory] | None:
+        """The layout that needs least memory, or the first found that needs no more than `enough` bytes.
 
-        More data-parallel ranks never need more each, so of every pipeline degree only the most are looked at.
+        It has the smallest micro-batch, and everything runs again. More data-parallel ranks never need more each, so of
+        every pipeline degree only the most are looked at.
         """
-        groups = list(self.space.groups())
+        groups = list(self.space.groups())[::-1]  # those with most tensor and context ranks first: the leanest, mostly
         smallest = min((g.micro_batch for g in groups), default=0)
         best: tuple[Layout, StageMemory] | None = None
         for group in groups:
             pps, dps = self.space.cells(group)
             for pp in sorted(set(pps.tolist())) if group.micro_batch == smallest else []:
                 dp = int(dps[pps == pp].max())
+                if best and best[1].total <= enough:
+                    return best
                 if best and self._states(group) / (pp * dp * group.cp) > best[1].total:
                     continue
                 leaves = list(self.space.leaves(group, pp, dp))
@@ -218,9 +223,12 @@ class LayoutSearch:
         if leanest is None:
             return Infeasible("no layout satisfies the pins, the batch and the model together; remove a pin")
         layout, memory = leanest
+        lacking = shortfall(self._on(layout.devices), layout)
         return Infeasible(
-            f"no layout fits {self.predictor.limit_bytes / 2**30:.3g} GiB per device: the leanest needs "
-            f"{memory.total / 2**30:.3g} GiB ({layout}); use more devices, a smaller batch or sequence, or devices "
-            "with more memory",
+            f"no layout fits {bytes_text(self.predictor.limit_bytes)} per device: the leanest needs "
+            f"{bytes_text(memory.total)} ({layout}), {lacking}",
             needed_bytes=math.ceil(memory.total),
+            where=lacking.where,
+            short_by_bytes=lacking.short_by_bytes,
+            advice="use more devices, a smaller batch or sequence, or devices with more memory",
         )

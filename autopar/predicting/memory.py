@@ -66,7 +66,7 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     table, layout, precision, run = job.table, job.layout, job.precision, job.run
     weights, numbers, replicas = job.weights, job.numbers(stage), job.data_axis.size
     kept = float(kept_on(stage, table, layout, run) @ weights)
-    extra = max((_extra(part, job) for part, _ in stage.parts(table)), default=0.0)
+    extra = max((rise for part, _ in stage.parts(table) for rise in (0.0, *rises(part, job))), default=0.0)
     gathered = 0.0
     if layout.zero == 3 and table.block is not None:
         gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
@@ -103,11 +103,10 @@ def _ahead(job: Job, stage: Stage) -> float:
     return min(1.0, max(0.0, (share - _AHEAD_FROM) / (_AHEAD_TO - _AHEAD_FROM)))
 
 
-def _extra(part: Part, job: Job) -> float:
-    """How far the passes of a part rise above what it keeps."""
+def rises(part: Part, job: Job) -> tuple[float, float]:
+    """How far the forward and the backward pass of a part rise above what it keeps."""
     weights = job.weights
     kept = float(kept_of(part, job.table, job.layout, job.run) @ weights)
     again = kept - float(part.gathered @ weights) if job.run.keeps_gathered and job.layout.sp else kept
-    forward = float((part.forward.alive @ weights).max()) - again
-    backward = float((part.backward.alive @ weights).max()) - again
-    return max(0.0, forward, backward)
+    forward, backward = ((of.alive @ weights).max() for of in (part.forward, part.backward))
+    return float(forward) - again, float(backward) - again

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,10 @@ from autopar.predicting.table import ModelTable
 from autopar.predicting.tensor_axis import tensor_axis
 from autopar.predicting.work import Pricer
 from autopar.trace import trace_sample
+
+if TYPE_CHECKING:
+    from autopar.choosing.shortfall import Shortfall
+    from autopar.fixes import Fix
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
@@ -129,10 +133,15 @@ class Predictor:
 
     def memory(self, layout: Layout) -> StageMemory:
         """Of the fullest stage."""
+        return self.fullest(layout)[2]
+
+    def fullest(self, layout: Layout) -> tuple[int, Stage, StageMemory]:
+        """The stage that needs most memory: the how many-th it is, what it holds, and its peak."""
         first_of: dict[Stage, int] = {}  # later stages of the same kind hold fewer micro-batches
         for at, stage in enumerate(self.stages(layout)):
             first_of.setdefault(stage, at)
-        return max((self.stage_memory(layout, s, at) for s, at in first_of.items()), key=lambda m: m.total)
+        found = ((at, s, self.stage_memory(layout, s, at)) for s, at in first_of.items())
+        return max(found, key=lambda one: one[2].total)
 
     def stage_memory(self, layout: Layout, stage: Stage, at: int) -> StageMemory:
         """Of one stage of a layout, the `at`-th."""
@@ -176,6 +185,18 @@ class Predictor:
         )
         if layout.ep > 1:
             raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
+
+    def fixes(self, prediction: Prediction) -> tuple[Fix, ...]:
+        """The smallest single changes each of which makes a layout fit, the cheapest first; () if it fits."""
+        from autopar.choosing.fixes import fixes_of  # which builds on this module
+
+        return fixes_of(self, prediction.layout)
+
+    def shortfall(self, prediction: Prediction) -> Shortfall:
+        """How many bytes a layout that does not fit is short by, and where."""
+        from autopar.choosing.shortfall import shortfall
+
+        return shortfall(self, prediction.layout)
 
     def _prediction(self, layout: Layout, time: StepTime, stages: tuple[Stage, ...], memory: StageMemory) -> Prediction:
         step, devices, device = time.total_s, self.cluster.devices, self.cluster.device

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autopar.layout_text import short
 from autopar.fixes import lines as fix_lines
+from autopar.layout_text import short
 from autopar.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopar.choosing.free_fixes import DEFAULT_TIME_S, explained
 from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, wish
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
-from autopar.errors import AutoparError, LayoutError, PlanMismatch
+from autopar.errors import AutoparError, Infeasible, LayoutError, PlanMismatch
 from autopar.explain import Report
 from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
@@ -172,7 +173,10 @@ def _staged(
             raise
         return None  # what `predict` does not know is planned op by op
     trace_s = time.perf_counter() - began
-    choice = choose(predictor, asked.pin, time_limit_s, progress)
+    try:
+        choice = choose(predictor, asked.pin, time_limit_s, progress)
+    except Infeasible as error:
+        raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, time_limit_s)) from None
     if not (asked.wanted or is_staged(choice)):
         return None
     limit, pins = predictor.limit_bytes, dict(asked.pin)

@@ -251,6 +251,7 @@ def _infeasible(tried: list[MeshSearch], settings: SearchSettings) -> Infeasible
         needed_bytes=best.needed_bytes,
         where=best.binding,
         bound_bytes=bound,
+        short_by_bytes=max(0, best.needed_bytes - limit),
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import autopar
 from autopar import cli, command_line, errors
+from autopar.fixes import Fix
 
 ROOT = Path(__file__).parent.parent
 PLAN = ["plan", "--model", "llama3-8b", "--cluster", "h100-sxm", "--global-batch", "8"]
@@ -125,6 +126,27 @@ def test_exit_codes(
     code, out, err = run(capsys, "explain", "plan.json")
     assert (code, out) == (expected, "")
     assert err == ("autopar: stopped\n" if error is KeyboardInterrupt else "autopar: error: first line second line\n")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_does_not_fit_comes_with_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    fixes = tuple(Fix(f"zero 0 to {z}", {"zero": z}, {"zero": z}, 8, 1.0, 3 << 30, 0.05) for z in (1, 2))
+
+    def fail(path: Path) -> None:
+        raise errors.Infeasible("nothing fits", 5, "stage 0", short_by_bytes=2, fixes=fixes)
+
+    monkeypatch.setattr(autopar.Plan, "load", fail)
+    code, out, err = run(capsys, "explain", "plan.json", *(["--json"] if as_json else []))
+    assert code == cli.EXIT_INFEASIBLE
+    said = ["any one of these makes it fit:", *(f"  {fix}, 3.00 GiB" for fix in fixes)]
+    assert err.splitlines() == ["autopar: error: nothing fits", *([] if as_json else said)]
+    if as_json:
+        data = json.loads(out)
+        assert (data["needed_bytes"], data["short_by_bytes"], data["where"]) == (5, 2, "stage 0")
+        assert [fix["change"] for fix in data["fixes"]] == [{"zero": 1}, {"zero": 2}]
+    assert str(fixes[0]) == "zero 0 to 1 (+5% time)"
 
 
 def test_a_bug_is_not_dressed_up_as_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:

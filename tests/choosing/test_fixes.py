@@ -19,6 +19,7 @@ from autopar.errors import Infeasible, LayoutError
 from autopar.fixes import Fix
 from autopar.layouts import RECOMPUTE, Layout
 from autopar.predicting.predict import Predictor
+from autopar.prediction_text import lacking as describe_lacking
 from tests.choosing.test_search import LAYERS, SEQ, model, predictor
 
 GIB = 1 << 30
@@ -188,6 +189,9 @@ def test_what_a_person_reads() -> None:
     assert lacking.startswith("short by ")
     assert " on stage 0, in the " in lacking
     assert "activations " in lacking
+    said = describe_lacking(of.shortfall(guess), of.fixes(guess)).splitlines()
+    assert said[0] == f"does not fit       {lacking}"
+    assert [line.strip().rpartition(", ")[0] for line in said[2:]] == whats
 
 
 def test_another_device() -> None:

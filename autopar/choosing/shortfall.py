@@ -36,7 +36,7 @@ class Shortfall:
         return f"{stage}{self.moment} ({shown})"
 
     def __str__(self) -> str:
-        return f"short by {bytes_text(self.short_by_bytes)} on {self.where}"
+        return f"short by {bytes_text(self.short_by_bytes)} {'on ' if self.stages > 1 else ''}{self.where}"
 
 
 def shortfall(predictor: Predictor, layout: Layout) -> Shortfall:

@@ -187,7 +187,7 @@ def test_what_a_person_reads() -> None:
     assert any(w.startswith("a memory limit of ") and w.endswith("(the device has as much)") for w in whats), whats
     lacking = str(of.shortfall(guess))
     assert lacking.startswith("short by ")
-    assert " on stage 0, in the " in lacking
+    assert " on stage 1, in the backward pass of what comes after the blocks (" in lacking
     assert "activations " in lacking
     said = describe_lacking(of.shortfall(guess), of.fixes(guess)).splitlines()
     assert said[0] == f"does not fit       {lacking}"

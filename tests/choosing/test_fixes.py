@@ -179,7 +179,7 @@ def test_what_a_person_reads() -> None:
         "micro_batch 12 to ",
         "recompute=full, recompute_blocks=",
         "zero 0 to 1 (",
-        "pp 2 to 3",
+        "dp 8 to 4, pp 2 to 4",
         "1 more node",
     ):
         assert any(w.startswith(start) for w in whats), (start, whats)
@@ -211,10 +211,15 @@ def test_another_device() -> None:
 
 
 def test_the_message_of_a_search() -> None:
-    error = answer(predictor(8, 1200 << 20), {"tp": 2, "recompute": "none"})
-    assert str(error).startswith("no layout fits 1.17 GiB per device: the leanest needs ")
-    assert "short by" in str(error) and "any one of: " in str(error) and "\n" not in str(error)
-    assert "recompute=" in str(error) or "tp=" in str(error)
+    of, pin = predictor(8), {"tp": 2, "recompute": "none"}
+    leanest = LayoutSearch(of, Space.of(of, pin)).leanest()
+    assert leanest is not None
+    of.limit_bytes = int(leanest[1].total * 0.95)
+    error = answer(of, pin)
+    assert str(error).startswith("no layout fits ")
+    for said in (" per device: the leanest needs ", ", short by ", "; any one of: ", " instead of ", " (step "):
+        assert said in str(error)
+    assert "\n" not in str(error)
     assert error.to_dict()["fixes"] == [fix.to_dict() for fix in error.fixes]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from autopar.choosing import report_text as text
+from autopar.choosing.page_data import page_data
 from autopar.choosing.plan import changed, choose, staged_plan
 from autopar.errors import AutoparError, Infeasible, LayoutError
 from autopar.explaining.alternatives import Alternative
-from autopar.files import write_atomically
 from autopar.layouts import KEYS
 from autopar.predicting.predict import Predictor
 from autopar.staged import NOT_YET, StagedPlan
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report chooses again
 MORE_BYTES = 1 << 30
+MEMORY = "1 GiB more memory a device"
 FASTER = 0.1  # how much faster a link or a device is in the question what that would bring
 USUAL = ({"pp": 1, "cp": 1}, {"tp": 1}, {"sp": False}, {"zero": 0}, {"schedule": "1f1b"}, {"recompute": "none"})
 
@@ -33,6 +33,11 @@ class Worth:
     step_time_s: float
     saves_s: float
     layout: Mapping[str, Any]
+
+    @property
+    def of_memory(self) -> bool:
+        """Whether it is memory that there is more of."""
+        return self.what == MEMORY
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class LayoutReport:
             for i, link in enumerate(cluster.links)
         ]
         rates = tuple((name, rate * (1 + FASTER)) for name, rate in device.peak_flops_per_s)
-        asked: list[tuple[str, Predictor]] = [("1 GiB more memory a device", _with_memory(predictor, MORE_BYTES))]
+        asked: list[tuple[str, Predictor]] = [(MEMORY, _with_memory(predictor, MORE_BYTES))]
         asked += [(what, changed(predictor, **fields)) for what, fields in wider]
         faster = replace(device, peak_flops_per_s=rates)
         asked.append((f"matrix units {FASTER:.0%} faster", changed(predictor, device=faster)))
@@ -141,17 +146,16 @@ class LayoutReport:
             "worths": [{**w.__dict__, "layout": dict(w.layout)} for w in self.worths] if known else None,
             "pins": dict(plan.options.pin),
             "runs": NOT_YET,
+            "headline": text.headline(plan),
+            **page_data(self),
             "assumptions": list(text.ASSUMPTIONS),
         }  # fmt: skip
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained page."""
-        title = html.escape(f"autopar: {text.headline(self.plan)}")
-        page = f"<!doctype html><meta charset=utf-8><title>{title}</title><pre>{html.escape(str(self))}</pre>\n"
-        try:
-            write_atomically(path, page)
-        except OSError as error:
-            raise AutoparError(f"cannot write report {path}: {error.strerror or error}; nothing was changed") from error
+        from autopar.explaining.page.write import write_page  # late, as it brings the template engine
+
+        write_page(path, self.to_dict())
 
 
 def _with(links: tuple[Any, ...], at: int, *, bytes_per_s: float) -> tuple[Any, ...]:

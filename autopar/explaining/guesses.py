@@ -16,6 +16,7 @@ from autopar.explaining.neighbours import Neighbour, best_of_each_key, memory_wo
 from autopar.explaining.page.write import write_page
 from autopar.explaining.simulated import simulated_line
 from autopar.explaining.spans import TimeLine
+from autopar.explaining.stage_memory import stage_memory_rows
 from autopar.explaining.text import error_bar_line, faster_line, fitted
 from autopar.predicting.predict import Prediction, Predictor
 from autopar.simulating.simulate import simulate_layout
@@ -97,7 +98,7 @@ class PredictionReport:
             "error_bars": error_bars(cluster, best.step_time_s, best.peak_bytes),
             "degrees": degree_table(best.layout, cluster),
             "time_line": self.time_line.to_dict(),
-            "memory_at_peak": self._memory_at_peak(),
+            "memory_at_peak": stage_memory_rows(self.predictor, best.layout),
             "next_best": [n.to_dict() for n in best_of_each_key(self.neighbours)],
             "memory": memory_worth(best, self.neighbours, predictor.limit_bytes),
             "faster": [f.to_dict() for f in self.faster],
@@ -127,13 +128,3 @@ class PredictionReport:
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained page."""
         write_page(path, self.to_dict())
-
-    def _memory_at_peak(self) -> list[dict[str, Any]]:
-        """Of every stage."""
-        layout, stages = self.best.layout, self.predictor.stages(self.best.layout)
-        found = []
-        for at, stage in enumerate(stages):
-            held = vars(self.predictor.stage_memory(layout, stage, at))
-            name = f"stage {at}, {stage.blocks} blocks" if layout.pp > 1 else "every device"
-            found.append({"name": name, "bytes": {k: round(v) for k, v in held.items()}})
-        return found

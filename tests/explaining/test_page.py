@@ -17,7 +17,7 @@ from autopar import Plan
 from autopar.explaining.page.write import render
 from autopar.units import bytes_text, seconds_text
 from tests.browser import Browser, Page, browser, chromium
-from tests.explaining.reports import predicted, report
+from tests.explaining.reports import by_degrees, predicted, report
 from tests.test_planning import free
 
 WIDTHS = (360, 768, 1600)
@@ -35,13 +35,19 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture(scope="module", params=["plan", "prediction", "loaded"])
+@pytest.fixture(scope="module", params=["plan", "prediction", "loaded", "degrees", "loaded degrees"])
 def opened(
     request: pytest.FixtureRequest, chrome: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Page, Any]:
     """A page, and the dict that it was made from."""
     path = tmp_path_factory.mktemp("page") / f"{request.param}.html"
-    made = {"plan": report, "prediction": predicted, "loaded": Plan.loads(free("mlp").dumps()).explain}[request.param]()
+    made = {
+        "plan": report,
+        "prediction": predicted,
+        "loaded": Plan.loads(free("mlp").dumps()).explain,
+        "degrees": by_degrees,
+        "loaded degrees": Plan.loads(by_degrees().plan.dumps()).explain,
+    }[request.param]()
     made.to_html(path)
     return chrome.open(path), made.to_dict()
 

@@ -20,7 +20,16 @@ from autopar.units import bytes_text, seconds_text, signed_bytes, signed_seconds
 # What a report may leave out, or not know: the page then says so, or has nothing there.
 OPTIONAL = (
     *("model", "precision", "pins", "solver", "error_bars", "degrees", "time_line", "memory", "faster", "resources_s"),
-    *("next_best", "baselines", "others", "shardings", "recomputed_ops", "replicated_for_want_of_a_rule"),
+    *(
+        "next_best_how",
+        "faster_how",
+        "next_best",
+        "baselines",
+        "others",
+        "shardings",
+        "recomputed_ops",
+        "replicated_for_want_of_a_rule",
+    ),
 )
 
 

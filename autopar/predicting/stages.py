@@ -100,7 +100,7 @@ def stage_work(table: ModelTable, stage: Stage, layout: Layout, pricer: Pricer, 
         forward += pricer.work(part.forward, shape) * times
         backward += pricer.work(part.backward, shape) * times
         if part is table.block:
-            again += _again(part, layout, pricer, shape) * run_again(layout, times)
+            again += again_work(part, layout, pricer, shape) * run_again(layout, times)
     return StageWork(forward, backward, again)
 
 
@@ -109,7 +109,8 @@ def run_again(layout: Layout, blocks: int) -> int:
     return blocks if layout.recompute_blocks is None else min(blocks, layout.recompute_blocks)
 
 
-def _again(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
+def again_work(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Work:
+    """What of a block runs again in the backward pass, if it recomputes."""
     if layout.recompute == "full":
         return pricer.work(block.forward, shape)
     if layout.recompute == "selective":

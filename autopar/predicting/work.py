@@ -26,13 +26,14 @@ _COLLECTIVE_OPS = 28
 class Work:
     """Seconds. kernels: the device computes. messages: collectives it waits for. host: to launch it all.
 
-    flops: of one rank.
+    flops: of one rank. context_s: of the messages, those on the context axis; the others are on the tensor axis.
     """
 
     kernels_s: float = 0.0
     messages_s: float = 0.0
     host_s: float = 0.0
     flops: float = 0.0
+    context_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -45,10 +46,17 @@ class Work:
             self.messages_s + other.messages_s,
             self.host_s + other.host_s,
             self.flops + other.flops,
+            self.context_s + other.context_s,
         )
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.kernels_s * times, self.messages_s * times, self.host_s * times, self.flops * times)
+        return Work(
+            self.kernels_s * times,
+            self.messages_s * times,
+            self.host_s * times,
+            self.flops * times,
+            self.context_s * times,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +119,9 @@ class Pricer:
         host_s = self._host_s(of, messages) + messages * stall_s
         if shape.tensor > self.cluster.devices_per_node:
             messages_s += messages * self.run.far_tensor_s * shape.tensor
-        shown_s = self._ring_s(of, shape) - attention_s / self.device.step_fraction
-        messages_s += max(0.0, shown_s) * (shape.context - 1) / shape.context
-        return Work(seconds, messages_s, host_s, float(works.sum()))
+        shown_s = max(0.0, self._ring_s(of, shape) - attention_s / self.device.step_fraction)
+        shown_s *= (shape.context - 1) / shape.context
+        return Work(seconds, messages_s + shown_s, host_s, float(works.sum()), shown_s)
 
     def _arrays(self, of: Pass) -> _Arrays:
         if id(of) not in self._stacked:

@@ -14,11 +14,11 @@ from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, tied_s
-from autopar.predicting.stages import Stage, kept_of, run_again
+from autopar.predicting.stages import Stage, again_work, kept_of, run_again
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s
 from autopar.predicting.table import Part, Pass
 from autopar.predicting.work import Work
-from autopar.simulating.costs import TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
+from autopar.simulating.costs import CONTEXT, TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS
 
 
@@ -148,7 +148,7 @@ class _StagePricer:
         return PassCost(tuple(pieces), host_s)
 
     def _again(self, part: Part) -> Work:
-        return self._work(part.forward if self.job.layout.recompute == "full" else part.again)
+        return again_work(part, self.job.layout, self.job.pricer, self.job.shape)
 
     def _work(self, of: Pass) -> Work:
         return self.job.pricer.work(of, self.job.shape)
@@ -156,13 +156,14 @@ class _StagePricer:
     def _piece(self, name: str, work: Work, *, gather: Slice | None = None, scatter: Slice | None = None) -> Piece:
         """gather, scatter: whose parameters come before it and whose gradients go after it, with ZeRO stage 3."""
         gather_s = scatter_s = 0.0
+        tensor_s = work.messages_s - work.context_s
         if self.job.layout.zero == 3 and self.job.data_axis.size > 1:
             precision = self.job.precision
             if gather is not None and gather.numbers:
                 gather_s = self._in_one("all_gather", gather.numbers * precision.parameter)
             if scatter is not None and scatter.numbers:
                 scatter_s = self._in_one("reduce_scatter", scatter.numbers * precision.gradient)
-        waits = ((TENSOR, work.messages_s),) if work.messages_s else ()
+        waits = tuple((lane, s) for lane, s in ((CONTEXT, work.context_s), (TENSOR, tensor_s)) if s > 0)
         return Piece(name, work.kernels_s, waits, gather_s, scatter_s)
 
     def _in_one(self, kind: str, nbytes: float) -> float:

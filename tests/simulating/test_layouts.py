@@ -16,7 +16,7 @@ from autopar.layouts import Layout, parse_layout
 from autopar.predicting.predict import Predictor
 from autopar.predicting.work import Pricer
 from autopar.prediction_text import describe
-from autopar.simulating.costs import COMPUTE, DATA, HOST, PIPELINE, TENSOR, StepCost
+from autopar.simulating.costs import COMPUTE, CONTEXT, DATA, HOST, PIPELINE, TENSOR, StepCost
 from autopar.simulating.pricing import step_cost
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS
 from autopar.simulating.simulate import simulate_layout
@@ -29,6 +29,9 @@ LAYOUTS = [
     "dp=2,tp=2,pp=2,zero=1,recompute=full", "dp=2,pp=4,vpp=2", "tp=2,pp=4,recompute=full,recompute_blocks=1",
     "tp=2,pp=4,sp=false", "dp=2,pp=4,schedule=zero-bubble", "dp=4,pp=2,zero=3",
 ]  # fmt: skip
+
+
+SELECTIVE = "dp=4,tp=2,recompute=selective"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,22 @@ def test_the_lanes_of_a_layout(priced: Predictor) -> None:
     assert found == {(stage, lane) for stage in (0, 1) for lane in (COMPUTE, TENSOR, DATA, PIPELINE, HOST)}
     alone = {t.lane for t in simulate_layout(priced, "tp=8").tasks}
     assert alone == {COMPUTE, TENSOR, HOST}
+    slow = autopar.ClusterSpec.preset("a100-80g", gpus=16, inter_node_gbit_per_s=1.0)  # attention hides little of it
+    around = simulate_layout(variant(priced, cluster=slow), "cp=16").tasks
+    assert {t.lane for t in around} == {COMPUTE, CONTEXT, DATA, HOST}
+
+
+def test_selective_recomputation_is_what_the_run_says(priced: Predictor) -> None:
+    """All but every other product takes longer than the core of attention; both as the closed form has it."""
+    products = variant(priced)
+    products.run = dataclasses.replace(priced.run, selective="products")
+    products.pricer = Pricer(CLUSTER, products.run)
+    seconds = []
+    for made in (priced, products):
+        found, predicted = simulate_layout(made, SELECTIVE), made.predict(SELECTIVE)
+        assert found.step_time_s == pytest.approx(predicted.step_time_s, rel=0.02)
+        seconds.append(sum(t.end_s - t.start_s for t in found.tasks if t.name.endswith("again")))
+    assert seconds[0] < seconds[1]
 
 
 def variant(base: Predictor, *, cluster: autopar.ClusterSpec = CLUSTER, overlap: bool = False) -> Predictor:

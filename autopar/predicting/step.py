@@ -48,7 +48,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
         backward_s=n * _own(worst.backward),
         recompute_s=n * _own(worst.again),
         tensor_messages_s=n * (worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s),
-        bubble_s=_bubble_s(job, [work_of[s] for s in stages], worst, send_s),
+        bubble_s=_bubble_s(job, stages, slow, {s: _around_s(job, s, w) for s, w in work_of.items()}, send_s),
         send_s=0.0 if job.layout.pp == 1 else 2 * n * job.layout.vpp * send_s,
         gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
         gathers_s=n * gathers_s[slow],
@@ -67,10 +67,6 @@ def _seconds(work: StageWork) -> float:
     return work.forward.seconds + work.whole_backward.seconds
 
 
-def _forward_and_again(work: StageWork) -> float:
-    return work.forward.seconds + work.again.seconds
-
-
 def _with_accumulation(job: Job, stage: Stage, work: StageWork) -> StageWork:
     """Each micro-batch's gradients are read and added to their sum, which is read and written."""
     adding = Work(kernels_s=accumulation_s(job, job.numbers(stage)))
@@ -84,19 +80,30 @@ def accumulation_s(job: Job, numbers: float) -> float:
     return job.streaming_s(numbers * (job.precision.parameter + 2 * job.precision.gradient))
 
 
-def _bubble_s(job: Job, works: list[StageWork], slow: StageWork, send_s: float) -> float:
+def _bubble_s(job: Job, stages: list[Stage], slow: Stage, around_s: dict[Stage, float], send_s: float) -> float:
     """What a pipeline adds to the slowest stage's own work: one micro-batch through all the others, both ways.
 
-    Interleaved stages make it 1/vpp of that (Narayanan et al. 2021); zero-bubble hides the weights' gradients, half
-    of the backward pass, in it (Qi et al. 2023, ZB-H1).
+    Interleaved stages make it 1/vpp of that (Narayanan et al. 2021).
     """
     if job.layout.pp == 1:
         return 0.0
-    counted = _seconds
-    if job.layout.schedule == "zero-bubble":
-        counted = _forward_and_again
-    around = (sum(map(counted, works)) - counted(slow)) / job.layout.vpp
-    return around + 2 * (job.layout.pp - 1) * send_s
+    others_s = sum(around_s[s] for s in stages) - around_s[slow]
+    return others_s / job.layout.vpp + 2 * (job.layout.pp - 1) * send_s
+
+
+def _around_s(job: Job, stage: Stage, work: StageWork) -> float:
+    """What one stage adds to the bubble of the others.
+
+    Zero-bubble hides gradients of weights in it: forward + inputs - weights is left (Qi et al. 2023, ZB-H1), at least
+    the forward pass.
+    """
+    if job.layout.schedule != "zero-bubble":
+        return _seconds(work)
+    weights_s = sum(
+        times * job.pricer.work(part.backward.weight_gradients, job.shape).seconds
+        for part, times in stage.parts(job.table)
+    )
+    return work.forward.seconds + work.again.seconds + max(0.0, work.backward.seconds - 2 * weights_s)
 
 
 def send_parts_s(job: Job) -> tuple[float, float]:

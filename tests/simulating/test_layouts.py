@@ -83,7 +83,10 @@ def test_even_pipelines_are_the_closed_form(priced: Predictor, layout: str) -> N
     assert found.idle_share == pytest.approx([(p - 1) / (cost.micro_batches * v + p - 1)] * p)
 
 
-@pytest.mark.parametrize("layout", ["dp=2,pp=4", "dp=2,pp=4,schedule=gpipe", "dp=2,pp=4,vpp=2", "pp=8", "tp=4,pp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp=2,pp=4", "dp=2,pp=4,schedule=gpipe", "dp=2,pp=4,vpp=2", "dp=2,pp=4,schedule=zero-bubble", "pp=8", "tp=4,pp=2"],
+)
 def test_whole_steps_of_pipelines_are_near_the_closed_form(priced: Predictor, layout: str) -> None:
     """With all that the closed form only bounds: uneven ends, sends that hide, launches that run ahead."""
     found, predicted = simulate_layout(priced, layout), priced.predict(layout)

@@ -202,7 +202,7 @@ class Predictor:
         step, devices, device = time.total_s, self.cluster.devices, self.cluster.device
         samples = self.table.tokens if self.table.samples_are_tokens else 1
         flops = self.table.flops * self.global_batch / devices
-        peak = device.peak_flops(self.table.dtype)
+        peak = device.peak_flops(self.table.compute_dtype)
         again = time.again_flops / max(time.flops, 1.0)
         return Prediction(
             layout=layout,

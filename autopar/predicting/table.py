@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,7 +101,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelTable:
-    """Everything `predict` knows of a model. tokens: of one sequence. itemsize: bytes of a parameter.
+    """Everything `predict` knows of a model. tokens: of one sequence. itemsize, dtype: of a parameter.
 
     flops: of one sequence, forward and backward, each counted once.
     """
@@ -114,6 +115,15 @@ class ModelTable:
     itemsize: int
     dtype: str
     flops: float
+
+    @cached_property
+    def compute_dtype(self) -> str:
+        """In which most of the FLOPs are done; that of the parameters, unless the model runs under autocast."""
+        by_dtype: dict[str, float] = defaultdict(float)
+        parts = [part for part in (self.before, self.block, self.after) if part is not None]
+        for kernel in (k for part in parts for one in (part.forward, part.backward) for k in one.kernels):
+            by_dtype[kernel.dtype] += float(kernel.flops.sum())
+        return max(by_dtype, key=lambda dtype: by_dtype[dtype], default=self.dtype)
 
 
 def total(vectors: list[Floats]) -> Floats:

@@ -146,6 +146,15 @@ def test_figures_agree_with_each_other() -> None:
     assert found.peak_bytes == pytest.approx(sum(found.breakdown["memory_bytes"].values()), abs=8)
 
 
+def test_utilisation_is_of_the_rate_that_the_products_run_at() -> None:
+    """Under autocast that is bfloat16's, whatever the parameters are kept in."""
+    mixed = Predictor(llama().float(), CLUSTER, seq=SEQ, global_batch=32, precision="bf16")
+    found = mixed.predict("dp=8")
+    assert mixed.table.dtype == "float32"
+    flops = mixed.table.flops * 32 / 8 / found.step_time_s
+    assert found.mfu == pytest.approx(flops / CLUSTER.device.peak_flops("bfloat16"))
+
+
 def test_a_list_of_layouts_is_priced_quickly() -> None:
     """200 layouts a second, once the model is traced."""
     one = predictor("llama", 128)

@@ -176,6 +176,8 @@ def _staged(
     try:
         choice = choose(predictor, asked.pin, time_limit_s, progress)
     except Infeasible as error:
+        if error.needed_bytes is None and not asked.wanted:
+            return None  # there is no such layout, whatever the memory
         raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, time_limit_s)) from None
     if not (asked.wanted or is_staged(choice)):
         return None

@@ -105,7 +105,7 @@ def test_sharded_parameters_when_memory_is_short() -> None:
     roomy = planned(1024, 1, 8, 1024, h100(2))
     assert roomy.roles == ("dp",) and roomy.layout()["zero"] == 0 and not collectives(roomy, "parameters")
     held = memory(roomy)
-    limit = roomy.predicted["peak_bytes"] - int(0.3 * (held["parameters"] + held["optimizer"]))
+    limit = roomy.predicted["peak_bytes"] - int(0.5 * (held["parameters"] + held["optimizer"]))  # most must be cut
     short = planned(1024, 1, 8, 1024, h100(2), memory_limit_bytes=limit, pin={"recompute": "none"})
     assert short.roles == ("dp",) and short.layout()["zero"] >= 2
     assert collectives(short, "parameters")["forward", "all_gather"] > 0

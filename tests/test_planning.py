@@ -233,6 +233,11 @@ def test_a_parameter_pin_skips_meshes_that_cannot_hold_it() -> None:
         autopar.plan(model, cluster(8), example_inputs=call, pin={"down.bias": ("S(1)", "R")}, time_limit_s=5)
 
 
+def test_stages_of_a_model_without_blocks() -> None:
+    with pytest.raises(Infeasible, match="pp=2, but the model has 1 block"):
+        make("mlp", gpus=8, pin={"pp": 2})
+
+
 @pytest.mark.parametrize(
     ("pin", "says"),
     [
@@ -242,7 +247,7 @@ def test_a_parameter_pin_skips_meshes_that_cannot_hold_it() -> None:
         ({"dp": 2, "tp": 2}, "8 devices"),
         ({"mesh": [3, 3]}, "8 devices"),
         ({"dp": 0}, "positive"),
-        ({"pp": 2}, "only degree 1"),
+        ({"ep": 2}, "only degree 1"),
         ({"zero": 4}, "0, 1, 2 or 3"),
         ({"recompute": "some"}, "none, selective or full"),
         ({"up.weight": "S(x)"}, "placements"),

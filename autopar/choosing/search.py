@@ -95,11 +95,14 @@ class LayoutSearch:
         return min((p.step_time_s for p in self.found.values()), default=float("inf"))
 
     def _one_block_fits(self, group: Group) -> bool:
-        """Whether a stage of one block, or of what comes after the blocks, has room for a micro-batch of this size."""
-        dp = max(1, self.space.global_batch // group.micro_batch)
-        layout = Layout(dp, group.tp, 1, group.cp, micro_batch=group.micro_batch, zero=3, sp=group.sp, recompute="full")
+        """Whether the tensors of one micro-batch have room in a stage of one block, or of what comes after the blocks.
+
+        States, and what the allocator adds, depend on the other degrees and are left out.
+        """
+        layout = Layout(1, group.tp, 1, group.cp, micro_batch=group.micro_batch, sp=group.sp, recompute="full")
         stages = [Stage(0, False, True)] + ([Stage(1, False, False)] if self.predictor.table.block else [])
-        return all(self.predictor.stage_memory(layout, s, 0).total <= self.predictor.limit_bytes for s in stages)
+        held = [self.predictor.stage_memory(layout, stage, 0) for stage in stages]
+        return all(m.activations + m.temporaries <= self.predictor.limit_bytes for m in held)
 
     # -- one cell -----------------------------------------------------------------------------
 
@@ -221,7 +224,8 @@ class LayoutSearch:
             )
         leanest = self.leanest()
         if leanest is None:
-            return Infeasible("no layout satisfies the pins, the batch and the model together; remove a pin")
+            why = self.space.conflict()
+            return Infeasible(f"no layout satisfies the pins, the batch and the model together{why}; remove a pin")
         layout, memory = leanest
         lacking = shortfall(self._on(layout.devices), layout)
         return Infeasible(

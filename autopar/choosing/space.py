@@ -58,6 +58,8 @@ class Space:
         unknown = set(self.pin) - LAYOUT_KEYS
         if unknown:
             raise PinError(f"pin {sorted(unknown)[0]!r} is no key of a layout; the keys are {', '.join(KEYS)}")
+        if self.pin.get("ep", 1) != 1:
+            raise PinError(f"pin ep={self.pin['ep']}: experts cannot be spread yet; leave ep out")
         for key, value in self.pin.items():  # each by itself
             Layout(**{key: value, **_company(key, value)})  # LayoutError where it cannot be
 
@@ -123,6 +125,20 @@ class Space:
         """In which gradients are kept; nothing to choose."""
         found: str | None = self.pin.get("grad_dtype", "float32")
         return found
+
+    def conflict(self) -> str:
+        """Which pin cannot be, in words that follow a sentence; "" where it takes several together."""
+        pin = self.pin
+        stages = pin.get("pp", 1) * pin.get("vpp", 1)
+        if stages > self.blocks:
+            blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"
+            return f": {' and '.join(f'{k}={pin[k]}' for k in ('pp', 'vpp') if k in pin)}, but the model has {blocks}"
+        if not self._tensor_degrees():
+            return f": tp={pin.get('tp')} does not go with {self.heads} heads on {self.cluster.devices} devices"
+        share = pin.get("dp", 1) * pin.get("micro_batch", 1)
+        if self.global_batch % share:
+            return f": the global batch of {self.global_batch} does not divide by dp and micro_batch"
+        return ""
 
     # -- degrees ----------------------------------------------------------------------------
 

@@ -94,16 +94,17 @@ def _bubble_s(job: Job, stages: list[Stage], slow: Stage, around_s: dict[Stage, 
 def _around_s(job: Job, stage: Stage, work: StageWork) -> float:
     """What one stage adds to the bubble of the others.
 
-    Zero-bubble hides gradients of weights in it: forward + inputs - weights is left (Qi et al. 2023, ZB-H1), at least
-    the forward pass.
+    Zero-bubble fills it with gradients of weights: forward + inputs - weights is left (Qi et al. 2023, ZB-H1), at least
+    the forward pass. Fewer micro-batches than other stages have fewer of them to fill it with.
     """
     if job.layout.schedule != "zero-bubble":
         return _seconds(work)
-    weights_s = sum(
-        times * job.pricer.work(part.backward.weight_gradients, job.shape).seconds
-        for part, times in stage.parts(job.table)
-    )
-    return work.forward.seconds + work.again.seconds + max(0.0, work.backward.seconds - 2 * weights_s)
+    inputs = Work()
+    for part, times in stage.parts(job.table):
+        inputs += job.pricer.work(part.backward.input_gradients, job.shape) * times
+    filled = min(1.0, job.micro_batches / (job.layout.pp - 1))
+    left_s = inputs.seconds - filled * (work.backward.seconds - inputs.seconds)
+    return work.forward.seconds + work.again.seconds + max(0.0, left_s)
 
 
 def send_parts_s(job: Job) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, too
+
 from autopar.explaining.measured import where
 from autopar.files import write_atomically
 from benchmarks.published_models import cluster_of

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, too
+
 from autopar.errors import AutoparError, LayoutError
 from benchmarks import choices
 from benchmarks.published_figures import Check, Outcome, cells, quantile, rate_error, relative, sizes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,3 +151,12 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with pytest.raises(SystemExit):
         published.main(["weather"])
     assert "unknown part 'weather'; the parts are training, memory, sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["published.py", "choices.py"])
+def test_runs_as_a_script(script: str) -> None:
+    """From any folder, without the project's root on the path."""
+    path = Path(published.__file__).with_name(script)
+    done = subprocess.run([sys.executable, path, "nope"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    assert "unknown part 'nope'" in done.stderr

@@ -118,7 +118,7 @@ class Layout:
 
     def __str__(self) -> str:
         """As the command line takes it."""
-        return ",".join(f"{key}={_written(value)}" for key, value in self.to_dict().items())
+        return ",".join(f"{key}={written(value)}" for key, value in self.to_dict().items())
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(Layout))
@@ -244,7 +244,7 @@ _READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import autopar
 from autopar.choosing.plan import choose
-from autopar.choosing.report_text import short
 from autopar.errors import LayoutError
+from autopar.layout_text import short
 from autopar.models import load_model
 from autopar.predicting.predict import Prediction, Predictor
 from benchmarks.published_figures import Check
@@ -79,8 +79,8 @@ def papers() -> list[Check]:
         lead += [faster] if theirs.fits else []
         tokens = f"batch {paper.global_batch} x {paper.seq}"
         print(f"{paper.name} on {paper.gpus} x {paper.cluster}, {tokens} ({paper.source})")
-        print(f"  authors   {_figures(theirs)}  {short(theirs.layout.to_dict())}")
-        print(f"  found     {_figures(found.best)}  {short(found.best.layout.to_dict())}")
+        print(f"  authors   {_figures(theirs)}  {short(theirs.layout)}")
+        print(f"  found     {_figures(found.best)}  {short(found.best.layout)}")
         searched = f"{found.cells:,} sets of degrees, {spent_s:.1f} CPU s after the trace"
         print(f"  faster    by a factor of {faster:.3f}; gap {found.gap:.2%}, {searched}")
         print(f"  why       {_why(theirs, found.best)}", flush=True)
@@ -116,7 +116,7 @@ def sweep() -> list[Check]:
         ratios.append(best_s / found.best.step_time_s)
         print(
             f"{first.source:<32}{best_s:>12.3f}{found.best.step_time_s:>10.3f}"
-            f"{best_s / found.best.step_time_s:>8.3f}   {short(found.best.layout.to_dict())}",
+            f"{best_s / found.best.step_time_s:>8.3f}   {short(found.best.layout)}",
             flush=True,
         )
     return [Check("sweep: free choice over the best that was tried, least", min(ratios), 1.0, least=True)]

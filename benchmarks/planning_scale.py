@@ -22,8 +22,8 @@ import torch
 
 import autopar
 from autopar.choosing.plan import choose
-from autopar.choosing.report_text import short
 from autopar.choosing.search import LayoutChoice
+from autopar.layout_text import short
 from autopar.models import load_model
 from autopar.predicting.predict import Predictor
 
@@ -55,7 +55,7 @@ def line(name: str, point: Point) -> str:
     found = point.found
     return (
         f"{name:<14}{point.gpus:>7}{point.cpu_s:>9.2f}{found.cells:>10,}{found.visited:>9,}{found.priced:>9,}"
-        f"{found.gap:>8.2%}{found.best.step_time_s:>10.3f} s   {short(found.best.layout.to_dict())}"
+        f"{found.gap:>8.2%}{found.best.step_time_s:>10.3f} s   {short(found.best.layout)}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.choosing.search import KEPT, LayoutChoice, LayoutSearch, rounded
+from autopar.choosing.search import LayoutChoice, LayoutSearch, rounded
 from autopar.choosing.space import LAYOUT_KEYS, Space
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
@@ -88,7 +87,7 @@ def choose(
 
 
 def is_staged(choice: LayoutChoice) -> bool:
-    """Whether the best layout has what only a plan by degrees can have, or leaves devices idle."""
+    """Whether the best layout has what only a plan by degrees can have."""
     return choice.best.layout.pp > 1 or choice.best.layout.cp > 1
 
 
@@ -120,7 +119,7 @@ def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions
         timings={"solve_s": choice.solve_s},
         blocks=tuple(best.breakdown["blocks_per_stage"]),
         others=tuple(
-            OtherLayout(p.layout.to_dict(), rounded(p.step_time_s), p.peak_bytes) for p in choice.alternatives[:KEPT]
+            OtherLayout(p.layout.to_dict(), rounded(p.step_time_s), p.peak_bytes) for p in choice.alternatives
         ),
         counts={"cells": choice.cells, "visited": choice.visited, "priced": choice.priced},
         predictor=predictor,
@@ -174,10 +173,3 @@ def reopen(plan: StagedPlan, model: nn.Module, example_inputs: Any = None) -> Pr
     if graph_hash(predictor.sample.trace) != plan.graph_hash:
         raise PlanMismatch("the plan was made for another model (its traced graph differs); plan again for this model")
     return predictor
-
-
-def changed(predictor: Predictor, **cluster_fields: Any) -> Predictor:
-    """The same model on a cluster that differs in some fields."""
-    made = predictor.on(dataclasses.replace(predictor.cluster, **cluster_fields))
-    made.forget_prices()
-    return made

@@ -11,23 +11,23 @@ from typing import Any
 
 from autopar.choosing import report_text as text
 from autopar.choosing.page_data import page_data
-from autopar.choosing.plan import changed, choose, staged_plan
+from autopar.choosing.plan import choose, staged_plan
 from autopar.errors import AutoparError, Infeasible, LayoutError
 from autopar.explaining.alternatives import Alternative
-from autopar.layouts import KEYS
+from autopar.explaining.faster import faster_clusters
+from autopar.layouts import KEYS, written
 from autopar.predicting.predict import Predictor
 from autopar.staged import NOT_YET, StagedPlan
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report chooses again
 MORE_BYTES = 1 << 30
 MEMORY = "1 GiB more memory a device"
-FASTER = 0.1  # how much faster a link or a device is in the question what that would bring
 USUAL = ({"pp": 1, "cp": 1}, {"tp": 1}, {"sp": False}, {"zero": 0}, {"schedule": "1f1b"}, {"recompute": "none"})
 
 
 @dataclass(frozen=True)
 class Worth:
-    """What more of a resource would bring: the best layout with it. step_time_s: None if there was no time."""
+    """What more of a resource would bring: the best layout with it."""
 
     what: str
     step_time_s: float
@@ -61,7 +61,7 @@ class LayoutReport:
         if unknown or not pin:
             raise AutoparError(f"why_not needs layout keys, such as {{'tp': 8}}; they are {', '.join(KEYS)}")
         predictor, began = self._predictor("why_not"), time.perf_counter()
-        condition = " and ".join(f"{key}={text.written(value)}" for key, value in pin.items())
+        condition = " and ".join(f"{key}={written(value)}" for key, value in pin.items())
         base = Alternative("layout", str(self.plan.named), condition, self.plan, "solved")
         merged = {**{k: v for k, v in self.plan.options.pin.items() if k in KEYS}, **pin}
         try:
@@ -88,25 +88,20 @@ class LayoutReport:
     @cached_property
     def worths(self) -> tuple[Worth, ...]:
         """What binds: the best layout with a little more of each resource."""
-        predictor, cluster = self._predictor("worths"), self.plan.cluster
-        deadline = time.perf_counter() + self.time_limit_s / 2
-        device = cluster.device
-        wider = [
-            (f"{link.name} {FASTER:.0%} faster", {"links": _with(cluster.links, i, bytes_per_s=(1 + FASTER))})
-            for i, link in enumerate(cluster.links)
-        ]
-        rates = tuple((name, rate * (1 + FASTER)) for name, rate in device.peak_flops_per_s)
-        asked: list[tuple[str, Predictor]] = [(MEMORY, _with_memory(predictor, MORE_BYTES))]
-        asked += [(what, changed(predictor, **fields)) for what, fields in wider]
-        faster = replace(device, peak_flops_per_s=rates)
-        asked.append((f"matrix units {FASTER:.0%} faster", changed(predictor, device=faster)))
+        predictor, deadline = self._predictor("worths"), time.perf_counter() + self.time_limit_s / 2
+        asked = [(MEMORY, _with_memory(predictor, MORE_BYTES))]
+        for what, cluster in faster_clusters(self.plan.cluster):
+            other = predictor.on(cluster)
+            other.forget_prices()
+            asked.append((f"{what} 10% faster", other))
         found = []
         for what, other in asked:
-            left = deadline - time.perf_counter()
-            if left > 0:
-                best = choose(other, self._pins(), left).best
-                saved = self.plan.objective_s - best.step_time_s
-                found.append(Worth(what, best.step_time_s, saved, best.layout.to_dict()))
+            try:
+                best = choose(other, self._pins(), deadline - time.perf_counter()).best
+            except Infeasible:  # in the time that was left: more of anything always fits
+                break
+            saved = self.plan.objective_s - best.step_time_s
+            found.append(Worth(what, best.step_time_s, saved, best.layout.to_dict()))
         return tuple(found)
 
     def _pins(self) -> dict[str, Any]:
@@ -156,12 +151,6 @@ class LayoutReport:
         from autopar.explaining.page.write import write_page  # late, as it brings the template engine
 
         write_page(path, self.to_dict())
-
-
-def _with(links: tuple[Any, ...], at: int, *, bytes_per_s: float) -> tuple[Any, ...]:
-    """The links with one of them faster."""
-    faster = replace(links[at], bytes_per_s=links[at].bytes_per_s * bytes_per_s)
-    return (*links[:at], faster, *links[at + 1 :])
 
 
 def _with_memory(predictor: Predictor, more_bytes: int) -> Predictor:

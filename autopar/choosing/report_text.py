@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from autopar.layout_text import short
 from autopar.layouts import Layout
 from autopar.staged import NOT_YET, StagedPlan
 from autopar.units import bytes_text, seconds_text
@@ -131,7 +132,7 @@ def _other_lines(plan: StagedPlan) -> list[str]:
     for other in plan.others[:MOST_OTHERS]:
         more = other.step_time_s / plan.objective_s - 1
         lead = f"  {seconds_text(other.step_time_s):>10} {more:>+7.1%} {bytes_text(other.peak_bytes):>11}  "
-        layout = short(other.layout).replace(",", ", ")
+        layout = short(Layout(**other.layout)).replace(",", ", ")
         found += textwrap.wrap(layout, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead))
     return found
 
@@ -139,28 +140,11 @@ def _other_lines(plan: StagedPlan) -> list[str]:
 def _again_lines(report: LayoutReport) -> list[str]:
     found = ["why not:"] if report.alternatives else []
     for other in report.alternatives:
-        instead = f"  ({short(other.plan.layout())})" if other.plan is not None else ""
+        instead = f"  ({short(Layout(**other.plan.layout()))})" if other.plan is not None else ""
         found += textwrap.wrap(f"{other.condition}: {other.verdict()}{instead}", WIDTH - 2, initial_indent="  ",
                                subsequent_indent="      ", break_on_hyphens=False)  # fmt: skip
     worths = [f"{w.what} {w.saves_s / report.plan.objective_s:+.2%}" for w in report.worths]
     return [*found, *_wrapped("what binds", "time saved by " + "; ".join(worths))] if worths else found
-
-
-def short(keys: Any) -> str:
-    """A layout without what has its default."""
-    plain, found = Layout(), []
-    for key, value in keys.items():
-        usual = keys["tp"] > 1 if key == "sp" else getattr(plain, key)
-        if key == "schedule":
-            usual = "none" if keys["pp"] == 1 else "interleaved" if keys["vpp"] > 1 else "1f1b"
-        if value != usual or key == "micro_batch":
-            found.append(f"{key}={written(value)}")
-    return ",".join(found)
-
-
-def written(value: Any) -> str:
-    """As on the command line."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _wrapped(name: str, what: str) -> list[str]:

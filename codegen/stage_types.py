@@ -30,7 +30,7 @@ class StagePass:
     """One rank-local graph: placeholders (mesh coordinates first) for `inputs`, results as said by its stage.
 
     inputs: a placeholder of the joint graph (parameter, buffer, constant, input, tangent), a received value, or a
-        value that an earlier pass of the same stage and micro-batch left in `saved`; in any of these cases (name, state).
+        value that an earlier pass of the same stage and micro-batch left in `saved`; each as (name, state).
     """
 
     graph: fx.Graph

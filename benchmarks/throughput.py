@@ -51,8 +51,10 @@ def variant(name: str, module: Any, batch: dict[str, Any]) -> Variant:
         groups.setdefault(isinstance(param, DTensor), []).append(param)
     optimizer = torch.optim.AdamW([{"params": g} for g in groups.values()], lr=1e-4, fused=True)
 
+    train_step = getattr(module, "train_step", lambda **batch: module(**batch)["loss"].backward())
+
     def step() -> None:
-        module(**batch)["loss"].backward()
+        train_step(**batch)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import boxed_codegen
-from autopar.codegen.builder import GROUP_PREFIX
+from autopar.codegen.builder import GROUP_PREFIX, c10d
 from autopar.codegen.emit import EmittedProgram, Version
 from autopar.codegen.fold import fold
 
@@ -32,6 +32,30 @@ def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
     return copy
 
 
+def hand_out_early(graph: fx.Graph, first: int) -> tuple[int, ...]:
+    """Let `graph` return those of its `first` results that it would only wait for; the caller waits then.
+
+    A loss summed over the ranks is of no use to the backward pass, which need not wait until all ranks are there.
+    """
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    found = []
+    for index, result in enumerate(results[:first]):
+        waits = isinstance(result, fx.Node) and result.target is c10d.wait_tensor.default
+        if waits and len(result.users) == 1 and results.count(result) == 1:
+            found.append(index)
+    waits_of = {index: results[index] for index in found}
+    graph.output_node().args = (tuple(waits_of[i].args[0] if i in waits_of else r for i, r in enumerate(results)),)
+    for node in waits_of.values():
+        graph.erase_node(node)
+    return tuple(found)
+
+
+def wait_for(tensor: torch.Tensor) -> torch.Tensor:
+    """The result of a collective, arrived."""
+    waited: torch.Tensor = c10d.wait_tensor.default(tensor)
+    return waited
+
+
 class RankProgram:
     """The executable form of an `EmittedProgram` on one rank.
 
@@ -43,7 +67,9 @@ class RankProgram:
         self.emitted = emitted
         self.coordinates = list(coordinates)
         self.group_names = tuple(group_names)
-        self.folded_forward = fold(bind_groups(emitted.forward, group_names))
+        forward = bind_groups(emitted.forward, group_names)
+        self.under_way = hand_out_early(forward, emitted.whole_outputs)
+        self.folded_forward = fold(forward)
         self.folded_backward = fold(bind_groups(emitted.backward, group_names))
 
     @cached_property
@@ -56,14 +82,20 @@ class RankProgram:
         """The backward pass op by op, no layer folded."""
         return _boxed(bind_groups(self.emitted.backward, self.group_names))
 
-    def forward(self, values: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def forward(
+        self, values: dict[str, torch.Tensor], *, wait: bool = True
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run the forward pass.
 
         values: local tensor per joint-graph placeholder. Returns the outputs (the whole ones first; in the
-        order of `emitted.output_names`) and the saved tensors.
+        order of `emitted.output_names`) and the saved tensors. With `wait` false the results numbered in
+        `under_way` may still be on their way (`wait_for`).
         """
         inputs = [*self.coordinates, *(values[name] for name in self.emitted.forward_inputs)]
         results = self.folded_forward(inputs)
+        if wait:
+            for index in self.under_way:
+                results[index] = wait_for(results[index])
         count = len(self.emitted.output_names)
         return results[:count], results[count:]
 

@@ -26,7 +26,7 @@ from autopar.placements import State, shard_dim
 from autopar.plans import Plan
 from autopar.precision import autocast_dtype
 from autopar.runtime.binding import bind_inputs
-from autopar.runtime.execute import RankProgram
+from autopar.runtime.execute import RankProgram, wait_for
 from autopar.runtime.failure import naming_dead_ranks
 from autopar.trace import Trace
 
@@ -79,6 +79,12 @@ class Program(nn.Module):
         comes as DTensors. A model without a loss returns all its tensors whole on every rank, differentiable as on
         one device: every rank computes the same loss of them.
         """
+        result, under_way = self._call(args, kwargs, wait=True)
+        assert not under_way
+        return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool) -> tuple[Any, list[torch.Tensor]]:
+        """What the model returns; without `wait`, also those of its tensors that may still be on their way."""
         compiled = self.prepare((args, kwargs))
         _check_autocast(compiled)
         trace = compiled.trace
@@ -86,12 +92,13 @@ class Program(nn.Module):
         params = dict(self.named_parameters())
         ordered = [params[p.fqn] for p in trace.params]
         with naming_dead_ranks(compiled.mesh):
-            outputs = _Step.apply(compiled, self._buffer_values(trace), inputs, *ordered)
+            outputs = _Step.apply(compiled, self._buffer_values(trace), inputs, wait, *ordered)
         by_name = dict(zip(compiled.rank_program.emitted.output_names, outputs, strict=True))
         for fqn, node in trace.buffer_updates.items():
             self.get_buffer(fqn).copy_(by_name[node])
         leaves = [o.node for o in trace.outputs if o.node is not None]
-        return trace.rebuild_output([self._wrap(compiled, name, by_name[name]) for name in leaves])
+        under_way = [] if wait else [outputs[i] for i in compiled.rank_program.under_way]
+        return trace.rebuild_output([self._wrap(compiled, name, by_name[name]) for name in leaves]), under_way
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached."""
@@ -100,10 +107,13 @@ class Program(nn.Module):
                 "train_step needs a model that returns its loss; compute the loss of program(...) yourself and call "
                 "loss.backward()"
             )
-        result = self(*args, **kwargs)
+        result, under_way = self._call(args, kwargs, wait=False)
         loss = _loss_of(result)
         del result
         loss.backward()
+        with naming_dead_ranks(self._ready("train_step").mesh):
+            for tensor in under_way:
+                wait_for(tensor.detach())
         return loss.detach()
 
     def explain(self) -> Any:
@@ -189,13 +199,18 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, compiled: Compiled, buffers: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], *params: Any
+        ctx: Any,
+        compiled: Compiled,
+        buffers: dict[str, torch.Tensor],
+        inputs: dict[str, torch.Tensor],
+        wait: bool,
+        *params: Any,
     ) -> tuple[torch.Tensor, ...]:
         values = {p.node: local_detached(t) for p, t in zip(compiled.trace.params, params, strict=True)}
         values.update(buffers)
         values.update(inputs)
         with compiled.own_precision():
-            outputs, saved = compiled.rank_program.forward(values)
+            outputs, saved = compiled.rank_program.forward(values, wait=wait)
         # Detached: an output that holds its own graph would never be freed. Changes in place are still seen.
         ctx.compiled, ctx.saved, ctx.values = compiled, [t.detach() for t in saved], values
         ctx.watched = {**values, **{p.node: t for p, t in zip(compiled.trace.params, params, strict=True)}}
@@ -228,7 +243,7 @@ class _Step(torch.autograd.Function):
         used = {name for name, tensor in tangents.items() if tensor is not None}
         for fqn in [name for name in by_fqn if not used & compiled.tangents_of[name]]:
             del by_fqn[fqn]  # what no loss was made of gives no gradient, as on one device
-        return (None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
+        return (None, None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
 
 
 def _check_autocast(compiled: Compiled) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     "runtime": {"core", "codegen", "runtime"},
     "face": {"solver", "core", "codegen", "runtime", "face"},
 }
-FACE = {"autopar.api", "autopar.cli", "autopar.verification", "autopar.profiling"}
+FACE = {"autopar.api", "autopar.cli", "autopar.verification", "autopar.verifying", "autopar.profiling"}
 SOLVER_THIRD_PARTY = {"numpy", "networkx", "pulp", "highspy"}
 PRIVATE_TORCH_HOME = "autopar._torch_compat"
 

@@ -1,0 +1,1 @@
+"""Proves plans that take more than one program a rank, on CPU (of plans that take one: `autopar.verification`)."""

@@ -63,7 +63,7 @@ examples:
   autopar plan --model llama3-8b --cluster cluster.json --seq 8192 --global-batch 256"""
 
 PIN_HELP = (
-    "fix a layout key (tp=4), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
+    "fix a layout key (tp=4, or by axes tp=2,2), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
     "(PATTERN=recompute); may be repeated"
 )
 
@@ -268,7 +268,7 @@ def _positive_float(text: str) -> float:
 
 
 def parse_pin(text: str) -> tuple[str, Any]:
-    """One --pin: the key, and its value as an int, a bool, a tuple of placements or a word."""
+    """One --pin: the key, and its value as an int, several (2,2), a bool, a tuple of placements or a word."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals and value):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
@@ -277,4 +277,6 @@ def parse_pin(text: str) -> tuple[str, Any]:
     if value in ("true", "false"):
         return key, value == "true"
     parts = tuple(part.strip() for part in value.split(","))
+    if all(part.isdecimal() for part in parts):
+        return key, tuple(map(int, parts))
     return key, parts if all(is_placement(part) for part in parts) else value

@@ -60,11 +60,25 @@ def op_seconds(
     flops = op_flops_of(node) * work_share(rules, mesh)
     seconds = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands), op_name(node.target))
     seconds += costs.views_s(sum(len(o.views) for o in operands))
-    for axis, rule in enumerate(rules):
-        for inner in rule.collectives:
-            nbytes = _inner_bytes(node, operands, operand_states, result_states, inner, mesh)
-            seconds += costs.collective_s(inner.kind, nbytes, axis)
+    for kind, axis, nbytes in inner_steps(node, operands, rules, operand_states, result_states, mesh):
+        seconds += costs.collective_s(kind, nbytes, axis)
     return seconds
+
+
+def inner_steps(
+    node: fx.Node,
+    operands: Sequence[Operand],
+    rules: Sequence[AxisRule],
+    operand_states: Sequence[State],
+    result_states: Sequence[State | None],
+    mesh: Sequence[int],
+) -> list[tuple[str, int, int]]:
+    """(kind, mesh axis, bytes) of the collectives inside the lowering of an op."""
+    return [
+        (inner.kind, axis, _inner_bytes(node, operands, operand_states, result_states, inner, mesh))
+        for axis, rule in enumerate(rules)
+        for inner in rule.collectives
+    ]
 
 
 def compute_dtype(node: fx.Node, operands: Sequence[Operand]) -> str:

@@ -2,7 +2,7 @@
 
 A pin is one of
   * a layout key with a degree or flag: {"tp": 4, "dp": 2, "zero": 3, "sp": True, "recompute": "none"},
-    or {"mesh": [2, 4]} for the bare shape;
+    several axes of one role, {"tp": (2, 2)}, or {"mesh": [2, 4]} for the bare shape;
   * a pattern of parameter or module names with placements, one per mesh axis:
     {"layers.*.mlp.up_proj.weight": ("R", "S(0)")};
   * a pattern of module names with "keep" or "recompute".
@@ -23,16 +23,15 @@ from torch import fx
 from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
 from autopar.errors import PinError
+from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.placements import State, is_placement, shard_dim
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
 from autopar.trace import ParamInfo, Trace
 
-_DEGREES = ("dp", "tp")
-_UNSUPPORTED_DEGREES = ("pp", "cp", "ep", "vpp")
 _FLAGS = ("zero", "sp", "recompute", "mesh")
-MESH_KEYS = frozenset({*_DEGREES, "mesh"})  # pins that fix the mesh
+MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
     """Check a pin dict for a number of devices; raises PinError."""
     degrees, flags, params, modules = {}, {}, [], []
     for key, value in (pin or {}).items():
-        if key in _DEGREES or key in _UNSUPPORTED_DEGREES:
-            degrees[key] = _degree(key, value)
+        if key in ROLES or key in UNSUPPORTED:
+            degrees[key] = degree(key, value)
         elif key in _FLAGS:
             flags[key] = value
         elif value in ("keep", "recompute"):
@@ -90,7 +89,7 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
             raise PinError(f"pin {key!r}: offload is not available yet; use 'keep' or 'recompute'")
         else:
             params.append((key, _placements(key, value)))
-    mesh, roles = _mesh(degrees, flags.get("mesh"), devices)
+    mesh, roles = pinned_mesh(degrees, flags.get("mesh"), devices)
     for key, placements in params:
         if mesh is not None and len(placements) != len(mesh):
             raise PinError(f"pin {key!r} has {len(placements)} placements for a mesh of {len(mesh)} axes {mesh}")
@@ -102,44 +101,16 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
     return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, tuple(params), tuple(modules))
 
 
-def _degree(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PinError(f"pin {key!r} must be a positive integer, got {value!r}")
-    if key in _UNSUPPORTED_DEGREES and value > 1:
-        raise PinError(f"pin {key!r}: only degree 1 is available yet, got {value}; use dp and tp")
-    return value
-
-
 def _placements(key: str, value: Any) -> State:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (tuple, list)) or not all(isinstance(i, str) and is_placement(i) for i in items):
         raise PinError(
-            f"pin {key!r}: expected a layout key ({', '.join((*_DEGREES, *_FLAGS))}), placements such as "
+            f"pin {key!r}: expected a layout key ({', '.join((*ROLES, *_FLAGS))}), placements such as "
             f"('R', 'S(0)'), 'keep' or 'recompute', got {value!r}"
         )
     if "P" in items:
         raise PinError(f"pin {key!r}: a parameter cannot be stored as 'P'")
     return tuple(items)
-
-
-def _mesh(degrees: dict[str, int], shape: Any, devices: int) -> tuple[tuple[int, ...] | None, tuple[str | None, ...]]:
-    if shape is not None:
-        mesh = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
-        if not all(isinstance(s, int) and s >= 1 for s in mesh) or math.prod(mesh) != devices:
-            raise PinError(f"pin 'mesh': sizes must multiply to {devices} devices, got {shape!r}")
-        return mesh, (None,) * len(mesh)
-    asked = {k: v for k, v in degrees.items() if k in _DEGREES}
-    if not asked:
-        return None, ()
-    product = math.prod(asked.values())
-    if devices % product or (len(asked) == len(_DEGREES) and product != devices):
-        text = " x ".join(f"{k}={v}" for k, v in asked.items())
-        raise PinError(f"pinned degrees {text} = {product} do not make {devices} devices")
-    if len(asked) == 1:
-        rest = "tp" if "dp" in asked else "dp"
-        asked[rest] = devices // product
-    pairs = [(asked[role], role) for role in _DEGREES if asked[role] > 1]
-    return tuple(size for size, _ in pairs), tuple(role for _, role in pairs)
 
 
 def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pins:

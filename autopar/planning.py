@@ -18,6 +18,7 @@ from autopar.cluster import ClusterSpec
 from autopar.errors import AutoparError, Infeasible, PinError
 from autopar.memory_types import MemoryEstimate
 from autopar.mesh_search import MeshSearch, SearchSettings
+from autopar.pin_mesh import MOST_AXES
 from autopar.pins import PinRequest, parse_pins
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate
@@ -25,6 +26,7 @@ from autopar.pricing import Price, price
 from autopar.trace import Trace
 
 _MAY_RISE = 2.0  # of the gap: how far a close look may raise the bound of a first one
+_OPS_FOR_THREE_AXES = 24  # two MLP layers: a quarter of a CPU second a mesh, of which 64 devices have 10
 _FREE_SHARE = 0.6  # of the time limit; the rest is for the usual layouts, should nothing be proven by then
 
 
@@ -64,6 +66,20 @@ def candidate_meshes(devices: int, cluster: ClusterSpec) -> list[tuple[int, ...]
     return [(devices,), *pairs]
 
 
+def deeper_meshes(devices: int, cluster: ClusterSpec, axes: int) -> list[tuple[int, ...]]:
+    """Meshes of so many axes, each of at least two ranks; those inside of the outermost stay inside a node where nodes
+    matter at all."""
+    if axes == 1:
+        return [(devices,)] if devices > 1 else []
+    inside = cluster.devices_per_node if cluster.nodes > 1 else devices
+    found = []
+    for outer in range(2, devices):
+        rest = devices // outer
+        if devices % outer == 0 and inside % rest == 0:
+            found += [(outer, *inner) for inner in deeper_meshes(rest, cluster, axes - 1)]
+    return found
+
+
 def usual_layouts(cluster: ClusterSpec) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, pins of its variants) of the layouts that people would configure by hand."""
     devices = cluster.devices
@@ -82,7 +98,7 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
     began = time.perf_counter()
     request = parse_pins(settings.pin, settings.cluster.devices)
     _check_batch(request, trace)
-    meshes = _meshes(request, settings)
+    meshes = _meshes(request, settings, sum(1 for n in trace.graph_module.graph.nodes if n.op == "call_function"))
     limit_s = settings.time_limit_s * (_FREE_SHARE if settings.free else 1.0)
     tried: list[MeshSearch] = []
     order = _most_promising_first(_stated(trace, meshes, request, settings), began + limit_s)
@@ -201,14 +217,21 @@ def _proven(best: MeshSearch, tried: list[MeshSearch], solve_s: float) -> Search
     return SearchResult(found, rows, bound, gap, status, solve_s)
 
 
-def _meshes(request: PinRequest, settings: SearchSettings) -> list[tuple[int, ...]]:
+def _meshes(request: PinRequest, settings: SearchSettings, ops: int) -> list[tuple[int, ...]]:
+    """Those to be searched: what is pinned, else meshes of one and two axes; of three where the model is small, and of
+    three or four where a parameter is pinned on so many."""
     if settings.fixed_mesh is not None:
         return [settings.fixed_mesh]
     if request.mesh is not None:
         return [request.mesh]
-    meshes = candidate_meshes(settings.cluster.devices, settings.cluster)
+    devices, cluster = settings.cluster.devices, settings.cluster
+    meshes = candidate_meshes(devices, cluster)
     axes = {len(state) for _, state in request.params}
-    return [m for m in meshes if not axes or len(m) in axes] or meshes
+    if axes:
+        for count in sorted(axes & set(range(3, MOST_AXES + 1))):
+            meshes += deeper_meshes(devices, cluster, count)
+        return [m for m in meshes if len(m) in axes] or meshes
+    return [*deeper_meshes(devices, cluster, 3), *meshes] if ops <= _OPS_FOR_THREE_AXES else meshes
 
 
 def _check_batch(request: PinRequest, trace: Trace) -> None:

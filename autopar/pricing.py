@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import fx
+
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.dataflow import (
@@ -20,7 +22,7 @@ from autopar.dataflow import (
     resolve,
     result_metas,
 )
-from autopar.opcost import local_bytes, op_flops_of, op_seconds, work_share
+from autopar.opcost import inner_steps, local_bytes, op_flops_of, op_seconds, work_share
 from autopar.placements import State, replicated
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import Conversions, ConversionTables, step_s
@@ -47,6 +49,7 @@ class Transfer:
 class Price:
     """Seconds of one training step on one rank, by part, and what the parts are made of.
 
+    inner: (kind, axis, bytes) of the collectives inside of ops, as often as they run; their seconds are the ops'.
     flops / recomputed_flops: of one rank.
     """
 
@@ -58,6 +61,7 @@ class Price:
     op_s: dict[str, float]
     flops: float
     recomputed_flops: float
+    inner: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def communication_s(self) -> float:
@@ -100,13 +104,26 @@ class _Pricer:
             op_s=op_s,
             flops=sum(shares.values()),
             recomputed_flops=sum(shares[n] for n in again),
+            inner=tuple(step for n in (*self.flow.ops, *again) for step in self._inner(n)),
         )
 
-    def _op_seconds(self, node: object, decision: NodeDecision) -> float:
-        operands = self.flow.operands_of[node]  # type: ignore[index]
+    def _op_seconds(self, node: fx.Node, decision: NodeDecision) -> float:
+        operands, states = self._seen(node)
+        return op_seconds(self.costs, node, operands, decision.rules, states, decision.result_states)
+
+    def _inner(self, node: fx.Node) -> list[tuple[str, int, int]]:
+        decision = self.decisions.nodes[node.name]
+        if not any(rule.collectives for rule in decision.rules):
+            return []
+        operands, states = self._seen(node)
+        return inner_steps(node, operands, decision.rules, states, decision.result_states, self.mesh)
+
+    def _seen(self, node: fx.Node) -> tuple[tuple[Operand, ...], list[State]]:
+        """The operands of an op, and the states in which it sees them."""
+        operands = self.flow.operands_of[node]
+        decision = self.decisions.nodes[node.name]
         seen = [self.views.forward(o, s) for o, s in zip(operands, decision.operand_states, strict=True)]
-        states = [s for s in seen if s is not None]
-        return op_seconds(self.costs, node, operands, decision.rules, states, decision.result_states)  # type: ignore[arg-type]
+        return operands, [s for s in seen if s is not None]
 
     def _optimizer_seconds(self, optimizer: OptimizerSpec) -> float:
         seconds = 0.0

@@ -34,6 +34,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     ("text", "pin"),
     [
         ("tp=4", ("tp", 4)),
+        ("tp=2,2", ("tp", (2, 2))),
         ("sp=true", ("sp", True)),
         ("recompute=selective", ("recompute", "selective")),
         ("layers.*.mlp.up_proj.weight=R,S(0)", ("layers.*.mlp.up_proj.weight", ("R", "S(0)"))),

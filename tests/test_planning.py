@@ -196,6 +196,10 @@ def test_infeasible_says_what_binds_and_the_limit_it_names_works(name: str) -> N
         ({"tp": 8}, (8,), {"tp"}),
         ({"dp": 2, "tp": 4}, (2, 4), {"dp", "tp"}),
         ({"tp": 2}, (4, 2), {"dp", "tp"}),
+        ({"tp": (2, 4)}, (2, 4), {"tp"}),
+        ({"tp": [2, 2, 2]}, (2, 2, 2), {"tp"}),
+        ({"dp": 2, "tp": (2, 2)}, (2, 2, 2), {"dp", "tp"}),
+        ({"tp": (2, 2)}, (2, 2, 2), {"dp", "tp"}),
         ({"mesh": [2, 4]}, (2, 4), None),
     ],
 )
@@ -220,6 +224,34 @@ def test_parameter_pins(pattern: str, state: tuple[str, ...]) -> None:
     plan = make("mlp", pin={"mesh": [8], pattern: state})
     pinned = [p for p in plan.decisions.params if fnmatchcase(p, pattern) or p.startswith(pattern + ".")]
     assert pinned and all(plan.decisions.params[p] == state for p in pinned)
+
+
+def test_a_mesh_has_four_axes_at_most() -> None:
+    with pytest.raises(PinError, match="a mesh of 5 axes, 2x2x2x2x2; at most 4"):
+        make("mlp", gpus=32, pin={"tp": (2, 2, 2, 2, 2)})
+
+
+def test_a_parameter_pinned_on_three_axes_gives_a_mesh_of_three() -> None:
+    plan = make("mlp", pin={"up.weight": ("S(0)", "S(0)", "S(1)")})
+    assert plan.mesh == (2, 2, 2) and plan.decisions.params["up.weight"] == ("S(0)", "S(0)", "S(1)")
+
+
+def test_small_models_are_tried_on_three_axes() -> None:
+    """A square mesh of three is among the candidates of a few ops, and never of a larger model."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.ReLU())
+    call = ((torch.zeros(8, 64),), {})
+    plan = autopar.plan(_Squared(model), cluster(8), example_inputs=call)
+    assert (2, 2, 2) in {c.mesh for c in plan.candidates}
+    assert {len(c.mesh) for c in make("mlp").candidates} == {1, 2}
+
+
+class _Squared(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).square().mean()  # type: ignore[no-any-return]
 
 
 def test_a_parameter_pin_skips_meshes_that_cannot_hold_it() -> None:
@@ -247,6 +279,9 @@ def test_stages_of_a_model_without_blocks() -> None:
         ({"dp": 2, "tp": 2}, "8 devices"),
         ({"mesh": [3, 3]}, "8 devices"),
         ({"dp": 0}, "positive"),
+        ({"tp": (2, 0)}, "'tp' must be a positive integer, or one for each of several axes such as (2, 2), got [2, 0]"),
+        ({"tp": (2, 2), "dp": 4}, "dp=4 x tp=2x2 = 16 do not make 8 devices"),
+        ({"tp": (2, 2), "pp": 2}, ": stages take one axis a degree"),
         ({"ep": 2}, "only degree 1"),
         ({"zero": 4}, "0, 1, 2 or 3"),
         ({"recompute": "some"}, "none, selective or full"),

@@ -15,6 +15,7 @@ from autopar.choosing.space import LAYOUT_KEYS, Space
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError, PlanMismatch
+from autopar.pin_mesh import ranks
 from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate, InputShape, PlanOptions
@@ -58,10 +59,14 @@ def wish(
             f"pin {foreign[0]!r} does not go with {degrees}: stages are laid out by degrees, not op by op; leave one "
             "of them out"
         )
+    several = [key for key in ("dp", "tp") if isinstance(given.get(key), (tuple, list))]
+    if wanted and several:
+        raise PinError(f"pin {several[0]}={given[several[0]]}: stages take one axis a degree; give the number of ranks")
     if wanted:
         return Wish(given, wanted=True)
-    all_used = math.prod(given[key] for key in ("dp", "tp") if isinstance(given.get(key), int)) == cluster.devices
-    if given.get("pp") == 1 or given.get("cp") == 1 or foreign or all_used:
+    pinned = [ranks(given[key]) for key in ("dp", "tp") if key in given]
+    all_used = math.prod(d for d in pinned if d is not None) == cluster.devices
+    if given.get("pp") == 1 or given.get("cp") == 1 or foreign or all_used or several:
         return Wish(given, wanted=False, apart="pinned")
     node_bytes = cluster.devices_per_node * cluster.device.usable_bytes
     if cluster.nodes == 1 or (_state_bytes(model, optimizer) <= node_bytes and global_batch >= cluster.devices):

@@ -95,6 +95,26 @@ def test_on_one_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[worst] <= TOLERANCE, f"{worst} is off by {errors[worst]:.1e}"
 
 
+N_DIMENSIONAL = [(2, 2), (2, 2, 2)]
+QUICK_N_DIMENSIONAL = {("mlp", (2, 2, 2)), ("llama", (2, 2)), ("gpt2", (2, 2))}
+
+
+def n_dimensional() -> Iterator[Any]:
+    """(family, mesh)."""
+    for name, mesh in itertools.product(("mlp", "llama", "gpt2", "t5", "mixtral", "resnet"), N_DIMENSIONAL):
+        marks = () if (name, mesh) in QUICK_N_DIMENSIONAL else (pytest.mark.slow,)
+        yield pytest.param(name, mesh, marks=marks, id=f"{name}-{'x'.join(map(str, mesh))}")
+
+
+@pytest.mark.parametrize(("name", "mesh"), list(n_dimensional()))
+def test_tensor_parallel_by_axes(name: str, mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every axis cuts weights, each its own way."""
+    of = case(name)
+    plan = planned(of, mesh, monkeypatch, pin={"tp": mesh}, time_limit_s=4 * TIME_LIMIT_S)
+    assert plan.roles == ("tp",) * len(mesh)
+    assert_equal_to_eager(of, plan)
+
+
 @pytest.mark.parametrize("mesh", [(2,), pytest.param((2, 2), marks=pytest.mark.slow)], ids=["2", "2x2"])
 def test_grouped_experts(mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts in one grouped product, cut by rows, against the same model with a product per row.

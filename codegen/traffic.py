@@ -1,0 +1,39 @@
+"""Bytes that a rank sends in an emitted program, counted on its graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import fx
+
+from autopar.codegen.builder import GROUP_PREFIX, is_collective, nbytes
+from autopar.codegen.emit import EmittedProgram
+from autopar.traffic import Traffic, sent_bytes
+
+_KINDS = {
+    "all_reduce": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+}
+
+
+def emitted_traffic(program: EmittedProgram) -> Traffic:
+    """What one rank sends in a forward and a backward pass."""
+    return graph_traffic(program.forward, program.mesh) + graph_traffic(program.backward, program.mesh)
+
+
+def graph_traffic(graph: fx.Graph, mesh: Sequence[int]) -> Traffic:
+    """What one rank sends in one graph."""
+    found: Traffic = Counter()
+    for node in graph.nodes:
+        if not is_collective(node):
+            continue
+        kind = _KINDS[str(node.target.overloadpacket).removeprefix("_c10d_functional.")]
+        axis = int(str(node.args[-1]).removeprefix(GROUP_PREFIX))
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        whole = max(nbytes(source.meta["val"]), nbytes(node.meta["val"]))
+        found[kind, axis] += sent_bytes(kind, whole, mesh[axis])  # type: ignore[assignment]
+    return found

@@ -11,7 +11,9 @@ def check_problem(problem: Problem) -> None:
     """Raise ValueError (what, where, what to do) unless the problem keeps its contract."""
     if not 0 <= problem.forward_ops <= len(problem.ops):
         raise ValueError(f"forward_ops is {problem.forward_ops}, but there are {len(problem.ops)} ops: correct it")
-    tables = {(id(v.convert_s), id(v.state_bytes)): v for v in reversed(problem.values)}  # identical layers share them
+    tables = {
+        (id(v.convert_s), id(v.state_bytes), id(v.offload_s)): v for v in reversed(problem.values)
+    }  # identical layers share them
     for value in reversed(tables.values()):
         _check_value(value)
     made: set[int] = set()
@@ -38,6 +40,8 @@ def _check_value(value: Value) -> None:
         raise ValueError(f"convert_s of value {value.name!r} must be >= 0 with a zero diagonal: correct the costs")
     if min(value.state_bytes, default=0) < 0:
         raise ValueError(f"value {value.name!r} has a state of negative size: correct state_bytes")
+    if value.offload_s is not None and (len(value.offload_s) != n or not all(s >= 0 for s in value.offload_s)):
+        raise ValueError(f"offload_s of value {value.name!r} must be {n} numbers >= 0, one per state: correct it")
 
 
 def _check_op(problem: Problem, o: int, op: Op, seen: set[tuple[int, ...]]) -> None:
@@ -85,5 +89,5 @@ def _check_choice(problem: Problem, op: Op, choice: Choice) -> None:
             raise ValueError(f"a choice of op {op.name!r} names state {state} of value {problem.values[v].name!r}")
     if not (np.isfinite(choice.cost_s) and choice.cost_s >= 0):
         raise ValueError(f"a choice of op {op.name!r} costs {choice.cost_s} s: costs are finite and not negative")
-    if choice.workspace_bytes < 0 or choice.persistent_bytes < 0:
+    if min(choice.workspace_bytes, choice.persistent_bytes, choice.host_bytes) < 0:
         raise ValueError(f"a choice of op {op.name!r} takes negative memory: correct it")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from autopar.solver.lifetimes import Span, ValueLife, lifetimes
 from autopar.solver.problem import Problem, Solution
 
-CATEGORIES = ("constant", "persistent", "originals", "kept", "recomputed", "copies", "workspace")
+CATEGORIES = ("constant", "persistent", "originals", "kept", "fetched", "recomputed", "copies", "workspace")
 
 
 class InvalidSolution(ValueError):
@@ -27,11 +27,13 @@ class Evaluation:
     """What a solution costs.
 
     cost_s: total seconds; `compute_s`, `recompute_s`, `convert_s` (in the pass that makes a
-        value) and `convert_backward_s` (of forward values, in the backward pass) are its parts.
+        value), `convert_backward_s` (of forward values, in the backward pass) and `offload_s` (to the host and back)
+        are its parts.
     memory_bytes: [T] bytes alive at each time; `memory_by_category` are its parts:
         constant; persistent; originals (in the pass that makes them); kept (originals and
-        copies from forward to backward); recomputed; copies (converted); workspace.
+        copies from forward to backward); fetched (from the host); recomputed; copies (converted); workspace.
     peak_bytes / peak_time: the first highest point.
+    host_bytes: of the host's memory.
     """
 
     cost_s: float
@@ -43,10 +45,17 @@ class Evaluation:
     memory_by_category: dict[str, npt.NDArray[np.int64]] = field(repr=False, compare=False)
     peak_bytes: int
     peak_time: int
+    offload_s: float = 0.0
+    host_bytes: int = 0
+
+
+def fits_host(problem: Problem, found: Evaluation) -> bool:
+    """Whether the host can hold what is put there."""
+    return problem.host_capacity_bytes is None or found.host_bytes <= problem.host_capacity_bytes
 
 
 def evaluate(problem: Problem, solution: Solution, lives: tuple[ValueLife, ...] | None = None) -> Evaluation:
-    """Price `solution` (capacity is not checked: compare `peak_bytes`). Raises InvalidSolution."""
+    """Price `solution` (capacities are not checked: compare `peak_bytes`, ask `fits_host`). Raises InvalidSolution."""
     return _Pricing(problem, solution, lives or lifetimes(problem)).run()
 
 
@@ -56,28 +65,33 @@ def complete(
     recomputed: Iterable[int],
     kept_copies: Iterable[tuple[int, int]],
     lives: tuple[ValueLife, ...] | None = None,
+    offloaded: Iterable[int] = (),
 ) -> Solution:
     """The solution with these decisions that keeps no more than it must (and runs again what has to).
 
     Copies that the forward pass does not make, or that the backward pass does not want,
-    are not kept. What must be kept then follows: `kept` costs memory and nothing else.
+    are not kept. What must be kept then follows: `kept` costs memory and nothing else. Of that, what is to be
+    offloaded, and can be in the state in which it is made, or must not stay, is.
     """
     forced = {o for o, op in enumerate(problem.ops) if op.must_rerun}
-    again, wished = frozenset(recomputed) | forced, frozenset(kept_copies)
+    again, wished, away = frozenset(recomputed) | forced, frozenset(kept_copies), frozenset(offloaded)
     kept: set[int] = set()
+    gone: set[int] = set()
     copies: set[tuple[int, int]] = set()
     for v, life in enumerate(lives or lifetimes(problem)):
         made = problem.ops[life.made_by].choices[choices[life.made_by]].makes[life.result]
+        value = problem.values[v]
         there = {problem.ops[u.op].choices[choices[u.op]].uses[u.slot] for u in life.own_uses} - {made}
+        leaves = not value.may_keep or (v in away and value.offload_s is not None and value.offload_s[made] < np.inf)
         for use in life.later_uses:
             if use.rerun and use.op not in again:
                 continue
             wanted = problem.ops[use.op].choices[choices[use.op]].uses[use.slot]
-            if wanted in there and (v, wanted) in wished:
+            if wanted in there and (v, wanted) in wished and value.may_keep:
                 copies.add((v, wanted))
             elif life.needs_keeping and (use.early or life.made_by not in again):
-                kept.add(v)
-    return Solution(choices, again, frozenset(kept), frozenset(copies))
+                (gone if leaves else kept).add(v)
+    return Solution(choices, again, frozenset(kept), frozenset(copies), frozenset(gone))
 
 
 class _Pricing:
@@ -88,7 +102,8 @@ class _Pricing:
         self.copies: dict[int, set[int]] = {}
         for v, state in solution.kept_copies:
             self.copies.setdefault(v, set()).add(state)
-        self.own_s = self.later_s = 0.0
+        self.own_s = self.later_s = self.offload_s = 0.0
+        self.host_bytes = 0
 
     def run(self) -> Evaluation:
         self._check_decisions()
@@ -99,6 +114,7 @@ class _Pricing:
         for o, choice in enumerate(picked):
             self._alive("persistent", always, choice.persistent_bytes)
             self._alive("workspace", (o, o), choice.workspace_bytes)
+            self.host_bytes += choice.host_bytes
         for o in sorted(solution.recomputed):
             at = ops[o].recompute_time
             assert at is not None
@@ -113,8 +129,10 @@ class _Pricing:
             memory += line
         peak_time = int(np.argmax(memory)) if self.times else 0
         peak = int(memory[peak_time]) if self.times else self.problem.constant_bytes
-        cost_s = compute_s + recompute_s + self.own_s + self.later_s
-        return Evaluation(cost_s, compute_s, recompute_s, self.own_s, self.later_s, memory, lines, peak, peak_time)
+        cost_s = compute_s + recompute_s + self.own_s + self.later_s + self.offload_s
+        parts = (compute_s, recompute_s, self.own_s, self.later_s)
+        away = (self.offload_s, self.host_bytes)
+        return Evaluation(cost_s, *parts, memory, lines, peak, peak_time, *away)
 
     def _check_decisions(self) -> None:
         ops, solution = self.problem.ops, self.solution
@@ -137,9 +155,14 @@ class _Pricing:
         for o, op in enumerate(ops):
             if op.must_rerun and o not in solution.recomputed:
                 raise InvalidSolution(f"op {op.name!r} must run again")
-        for v in solution.kept | {v for v, _ in solution.kept_copies}:
+        stay = solution.kept | {v for v, _ in solution.kept_copies}
+        for v in stay | solution.offloaded:
             if not 0 <= v < len(self.problem.values) or not self.lives[v].forward:
                 raise InvalidSolution(f"value {v} is kept but is not a value of the forward pass")
+            if v in stay and not self.problem.values[v].may_keep:
+                raise InvalidSolution(f"value {self.problem.values[v].name!r} is kept but must not be")
+        for v in solution.offloaded & solution.kept:
+            raise InvalidSolution(f"value {self.problem.values[v].name!r} is both kept and offloaded: decide")
 
     def _wanted(self, op: int, slot: int) -> int:
         return self.problem.ops[op].choices[self.solution.choices[op]].uses[slot]
@@ -151,6 +174,8 @@ class _Pricing:
         self._alive("originals", life.base, size[made])
         if v in solution.kept:
             self._alive("kept", life.kept, size[made])
+        if v in solution.offloaded:
+            self._offload(v, made)
         if life.made_by in solution.recomputed:
             self._alive("recomputed", life.rerun, size[made])
         own = self._targets(v, made, [(u.op, u.slot, u.alias) for u in life.own_uses])
@@ -165,11 +190,21 @@ class _Pricing:
             self._alive("kept", life.kept_copy, size[state])
         self._price_later(v, made, copies)
 
+    def _offload(self, v: int, made: int) -> None:
+        value, life = self.problem.values[v], self.lives[v]
+        if value.offload_s is None or not np.isfinite(value.offload_s[made]) or not life.needs_keeping:
+            raise InvalidSolution(f"value {value.name!r} cannot be offloaded in state {made}")
+        self.offload_s += value.offload_s[made]
+        self.host_bytes += value.state_bytes[made]
+        self._alive("fetched", life.fetched, value.state_bytes[made])
+
     def _price_later(self, v: int, made: int, copies: set[int]) -> None:
         life, solution = self.lives[v], self.solution
         happening = [u for u in life.later_uses if not u.rerun or u.op in solution.recomputed]
         for use in happening:
-            if self._wanted(use.op, use.slot) in copies or not life.needs_keeping or v in solution.kept:
+            if self._wanted(use.op, use.slot) in copies or not life.needs_keeping:
+                continue
+            if v in solution.kept or v in solution.offloaded:
                 continue
             if use.early or life.made_by not in solution.recomputed:
                 name, user = self.problem.values[v].name, self.problem.ops[use.op].name

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from autopar.solver.check import check_problem
-from autopar.solver.evaluate import InvalidSolution, complete, evaluate
+from autopar.solver.evaluate import InvalidSolution, complete, evaluate, fits_host
 from autopar.solver.lifetimes import ValueLife, lifetimes
-from autopar.solver.problem import InfeasibleProblem, Problem, Solution, SolveResult
+from autopar.solver.problem import NO_ASSIGNMENT, InfeasibleProblem, Problem, Solution, SolveResult
 
 T = TypeVar("T")
 
@@ -27,6 +27,8 @@ def brute_force(problem: Problem) -> SolveResult:
             found = evaluate(problem, solution, lives)
         except InvalidSolution:  # an impossible conversion
             continue
+        if not fits_host(problem, found):
+            continue
         if smallest is None or found.peak_bytes < smallest[0]:
             smallest = (found.peak_bytes, found.peak_time)
         fits = problem.capacity_bytes is None or found.peak_bytes <= problem.capacity_bytes
@@ -34,7 +36,7 @@ def brute_force(problem: Problem) -> SolveResult:
             best = (found.cost_s, found.peak_bytes, found.peak_time, solution)
     if best is None:
         if smallest is None:
-            raise InfeasibleProblem("no assignment of choices has all its conversions possible: add choices")
+            raise InfeasibleProblem(NO_ASSIGNMENT)
         raise InfeasibleProblem(f"needs {smallest[0]} bytes", smallest[0], smallest[0], smallest[1])
     cost_s, peak_bytes, peak_time, solution = best
     seconds = time.perf_counter() - started
@@ -54,7 +56,9 @@ def every_solution(problem: Problem, lives: tuple[ValueLife, ...]) -> Iterator[S
             all_copies = [(v, s) for v, life in enumerate(lives) if life.later_uses for s in _states(problem, v)]
             useful = sorted(complete(problem, choices, again, all_copies, lives).kept_copies)
             for copies in _subsets(useful):
-                yield complete(problem, choices, again, copies, lives)
+                kept = complete(problem, choices, again, copies, lives).kept
+                for away in _subsets(sorted(v for v in kept if problem.values[v].offload_s is not None)):
+                    yield complete(problem, choices, again, copies, lives, away)
 
 
 def _states(problem: Problem, v: int) -> range:

@@ -219,7 +219,7 @@ class Factor:
 @dataclass(frozen=True)
 class _Costs:
     """[states, states] from q to p, model units: a conversion; the memory of its result in the own pass, in the
-    backward pass. [states]: a kept copy, a kept original. Diagonals are 0."""
+    backward pass. [states]: a kept copy, an original that is kept or offloaded. Diagonals are 0."""
 
     convert: Floats
     own_copy: Floats
@@ -263,7 +263,7 @@ def _tables(
     if not life.needs_keeping:
         return [_table(own, there, nothing, sets, kinds)]
     gone = _table(own, own + copied, nothing, sets, kinds)
-    kept = nothing + costs.kept
+    kept = nothing + costs.kept  # or offloaded, where that costs less
     if not may_rerun:
         return [gone, _table(own, there, kept, sets, kinds)]
     if not early.any():
@@ -340,10 +340,13 @@ def _uses(life: ValueLife, problem: Problem) -> list[FactorUse]:
 @dataclass(frozen=True)
 class _Costing:
     """What the costs of a factor follow from. seconds, copied: [q, p] of all conversions together, and bytes of one
-    copy; size: [states]. part: of all costs, see MOST_USES. spans: first and last times of all copies of a kind."""
+    copy; size: [states]. part: of all costs, see MOST_USES. spans: first and last times of all copies of a kind.
+    offload: [states] seconds of all of them to the host and back."""
 
     seconds: Floats
     blocked: npt.NDArray[np.bool_]
+    offload: Floats
+    may_keep: bool
     copied: Floats
     size: Floats
     part: float
@@ -362,17 +365,27 @@ class _Costing:
             "later": [life.later_copy for life in lives],
             "kept_copy": [life.kept_copy for life in lives],
             "kept": [life.kept for life in lives],
+            "fetched": [life.fetched for life in lives],
         }
-        return _Costing(seconds, blocked, copied, size, part, {k: _ends(some) for k, some in spans.items()})
+        away = value.offload_s is not None and any(life.needs_keeping for life in lives)
+        offload = np.array(value.offload_s) * len(lives) if away else np.full(len(size), np.inf)
+        ends = {k: _ends(some) for k, some in spans.items()}
+        return _Costing(seconds, blocked, offload, value.may_keep, copied, size, part, ends)
 
     def at(self, cost_scale: float, paid: Floats) -> _Costs:
         price = {k: float((paid[last + 1] - paid[first]).sum()) for k, (first, last) in self.spans.items()}
+        kept = self.part * self.size * price["kept"]
+        kept_copy = self.part * self.size * price["kept_copy"]
+        if not self.may_keep:
+            kept, kept_copy = np.full_like(kept, IMPOSSIBLE), np.full_like(kept, IMPOSSIBLE)
+        there = np.isfinite(self.offload)
+        away = self.part * (cost_scale * np.where(there, self.offload, 0.0) + self.size * price["fetched"])
         return _Costs(
             np.where(self.blocked, IMPOSSIBLE, self.part * cost_scale * self.seconds),
             self._between(self.copied * price["own"]),
             self._between(self.copied * price["later"]),
-            self.part * self.size * price["kept_copy"],
-            self.part * self.size * price["kept"],
+            kept_copy,
+            np.minimum(kept, np.where(there, away, IMPOSSIBLE)),
         )
 
     def _between(self, costs: Floats) -> Floats:

@@ -15,25 +15,28 @@ in some optimal solution, as argued below.
     KC[v,q,p] (B)   that copy is kept for the backward pass                `add_own`
     WB[v,q,p]       the copy is made in the backward pass                  `add_later`
     KO[v,q]         the original is kept for the backward pass             `_add_value`
+    A[v,q], B[v](B) it waits for the backward pass on the host; B = sum_q A`_add_offload`
 
-    minimise  sum cost_s (x + y) + sum convert_s (W + WB)   subject to
+    minimise  sum cost_s (x + y) + sum convert_s (W + WB) + sum offload_s A   subject to
     one choice      sum_c x[o,c] = 1                                       `_add_choices`
     rerun           y[o,c] <= x[o,c],  sum_c y[o,c] = R[o]                 `_add_reruns`
     made            sum_p f[e,q,p] = made[v,q]  (<= if rerun)              `_add_use`
     wanted          sum_q f[e,q,p] = wanted[e,p]                           `_add_use`
     copies          f <= W, f <= KC or f <= WB, as served                  `add_own`, `add_later`
     kept copies     KC <= W <= sum_e f[e,q,p]                              `add_own`
-    availability    f[e,q,q] + sum_p fB[e,q,p] <= KO[q] + Y[q]             `_add_use`
+    availability    f[e,q,q] + sum_p fB[e,q,p] <= KO[q] + A[q] + Y[q]      `_add_use`
                     (fB: served by WB; Y = made by y; left out if e is early)
+    offload         A[v,q] <= made[v,q],  sum_q A[v,q] = B[v]              `_add_offload`
+    host            sum of bytes of A and x on the host <= its capacity    `_add_host`
     memory          sum of bytes alive at t <= capacity, as they bind      `LinearModel.add_memory_row`
 
 where made[v,q] sums x over the choices that make q, and wanted[e,p] sums x (y for a rerun
 use) over the choices that take p. Why the rest is integral: with x, y integral, made and
 wanted are unit vectors, hence f is; with KC integral too, the flow of a backward use is
 served wholly by KC where KC = 1 and by WB where not (any other split costs at least as
-much), and W, WB, KO are the largest of some integral flows, in cost and in memory.
+much), A = made where B = 1, and W, WB, KO are the largest of some integral flows, in cost and in memory.
 
-Where memory is free (`memory=False`) everything is kept: y, R, KO, KC and availability
+Where memory is free (`memory=False`) everything is kept: y, R, KO, A, B, KC and availability
 fall away, and a backward use may take any copy that the forward pass made.
 
 Columns W, KC, f and WB, f come in *groups*, one per (v, q, p), and only when they pay:
@@ -44,66 +47,14 @@ chosen best after the fact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
-import numpy.typing as npt
 
 from autopar.solver.lifetimes import Kinds, Span, Use, ValueLife, distinct_uses, value_kinds
-from autopar.solver.linear import Floats, Ints, LinearModel
-from autopar.solver.problem import Op, Problem
+from autopar.solver.linear import Floats, LinearModel
+from autopar.solver.problem import Op, Problem, Value
+from autopar.solver.rows import Held, Terms, UseRows, ValueRows, sized, terms
 
-Sized = tuple[list[int], list[float]]  # columns, and the bytes that a unit of each holds
-Terms = dict[int, list[int]]  # state -> columns whose sum says "in this state"
-
-
-@dataclass
-class UseRows:
-    """Rows of one use: `made` per source state (aligned with ValueRows.sources), `wanted` per state (-1: never)."""
-
-    use: Use
-    made: Ints
-    wanted: Ints
-    available: Ints | None
-    alias_bytes: Floats | None  # per wanted state, what the result takes at the use's own time if it was converted
-
-    def ops(self, lives: list[ValueLife]) -> list[int]:
-        """The op of this use for each of the values that share the rows."""
-        first = lives[0]
-        later = self.use in first.later_uses
-        at = (first.later_uses if later else first.own_uses).index(self.use)
-        return [(life.later_uses if later else life.own_uses)[at].op for life in lives]
-
-
-@dataclass
-class ValueRows:
-    """What the model has of one value, and of all values that do the same in identical layers (`Op.twin_of`).
-
-    owner: the first of them. lives: of all of them. `own_there`, `later_there`: [states, states], groups already in.
-    """
-
-    owner: int
-    lives: list[ValueLife]
-    sources: list[int]
-    own: list[UseRows]
-    later: list[UseRows]
-    own_there: npt.NDArray[np.bool_]
-    later_there: npt.NDArray[np.bool_]
-    keep: dict[int, int]  # q -> KO
-    kept_copies: dict[tuple[int, int], int] = field(default_factory=dict)  # (q, p) -> KC
-
-
-@dataclass
-class _Held:
-    """What some columns, one per choice, cost (seconds) and hold: per role, those that hold anything and how many
-    bytes. ops: how many ops of identical layers share it."""
-
-    columns: list[int]
-    seconds: list[float]
-    persistent: Sized
-    workspace: Sized
-    results: list[Sized]
-    ops: int = 0
+HOST_UNITS = 1e4  # the largest of the host's capacity and what is put there, in the model's unit
 
 
 class Formulation:
@@ -128,12 +79,29 @@ class Formulation:
         self.x: list[list[int]] = []
         self.y: dict[int, list[int]] = {}
         self.reruns: dict[int, int] = {}
-        self._holds: dict[tuple[int, ...], _Held] = {}
+        self._holds: dict[tuple[int, ...], Held] = {}
+        self.host_row, self.host_scale = self._add_host()
         self._add_choices()
         if memory:
             self._add_reruns()
         self._add_costs()
         self.values = self._value_rows(value_kinds(problem, lives) if kinds is None else kinds)
+
+    # -- the host ----------------------------------------------------------------
+
+    def _add_host(self) -> tuple[int | None, float]:
+        """The row of the host's memory, and its unit per byte, such that its numbers are neither tiny nor huge."""
+        limit = self.problem.host_capacity_bytes
+        if limit is None:
+            return None, 1.0
+        values = [max(v.state_bytes, default=0) for v in self.problem.values if v.offload_s is not None]
+        choices = [c.host_bytes for op in self.problem.ops for c in op.choices]
+        scale = HOST_UNITS / max(limit, *values, *choices, 1)
+        return self.model.add_row(-np.inf, limit * scale), scale
+
+    def _put_on_host(self, column: int, nbytes: float) -> None:
+        if self.host_row is not None and nbytes:
+            self.model.add_entry(self.host_row, column, nbytes * self.host_scale)
 
     # -- ops ---------------------------------------------------------------------
 
@@ -150,6 +118,8 @@ class Formulation:
             held.ops += 1
             model.hold_all(held.persistent, (0, model.times - 1))
             model.hold_all(held.workspace, (o, o))
+            for column, nbytes in zip(*held.host, strict=True):
+                self._put_on_host(column, nbytes)
             for v, sizes in zip(op.results, held.results, strict=True):
                 model.hold_all(sizes, self.lives[v].base)
 
@@ -169,15 +139,17 @@ class Formulation:
             for v, sizes in zip(op.results, held.results, strict=True):
                 model.hold_all(sizes, self.lives[v].rerun)
 
-    def _held(self, columns: list[int], op: Op) -> _Held:
+    def _held(self, columns: list[int], op: Op) -> Held:
         """What the choices of an op cost and hold if these are their columns; identical layers share it."""
         sizes = [self.problem.values[v].state_bytes for v in op.results]
         key = (id(columns), id(op.choices), *map(id, sizes))
         if key not in self._holds:
-            persistent = _sized(columns, [c.persistent_bytes for c in op.choices])
-            workspace = _sized(columns, [c.workspace_bytes for c in op.choices])
-            results = [_sized(columns, [of[c.makes[r]] for c in op.choices]) for r, of in enumerate(sizes)]
-            self._holds[key] = _Held(columns, [c.cost_s for c in op.choices], persistent, workspace, results)
+            persistent = sized(columns, [c.persistent_bytes for c in op.choices])
+            workspace = sized(columns, [c.workspace_bytes for c in op.choices])
+            host = sized(columns, [c.host_bytes for c in op.choices])
+            results = [sized(columns, [of[c.makes[r]] for c in op.choices]) for r, of in enumerate(sizes)]
+            seconds = [c.cost_s for c in op.choices]
+            self._holds[key] = Held(columns, seconds, persistent, workspace, host, results)
         return self._holds[key]
 
     def _add_costs(self) -> None:
@@ -207,48 +179,75 @@ class Formulation:
                 continue
             rows = found[leader[v]]
             rows.lives.append(life)
-            for q, column in rows.keep.items():
-                self.model.hold(column, life.kept, self.problem.values[v].state_bytes[q])
+            self._add_waiting(v, life, rows.keep, rows.away)
             found.append(rows)
         return found
 
     def _add_value(self, v: int, life: ValueLife) -> ValueRows:
         value = self.problem.values[v]
-        made = _terms(self.x[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
+        made = terms(self.x[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
         again: Terms = {}
         if life.made_by in self.y:
-            again = _terms(self.y[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
+            again = terms(self.y[life.made_by], [c.makes[life.result] for c in self.problem.ops[life.made_by].choices])
         sources = sorted(made)
         keep: dict[int, int] = {}
+        away: dict[int, int] = {}
+        offloaded: int | None = None
         if self.memory and life.needs_keeping:
-            for q in sources:
-                keep[q] = self.model.add_column(0.0)
-                self.model.hold(keep[q], life.kept, value.state_bytes[q])
-        own = [self._add_use(v, use, made, sources, {}, {}) for use in distinct_uses(self.problem, life.own_uses)]
+            if value.may_keep:
+                keep = {q: self.model.add_column(0.0) for q in sources}
+            away, offloaded = self._add_offload(value, made)
+            self._add_waiting(v, life, keep, away)
+        waits = {q: [some[q] for some in (keep, away) if q in some] for q in sources}
+        ways = [waits, {q: [*waits[q], *again.get(q, ())] for q in sources}]  # to be there; for early uses, for others
+        limited = self.memory and life.needs_keeping
+        own = [self._add_use(v, use, made, sources, None) for use in distinct_uses(self.problem, life.own_uses)]
         later = [
-            self._add_use(v, use, made, sources, keep, {} if use.early else again)
+            self._add_use(v, use, made, sources, ways[not use.early] if limited else None)
             for use in distinct_uses(self.problem, life.later_uses)
             if not use.rerun or self.memory
         ]
         n = len(value.state_bytes)
         blocked = np.isinf(value.convert_s) | np.eye(n, dtype=bool)
-        return ValueRows(v, [life], sources, own, later, blocked.copy(), blocked.copy(), keep)
+        return ValueRows(v, [life], sources, own, later, blocked.copy(), blocked.copy(), keep, away, offloaded)
 
-    def _add_use(
-        self, v: int, use: Use, made: Terms, sources: list[int], keep: dict[int, int], again: Terms
-    ) -> UseRows:
+    def _add_offload(self, value: Value, made: Terms) -> tuple[dict[int, int], int | None]:
+        """Columns A of the states in which a value may be offloaded, and B, if there are any."""
+        seconds = value.offload_s or (np.inf,) * len(value.state_bytes)
+        states = [q for q in sorted(made) if seconds[q] < np.inf]
+        if not states:
+            return {}, None
+        away = {q: self.model.add_column(0.0) for q in states}
+        for q, column in away.items():
+            self.model.add_row(-np.inf, 0.0, [(column, 1.0), *((c, -1.0) for c in made[q])])
+        offloaded = self.model.add_column(0.0, integer=True)
+        self.model.add_row(0.0, 0.0, [(offloaded, -1.0), *((column, 1.0) for column in away.values())])
+        return away, offloaded
+
+    def _add_waiting(self, v: int, life: ValueLife, keep: dict[int, int], away: dict[int, int]) -> None:
+        """What columns KO and A cost and hold for one of the values that share them."""
+        value = self.problem.values[v]
+        for q, column in keep.items():
+            self.model.hold(column, life.kept, value.state_bytes[q])
+        for q, column in away.items():
+            assert value.offload_s is not None
+            self.model.cost[column] += self.cost_scale * value.offload_s[q]
+            self.model.hold(column, life.fetched, value.state_bytes[q])
+            self._put_on_host(column, value.state_bytes[q])
+
+    def _add_use(self, v: int, use: Use, made: Terms, sources: list[int], ways: Terms | None) -> UseRows:
+        """The rows of a use. ways: columns by which the original is there, per state; None if it always is."""
         model, op = self.model, self.problem.ops[use.op]
-        wanted = _terms(self.y[use.op] if use.rerun else self.x[use.op], [c.uses[use.slot] for c in op.choices])
+        wanted = terms(self.y[use.op] if use.rerun else self.x[use.op], [c.uses[use.slot] for c in op.choices])
         low = -np.inf if use.rerun else 0.0
         made_rows = np.array([model.add_row(low, 0.0, [(c, -1.0) for c in made[q]]) for q in sources], dtype=np.int64)
         wanted_rows = np.full(len(self.problem.values[v].state_bytes), -1, dtype=np.int64)
         for p, columns in wanted.items():
             wanted_rows[p] = model.add_row(0.0, 0.0, [(c, -1.0) for c in columns])
         available = None
-        if keep:
+        if ways is not None:
             available = np.array(
-                [model.add_row(-np.inf, 0.0, [(c, -1.0) for c in (keep[q], *again.get(q, ()))]) for q in sources],
-                dtype=np.int64,
+                [model.add_row(-np.inf, 0.0, [(c, -1.0) for c in ways[q]]) for q in sources], dtype=np.int64
             )
         for i, q in enumerate(sources):
             if wanted_rows[q] >= 0:
@@ -283,7 +282,7 @@ class Formulation:
         spans = [life.own_copy for life in rows.lives]
         copy, flows = self._add_copy(rows, takers, q, p, cost, spans, value.copy_bytes(q, p))
         later = [u for u in rows.later if u.wanted[p] >= 0]
-        if not later:
+        if not later or not value.may_keep:
             return
         source = copy
         if self.memory:
@@ -345,8 +344,8 @@ class Formulation:
 
     # -- back --------------------------------------------------------------------
 
-    def decisions(self, values: Floats) -> tuple[tuple[int, ...], list[int], list[tuple[int, int]]]:
-        """(choices, recomputed, kept copies) of an integral solution of the model; the likeliest of any other."""
+    def decisions(self, values: Floats) -> tuple[tuple[int, ...], list[int], list[tuple[int, int]], list[int]]:
+        """(choices, recomputed, kept copies, offloaded) of an integral solution; the likeliest of any other."""
         choices = tuple(int(np.argmax(values[columns])) for columns in self.x)
         recomputed = [o for o, column in self.reruns.items() if values[column] > 0.5]
         copies: list[tuple[int, int]] = []
@@ -354,16 +353,5 @@ class Formulation:
             if not self.memory:
                 copies.extend((v, p) for p in range(len(rows.own_there)))
             copies.extend((v, p) for (_, p), column in rows.kept_copies.items() if values[column] > 0.5)
-        return choices, recomputed, copies
-
-
-def _sized(columns: list[int], nbytes: list[int]) -> Sized:
-    some = [(column, float(n)) for column, n in zip(columns, nbytes, strict=True) if n]
-    return [column for column, _ in some], [n for _, n in some]
-
-
-def _terms(columns: list[int], states: list[int]) -> Terms:
-    terms: Terms = {}
-    for column, state in zip(columns, states, strict=True):
-        terms.setdefault(state, []).append(column)
-    return terms
+        away = [v for v, rows in enumerate(self.values) if rows.offloaded is not None and values[rows.offloaded] > 0.5]
+        return choices, recomputed, copies, away

@@ -8,7 +8,7 @@ import numpy as np
 
 from autopar.solver.evaluate import Evaluation, evaluate
 from autopar.solver.narrow import Narrowed
-from autopar.solver.problem import InfeasibleProblem, Solution
+from autopar.solver.problem import NO_ASSIGNMENT, InfeasibleProblem, Solution
 from autopar.solver.stage import Clock, bytes_bound
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ def least_memory(search: Search, clock: Clock, gap: float) -> tuple[int, int, So
     if found.relaxed.status != "optimal":  # out of time: the first answer may take longer
         narrowing.clock = Clock(None)
         found = narrowing.limited(search.allowed)
+        if found.relaxed.status == "infeasible" and not search.is_whole():
+            search.allowed = search.everything()
+            found = narrowing.limited(search.allowed)
+        if found.relaxed.status == "infeasible":
+            raise InfeasibleProblem(NO_ASSIGNMENT)
     points: list[tuple[int, Solution]] = []
 
     def rounded(solution: Solution, priced: Evaluation) -> None:

@@ -9,6 +9,7 @@ state in question:
     original (`base`)               made state    [o, last use in its own pass]; [o, o] if unused;
                                                   [o, T-1] if `live_out`
     original, kept (`kept`)         made state    (end of base, last backward use]
+    original, offloaded (`fetched`) made state    [first backward use, last backward use]
     original, made again (`rerun`)  made state    [recompute_time, max(recompute_time, last backward use)]
     converted in its own pass       target        [first use, last use] in that pass;
       (`own_copy`)                                to T-1 if a `live_out` backward value
@@ -20,7 +21,8 @@ The own pass of a value is the pass of the op that makes it. Its uses there are 
 a forward value may also have `later_uses`, in the backward pass: by backward ops, and by
 forward ops that run again. An original that is both kept and made again counts twice.
 Originals of `always_available` values count nothing here. A `live_out` forward value is
-there at all times after it is made, so there is nothing to keep.
+there at all times after it is made, so there is nothing to keep. What is offloaded leaves at the end of `base`: the
+copy is done before the next op starts.
 
 Results of an op with `results_start_next` start at o+1: they are the (converted) operand.
 If the operand is converted there, the results count at o too (source and copy both
@@ -77,6 +79,7 @@ class ValueLife:
     later_uses: tuple[Use, ...]
     base: Span | None
     kept: Span | None
+    fetched: Span | None
     rerun: Span | None
     own_copy: Span | None
     kept_copy: Span | None
@@ -122,8 +125,9 @@ def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> Kinds:
             tuple((first[u.op], u.slot, u.rerun, u.early, u.alias) for u in some)
             for some in (life.own_uses, life.later_uses)
         ]
-        flags = (life.forward, life.needs_keeping, value.always_available, value.live_out)
-        kind = (first[life.made_by], life.result, *uses, value.state_bytes, id(value.convert_s), flags)
+        flags = (life.forward, life.needs_keeping, value.always_available, value.live_out, value.may_keep)
+        costs = (value.state_bytes, id(value.convert_s), value.offload_s)
+        kind = (first[life.made_by], life.result, *uses, *costs, flags)
         found.setdefault(kind, []).append(v)
     return list(found.values())
 
@@ -172,6 +176,7 @@ def _life(problem: Problem, v: int, made: tuple[int, int], own: list[Use], later
         later_uses=tuple(later),
         base=base,
         kept=_span(base_end + 1, last_later) if needs_keeping else None,
+        fetched=_span(first_later, last_later) if needs_keeping else None,
         rerun=rerun,
         own_copy=_span(min(u.time for u in own), copy_end) if own else None,
         kept_copy=_span(last_own + 1, last_later) if own and later else None,

@@ -185,7 +185,7 @@ class Narrowing:
         stage = self._stage(restricted.problem)
         stage.add_groups(sorted(self.groups))
         relaxed = stage.relax(stop_at_zero=self._stop_at_zero)
-        if relaxed.status == "infeasible" and self.excess:  # not for want of memory: of conversions
+        if relaxed.status == "infeasible":  # not for want of memory, which is paid for: of conversions
             stage.add_all_groups()
             relaxed = stage.relax(stop_at_zero=self._stop_at_zero)
         self.groups.update(stage.groups())

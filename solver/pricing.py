@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autopar.solver.formulation import Formulation, UseRows, ValueRows
+from autopar.solver.formulation import Formulation
 from autopar.solver.linear import Floats
+from autopar.solver.rows import UseRows, ValueRows
 
 Matrix = npt.NDArray[np.float64]
 

@@ -11,6 +11,8 @@ the forward pass that is needed in the backward pass (by a backward op, or by a 
 op that is run again) is available there in one of these ways:
 
   * its original is kept from forward to backward (memory), or
+  * its original is *offloaded*: copied to the host after its last use in the forward pass and fetched
+    back before the first one in the backward pass (time on the link to the host, memory of the host), or
   * its op is run again in the backward pass (time), at `Op.recompute_time`, with the
     same choice, taking its operands as uses of the backward pass, or
   * a converted copy that the forward pass made is kept (memory), or
@@ -19,6 +21,10 @@ op that is run again) is available there in one of these ways:
 
 Values with `always_available` (parameters, buffers, inputs) need none of this: their
 original is there at all times.
+
+Nothing runs beside a copy to or from the host, as nothing runs beside a collective: its seconds add to
+all others. The host holds everything that was offloaded at the same time, between the passes, and what
+choices put there for good (`Choice.host_bytes`: optimizer state); together at most `host_capacity_bytes`.
 
 Memory at a time t is the sum of all bytes alive at t and must not exceed
 `capacity_bytes`. Lifetimes (both ends included; see `solver.lifetimes`) are static, on
@@ -32,6 +38,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+NO_ASSIGNMENT = (
+    "no assignment of choices has all its conversions possible, all that is wanted there, and the host's memory kept: "
+    "give some op another choice"
+)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -43,6 +54,8 @@ class Choice:
     workspace_bytes: extra memory while the op runs.
     persistent_bytes: memory held at all times because of this choice (parameter and
         optimizer state).
+    host_bytes: memory of the host held at all times because of this choice. What the way there and back costs
+        is part of cost_s.
     label: for people.
     """
 
@@ -51,6 +64,7 @@ class Choice:
     makes: tuple[int, ...]
     workspace_bytes: int = 0
     persistent_bytes: int = 0
+    host_bytes: int = 0
     label: str = ""
 
 
@@ -94,6 +108,8 @@ class Value:
     always_available: see the module docstring. Its memory is counted in its op's
         `persistent_bytes`, not here.
     live_out: it must still be there after the last op (gradients).
+    offload_s: seconds, per state, to copy it to the host and back; inf where that is impossible, None if it always is.
+    may_keep: False if neither it nor copies of it may stay on the device from forward to backward.
     """
 
     name: str
@@ -102,6 +118,8 @@ class Value:
     always_available: bool = False
     live_out: bool = False
     convert_workspace_bytes: np.ndarray | None = field(default=None, repr=False, compare=False)
+    offload_s: tuple[float, ...] | None = None
+    may_keep: bool = True
 
     def workspace_bytes(self, source: int, target: int) -> int:
         """Bytes beside source and target while the one is converted into the other."""
@@ -121,6 +139,7 @@ class Problem:
     forward_ops: int
     capacity_bytes: int | None = None
     constant_bytes: int = 0
+    host_capacity_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,7 @@ class Solution:
     recomputed: ops that run again in the backward pass.
     kept: values whose original is kept from forward to backward.
     kept_copies: (value, state) of forward conversions kept for the backward pass.
+    offloaded: values whose original waits for the backward pass on the host.
     All other conversions follow: in each pass, one per (value, state) that is wanted and not there.
     """
 
@@ -138,6 +158,7 @@ class Solution:
     recomputed: frozenset[int]
     kept: frozenset[int]
     kept_copies: frozenset[tuple[int, int]]
+    offloaded: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import numpy as np
 
 from autopar.solver.ascent import Ascent, DualAscent
 from autopar.solver.check import check_problem
-from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate
+from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate, fits_host
 from autopar.solver.least import TINY, explain, explain_s
 from autopar.solver.lifetimes import lifetimes, value_kinds
 from autopar.solver.linear import Floats
 from autopar.solver.narrow import CLOSE, Allowed, Narrowed, Narrowing, Restricted, both, nearest, shared, within
 from autopar.solver.problem import (
+    NO_ASSIGNMENT,
     InfeasibleProblem,
     NothingCheaper,
     Problem,
@@ -39,7 +40,6 @@ LOOK_SWEEPS = 8
 FIRST_WIDENING, WIDENING_GROWTH = 0.02, 4.0  # of the bound: choices let in as long as nothing is found
 EXCEEDED = 1e-6  # memory beyond the limit, in model units, that is more than rounding
 FINE_GAP = 1e-4  # the least that turns of LP and ascent aim at
-NO_ASSIGNMENT = "no assignment of choices has all its conversions possible: give some op another choice"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Search:
         self._explain = True
         self.stats: dict[str, float] = {}
         self.limit = problem.capacity_bytes
-        if self.limit is None and any(op.must_rerun for op in problem.ops):
-            self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again
+        if self.limit is None and _asks_for_less(problem):
+            self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again, nor of offload
         self._narrowed = self.narrowing(self.limit, excess=False)
 
     # -- the whole ---------------------------------------------------------------
@@ -140,7 +140,7 @@ class Search:
         """With memory free, relaxed and rounded: a bound, choices to start with, and perhaps the answer."""
         narrowing = self.narrowing(None, excess=False, clock=Clock(None))
         if self.is_small():
-            self.allowed = self._everything()
+            self.allowed = self.everything()
         else:
             free = narrowing.ascend(np.zeros(len(self.problem.ops) + 1))
             self._raise_bound(free.bound)
@@ -158,14 +158,14 @@ class Search:
     def size(self) -> int:
         return sum(len(op.choices) for op in self.problem.ops)
 
-    def _everything(self) -> Allowed:
+    def everything(self) -> Allowed:
         return shared(lambda choices: np.ones(len(choices), dtype=bool), [op.choices for op in self.problem.ops])
 
     def _relax_always_feasible(self, narrowing: Narrowing) -> Narrowed:
         """The LP with memory free, which can only be infeasible for want of conversions (or of choices)."""
         now = narrowing.limited(self.allowed)
         if now.relaxed.status == "infeasible" and not self.is_whole():
-            self.allowed = self._everything()
+            self.allowed = self.everything()
             now = narrowing.limited(self.allowed)
         if now.relaxed.status == "infeasible":
             now.stage.add_all_groups()
@@ -182,7 +182,10 @@ class Search:
         found = self.turns or self._take_turns()
         if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED and not self._has_cutoff():
             assert limit is not None
+            before = list(self.allowed)
             self._check_feasible(limit)
+            if any((a != b).any() for a, b in zip(before, self.allowed, strict=True)):  # it let choices in
+                found = replace(narrowing.limited(self.allowed), priced=found.priced, bound=found.bound)
         if self._closed():
             return
         proven = self._search_in(found)
@@ -310,14 +313,18 @@ class Search:
     def offer_rounded(self, stage: Stage, relaxed: Relaxation, accept: Accept) -> None:
         """The likeliest choices of a relaxation, with everything kept, as the LP says, or all run again."""
         assert relaxed.result is not None
-        choices, recomputed, copies = stage.form.decisions(relaxed.result.values)
+        choices, recomputed, copies, away = stage.form.decisions(relaxed.result.values)
         everything = [o for o, op in enumerate(self.problem.ops) if op.recompute_time is not None]
-        for again in dict.fromkeys(map(tuple, ([], recomputed, everything))):
+        all_away = [v for v, value in enumerate(self.problem.values) if value.offload_s is not None]
+        ways = [(again, gone) for gone in (away, all_away) for again in ([], recomputed, everything)]
+        for again, gone in dict.fromkeys((tuple(again), tuple(gone)) for again, gone in ways):
             try:
-                solution = complete(stage.problem, choices, again, copies, stage.lives)
-                accept(solution, evaluate(stage.problem, solution, stage.lives))
+                solution = complete(stage.problem, choices, again, copies, stage.lives, gone)
+                found = evaluate(stage.problem, solution, stage.lives)
             except InvalidSolution:  # rounding asked for an impossible conversion
                 continue
+            if fits_host(stage.problem, found):
+                accept(solution, found)
 
     def _cutoff(self) -> float:
         """What a solution must cost less than to be of interest, in model units."""
@@ -367,3 +374,8 @@ class Search:
         peak = (found.peak_bytes, found.peak_time)
         seconds = self.clock.elapsed_s()
         return SolveResult(solution, status, found.cost_s, bound, gap, *peak, seconds, self.stats, self.paid_s)
+
+
+def _asks_for_less(problem: Problem) -> bool:
+    """Whether it is fixed that something does not wait for the backward pass in memory, however much there is."""
+    return any(op.must_rerun for op in problem.ops) or not all(value.may_keep for value in problem.values)

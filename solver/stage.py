@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.evaluate import Evaluation, complete, evaluate
+from autopar.solver.evaluate import Evaluation, complete, evaluate, fits_host
 from autopar.solver.formulation import Formulation
 from autopar.solver.lifetimes import Kinds, ValueLife
 from autopar.solver.linear import Floats, LinearModel, LiveLp, LpResult
@@ -223,9 +223,12 @@ class Stage:
     def _settle(self, mip: MipResult, accept: Accept, gap: float) -> bool:
         """Check an integral solution with `evaluate`; accept it, or add the memory rows that it violates."""
         assert mip.values is not None
-        choices, recomputed, copies = self.form.decisions(mip.values)
-        solution = complete(self.problem, choices, recomputed, copies, self.lives)
+        choices, recomputed, copies, away = self.form.decisions(mip.values)
+        solution = complete(self.problem, choices, recomputed, copies, self.lives, away)
         found = evaluate(self.problem, solution, self.lives)
+        if not fits_host(self.problem, found):
+            self._forbid_on_host(mip.values)
+            return False
         if self.limit_bytes is not None:
             limit = self.model.limit + (mip.values[self.model.excess] / self.model.byte_scale if self.excess else 0.0)
             line = found.memory_bytes.astype(np.float64) - self.problem.constant_bytes
@@ -251,6 +254,14 @@ class Stage:
         if nbytes[alive].sum() <= self.model.limit:
             raise SolverError(f"memory at time {at} is over the limit, but not in the model: report this problem")
         self.model.add_row(-np.inf, len(cover) - 1.0, [(c, 1.0) for c in cover])
+
+    def _forbid_on_host(self, values: Floats) -> None:
+        """The same for the host's memory."""
+        there = {column for row, column, _ in zip(*self.model.entries, strict=True) if row == self.form.host_row}
+        on_host = sorted(column for column in there if values[column] > 0.5)
+        if not on_host:
+            raise SolverError("the host's memory is over its limit, but not in the model: report this problem")
+        self.model.add_row(-np.inf, len(on_host) - 1.0, [(c, 1.0) for c in on_host])
 
     def _agree(self, mip: MipResult, found: Evaluation, gap: float) -> None:
         """The model's objective and the price from scratch must agree."""

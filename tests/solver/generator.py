@@ -89,3 +89,32 @@ class _RandomProblem:
         self.ops.append(Op(name, operands, results, choices, tied_to=param, results_start_next=True))
         if self.rng.random() < 0.3:  # the same value once more: the conversion is shared
             self._add_op(f"after{param}", operands, 1)
+
+
+def with_offload(problem: Problem, seed: int) -> Problem:
+    """The same with most values free to wait on the host, some barred from waiting on the device, and other ways to
+    store parameters that put memory on the host."""
+    rng = random.Random(seed)
+    values = []
+    for value in problem.values:
+        seconds = tuple(
+            rng.choice((rng.randint(0, 48) / 64, np.inf if rng.random() < 0.2 else 0.5)) for _ in value.state_bytes
+        )
+        may_keep = rng.random() > 0.05
+        values.append(replace(value, offload_s=seconds if rng.random() < 0.8 else None, may_keep=may_keep))
+    ops = list(problem.ops)
+    for o, op in enumerate(ops):
+        if any(c.persistent_bytes for c in op.choices) and rng.random() < 0.7:
+            choices = [_on_host(c, rng) if rng.random() < 0.5 else c for c in op.choices]
+            ops[o] = replace(op, choices=tuple(choices))
+    return replace(problem, ops=tuple(ops), values=tuple(values))
+
+
+def _on_host(choice: Choice, rng: random.Random) -> Choice:
+    moved = rng.randint(0, choice.persistent_bytes)
+    return replace(
+        choice,
+        cost_s=choice.cost_s + rng.randint(0, 32) / 64,
+        persistent_bytes=choice.persistent_bytes - moved,
+        host_bytes=moved,
+    )

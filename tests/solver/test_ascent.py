@@ -14,7 +14,7 @@ from autopar.solver.ascent import DualAscent
 from autopar.solver.exhaustive import every_solution
 from autopar.solver.lifetimes import lifetimes
 from autopar.solver.stage import Clock, Stage
-from tests.solver.generator import random_problem, with_capacity
+from tests.solver.generator import random_problem, with_capacity, with_offload
 from tests.solver.transformer import TransformerProblem
 
 SCALE = 1e3
@@ -35,6 +35,8 @@ def test_no_solution_is_below_the_bound_or_its_margins(first: int) -> None:
     checked = 0
     for seed in range(first, first + 20):
         problem = with_capacity(random_problem(seed), 1000)
+        if seed % 2:
+            problem = with_offload(problem, seed)
         lives = lifetimes(problem)
         ascents = []
         for paid in (np.zeros(len(problem.ops) + 1), prices(problem, seed)):

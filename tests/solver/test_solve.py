@@ -100,6 +100,14 @@ def test_choices_that_come_in_by_price_equal_brute_force(monkeypatch) -> None:
         assert solve(capped, gap=0.0).objective_s == pytest.approx(brute_force(capped).objective_s, rel=1e-9)
 
 
+@pytest.mark.parametrize(("seed", "capacity"), [(1, 112), (113, 201)])
+def test_choices_that_come_in_to_show_that_something_fits_are_searched(seed: int, capacity: int, monkeypatch) -> None:
+    """The first few choices do not fit: what is let in to see whether any do is part of the search from then on."""
+    monkeypatch.setattr("autopar.solver.search.SMALL", 0)
+    capped = with_capacity(random_problem(seed), capacity)
+    assert solve(capped, gap=0.0).objective_s == pytest.approx(brute_force(capped).objective_s, rel=1e-9)
+
+
 def test_same_input_same_output(small_transformer) -> None:
     problem = with_capacity(small_transformer, int(solve(small_transformer).peak_bytes * 0.9))
     first, second = solve(problem), solve(problem)

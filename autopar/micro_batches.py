@@ -105,9 +105,7 @@ def micro_batch_loss(larger: Trace, traced: Trace) -> MicroBatchLoss:
     Raises TraceError naming the first op of which a larger batch is more than its micro-batches.
     """
     if traced.loss is None:
-        raise TraceError(
-            "a model that returns no loss cannot run in micro-batches: nobody knows how its outputs add up"
-        )
+        raise TraceError("a model without a loss cannot run in micro-batches: how its outputs add up is not known")
     walk = _Walk(larger, traced)
     return MicroBatchLoss(traced, walk.loss())
 
@@ -130,9 +128,7 @@ class _Walk:
         sizes = {i.node: i.shape[0] for i in self.traced.inputs if i.batch_dim == 0}
         counts = {i.shape[0] / sizes[i.node] for i in self.larger.inputs if i.node in sizes}
         if len(counts) != 1 or (count := counts.pop()) < 2 or count != int(count):
-            raise TraceError(
-                "inputs without a batch, or a batch that micro-batches do not divide; give one that they do"
-            )
+            raise TraceError("the micro-batches do not divide the batch; give a batch that is a multiple of them")
         if len(self.larger.graph_module.graph.nodes) != len(self.traced.graph_module.graph.nodes):
             raise TraceError(f"the model computes otherwise for another batch size; {REMEDY}")
         for a, b in self.pairs.items():
@@ -177,8 +173,8 @@ class _Walk:
             if found is not None:
                 return found
         raise TraceError(
-            f"nothing says that the loss of a batch is that of its micro-batches put together: {_where(node)} takes all "
-            f"samples at once; {REMEDY}"
+            f"nothing says that the loss of a batch is that of its micro-batches put together: {_where(node)} takes "
+            f"all samples at once; {REMEDY}"
         )
 
     def _check_numbers(self, node: fx.Node) -> None:

@@ -329,6 +329,15 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+def schedule_runtime() -> tuple[Any, Any, Any]:
+    """torch's runtime of pipeline schedules: (its class, its actions, their kinds). What fails in it is raised, not
+    logged as well."""
+    from torch.distributed.pipelining import schedules
+
+    schedules.logger.setLevel(logging.CRITICAL)
+    return schedules._PipelineScheduleRuntime, schedules._Action, schedules._ComputationType
+
+
 def local_tensor(parts: dict[int, torch.Tensor]) -> torch.Tensor:
     """One tensor that stands for the local tensors of all simulated ranks."""
     from torch.distributed._local_tensor import LocalTensor

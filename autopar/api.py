@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,11 +34,14 @@ from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.precision import MODEL, checked_precision
 from autopar.predicting.predict import Predictor, global_batch_of
 from autopar.runtime.execute import RankProgram
+from autopar.runtime.make_stages import make_stages
 from autopar.runtime.memory import check_room
 from autopar.runtime.program import Call, Compiled, Program
+from autopar.runtime.staged import CompiledStages
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
-from autopar.staged import StagedPlan, refuse_to_run
+from autopar.staged import StagedPlan
+from autopar.staging import check_runnable, stage_mesh
 from autopar.trace import Trace, graph_hash, trace
 from autopar.verification import VerifyReport, emit_for, random_nodes, verify
 
@@ -82,8 +85,7 @@ def plan(
     limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
     staged = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress)
     if staged is not None:
-        if dump_dir is not None:
-            raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
+        _no_dump(dump_dir)
         return staged
     traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
@@ -122,13 +124,34 @@ def compile(
         raise PlanMismatch(f"the plan is for precision={plan.options.precision!r}, not {chosen!r}; plan again")
     if inputs != "global":
         raise AutoparError(f"inputs={inputs!r} is not available yet; pass the global batch on every rank")
-    if plan is not None:
-        refuse_to_run(plan)
+    if isinstance(plan, StagedPlan):
+        check_runnable(plan)
     if plan is not None and plan.devices != cluster.devices:
         raise PlanMismatch(f"the plan is for {plan.devices} devices, the cluster has {cluster.devices}; plan again")
     join_world(cluster.devices, cluster.device.kind)
 
-    def planner(module: nn.Module, call: Call, fixed: dict[str, State] | None) -> Compiled:
+    limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
+
+    def stages(module: nn.Module, call: Call, staged: StagedPlan, fixed: Mapping[str, State] | None) -> CompiledStages:
+        _no_dump(dump_dir)
+
+        def plan_ops(traced: Trace, part: ClusterSpec, options: PlanOptions) -> Plan:
+            mesh = None if fixed is None else stage_mesh(staged)
+            return _plan_trace(traced, part, options, time_limit_s=time_limit_s, fixed=fixed, fixed_mesh=mesh)
+
+        return make_stages(module, call, staged, lambda one: _traced(module, one, chosen), plan_ops)
+
+    def planner(module: nn.Module, call: Call, fixed: Mapping[str, State] | None) -> Compiled | CompiledStages:
+        known = plan if fixed is None else program.plan
+        if isinstance(known, StagedPlan):
+            return stages(module, call, known, fixed)
+        if known is None and _may_be_staged(module, cluster, call, optimizer, pin):
+            text = agree(
+                lambda: _dumped(_staged(module, cluster, call, chosen, limits, pin, time_limit_s, None)),
+                cluster.device.kind,
+            )
+            if text:
+                return stages(module, call, cast(StagedPlan, Plan.loads(text)), None)
         traced, dump_to = _traced(module, call, chosen), program.dump_folder(dump_dir)
         if plan is not None and fixed is None:
             return _ready(traced, _matching(plan, traced), cluster, dump_to)
@@ -148,6 +171,27 @@ def compile(
     if at_once is not None:
         program.prepare(at_once)
     return program
+
+
+def _no_dump(dump_dir: str | Path | None) -> None:
+    if dump_dir is not None:
+        raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
+
+
+def _may_be_staged(
+    model: nn.Module, cluster: ClusterSpec, call: Call, optimizer: str, pin: Mapping[str, Any] | None
+) -> bool:
+    """Whether `_staged` would look at layouts with stages: quickly known, and the same on every rank."""
+    if cluster.devices == 1:
+        return False
+    try:
+        return not wish(pin, cluster, model, global_batch_of(call), optimizer).apart
+    except LayoutError:
+        return any(key in (pin or {}) for key in STAGED_KEYS)
+
+
+def _dumped(plan: Plan | None) -> str:
+    return "" if plan is None else plan.dumps()
 
 
 def _staged(

@@ -52,7 +52,7 @@ def _transformer(kind: str, inputs: Callable[[], dict[str, Any]], **config: Any)
     return lambda: _seeded(make)
 
 
-def _causal(kind: str, **config: Any) -> Family:
+def causal(kind: str, **config: Any) -> Family:
     """A causal language model; its loss in float64, as in `tests.models.tiny_llama`."""
 
     def make() -> ModelAndInputs:
@@ -150,9 +150,9 @@ _EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}
 
 NAMED: dict[str, Family] = {
     "llama": lambda: tiny_llama(layers=1),
-    "qwen3": _causal("Qwen3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8),
-    "mistral": _causal("MistralForCausalLM", **_TEXT, num_key_value_heads=HEADS, sliding_window=8),
-    "gemma3": _causal(
+    "qwen3": causal("Qwen3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8),
+    "mistral": causal("MistralForCausalLM", **_TEXT, num_key_value_heads=HEADS, sliding_window=8),
+    "gemma3": causal(
         "Gemma3ForCausalLM",
         **(_TEXT | {"num_hidden_layers": 2}),
         num_key_value_heads=HEADS,
@@ -161,24 +161,24 @@ NAMED: dict[str, Family] = {
         layer_types=["sliding_attention", "full_attention"],
         **_TOKENS,
     ),
-    "phi": _causal("PhiForCausalLM", **_TEXT, num_key_value_heads=HEADS),
-    "olmo2": _causal("Olmo2ForCausalLM", **_TEXT, num_key_value_heads=HEADS),
-    "gpt2": _causal(
+    "phi": causal("PhiForCausalLM", **_TEXT, num_key_value_heads=HEADS),
+    "olmo2": causal("Olmo2ForCausalLM", **_TEXT, num_key_value_heads=HEADS),
+    "gpt2": causal(
         "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=HEADS, n_positions=64,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
-    "gpt_neox": _causal("GPTNeoXForCausalLM", **_TEXT),
-    "opt": _causal(
+    "gpt_neox": causal("GPTNeoXForCausalLM", **_TEXT),
+    "opt": causal(
         "OPTForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=WIDE,
         num_hidden_layers=1, num_attention_heads=HEADS, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
     ),
     "bert": lambda: tiny_bert(layers=1),
     "vit": _classifier("ViTForImageClassification", **_VISION, **_NO_DROPOUT),
     "t5": _transformer("T5ForConditionalGeneration", _sequences, **_T5),
-    "mixtral": _causal(
+    "mixtral": causal(
         "MixtralForCausalLM", **_TEXT, num_key_value_heads=HEADS, num_local_experts=8, num_experts_per_tok=2, **_EXPERTS
     ),
-    "mamba": _causal(
+    "mamba": causal(
         "MambaForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, state_size=8, num_hidden_layers=1, time_step_rank=8
     ),
     "resnet": _module(vision.ResNet, lambda: _labelled_images(32)),
@@ -187,29 +187,29 @@ NAMED: dict[str, Family] = {
 }  # fmt: skip
 
 OTHERS: dict[str, Family] = {
-    "falcon": _causal(
+    "falcon": causal(
         "FalconForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=HEADS,
         num_kv_heads=HEADS, new_decoder_architecture=True,
     ),
-    "bloom": _causal("BloomForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=HEADS),
-    "gptj": _causal(
+    "bloom": causal("BloomForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=HEADS),
+    "gptj": causal(
         "GPTJForCausalLM", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=HEADS, n_positions=64, rotary_dim=4,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
-    "qwen2_moe": _causal(
+    "qwen2_moe": causal(
         "Qwen2MoeForCausalLM", **_TEXT, num_key_value_heads=HEADS, num_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=32, shared_expert_intermediate_size=64, output_router_logits=True, **_EXPERTS,
     ),
-    "deepseek_v3": _causal(
+    "deepseek_v3": causal(
         "DeepseekV3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, q_lora_rank=16, kv_lora_rank=16,
         qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
         topk_group=1, moe_intermediate_size=32, first_k_dense_replace=0, n_shared_experts=1, **_EXPERTS,
     ),
-    "gpt_oss": _causal(
+    "gpt_oss": causal(
         "GptOssForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8, num_local_experts=8,
         num_experts_per_tok=2, sliding_window=8, **_EXPERTS,
     ),
-    "mamba2": _causal(
+    "mamba2": causal(
         "Mamba2ForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, state_size=8, num_hidden_layers=1, num_heads=16,
         head_dim=8, n_groups=8, chunk_size=8,
     ),

@@ -9,7 +9,7 @@ so an optimizer that was made before keeps working.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor import DTensor
 
 from autopar._torch_compat import dtensor_maker, local_detached, pytree
 from autopar.errors import RuntimeFailure
-from autopar.placements import State, shard_dim
+from autopar.placements import State
 from autopar.plans import Plan
 from autopar.precision import autocast_dtype
 from autopar.runtime.binding import bind_inputs
+from autopar.runtime.clipping import clip_grad_norm
 from autopar.runtime.execute import RankProgram, wait_for
 from autopar.runtime.failure import naming_dead_ranks
+from autopar.runtime.parameters import distribute_loaded, mirror, place, torch_placements
+from autopar.runtime.staged import CompiledStages
 from autopar.trace import Trace
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,12 +48,21 @@ class Compiled:
         self.tangents_of = gradient_sources(trace)
         self.tangent_metas = {n.name: n.meta["val"] for n in trace.graph_module.graph.nodes if n.name in trace.tangents}
 
+    @property
+    def params(self) -> Mapping[str, State]:
+        """How each parameter is stored, by name."""
+        return self.plan.decisions.params
+
     def own_precision(self) -> torch.autocast:
         """A context in which ops compute in the dtypes that the trace has given them."""
         return torch.autocast(self.device_type, enabled=False)
 
+    def place(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """A parameter where the plan stores it, from rank 0's values."""
+        return place(source, self.plan.decisions.params[name], self.mesh)
 
-Planner = Callable[[nn.Module, Call, "dict[str, State] | None"], Compiled]
+
+Planner = Callable[[nn.Module, Call, "Mapping[str, State] | None"], Compiled | CompiledStages]
 
 
 class Program(nn.Module):
@@ -64,10 +75,10 @@ class Program(nn.Module):
         super().__init__()
         self._model = [model]  # in a list: not a submodule, its weights are not ours
         self._planner = planner
-        self._compiled: dict[object, Compiled] = {}
-        self._first: Compiled | None = None
-        _mirror(self, model, world)
-        self.register_load_state_dict_pre_hook(_distribute_loaded)
+        self._compiled: dict[object, Compiled | CompiledStages] = {}
+        self._first: Compiled | CompiledStages | None = None
+        mirror(self, model, world)
+        self.register_load_state_dict_pre_hook(distribute_loaded)
         self.train(model.training)
 
     # -- calling -------------------------------------------------------------------
@@ -79,6 +90,11 @@ class Program(nn.Module):
         comes as DTensors. A model without a loss returns all its tensors whole on every rank, differentiable as on
         one device: every rank computes the same loss of them.
         """
+        if isinstance(self._first or self.prepare((args, kwargs)), CompiledStages):
+            raise RuntimeFailure(
+                "the plan has pipeline stages or micro-batches, whose forward and backward passes take turns: call "
+                "program.train_step(...) instead of program(...); to evaluate, plan without (pin pp=1)"
+            )
         result, under_way = self._call(args, kwargs, wait=True)
         assert not under_way
         return result
@@ -86,7 +102,8 @@ class Program(nn.Module):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool) -> tuple[Any, list[torch.Tensor]]:
         """What the model returns; without `wait`, also those of its tensors that may still be on their way."""
         compiled = self.prepare((args, kwargs))
-        _check_autocast(compiled)
+        assert isinstance(compiled, Compiled)
+        check_autocast(compiled.plan)
         trace = compiled.trace
         inputs = bind_inputs(trace, self._model[0], args, kwargs)
         params = dict(self.named_parameters())
@@ -101,12 +118,18 @@ class Program(nn.Module):
         return trace.rebuild_output([self._wrap(compiled, name, by_name[name]) for name in leaves]), under_way
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached."""
-        if self.prepare((args, kwargs)).trace.loss is None:
+        """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached, on every rank.
+
+        With stages, a rank has gradients of the parameters of its own stage only.
+        """
+        compiled = self.prepare((args, kwargs))
+        if compiled.trace.loss is None:
             raise RuntimeFailure(
                 "train_step needs a model that returns its loss; compute the loss of program(...) yourself and call "
                 "loss.backward()"
             )
+        if isinstance(compiled, CompiledStages):
+            return self._staged_step(compiled, (args, kwargs))
         result, under_way = self._call(args, kwargs, wait=False)
         loss = _loss_of(result)
         del result
@@ -115,6 +138,35 @@ class Program(nn.Module):
             for tensor in under_way:
                 wait_for(tensor.detach())
         return loss.detach()
+
+    def _staged_step(self, compiled: CompiledStages, call: Call) -> torch.Tensor:
+        check_autocast(compiled.plan)
+        if not torch.is_grad_enabled():
+            raise RuntimeFailure("train_step computes gradients: call it outside of torch.no_grad()")
+        params = dict(self.named_parameters())
+        shared = {p.node: local_detached(params[p.fqn]) for p in compiled.trace.params}
+        shared.update(self._buffer_values(compiled.trace))
+        with naming_dead_ranks(compiled.meshes):
+            loss, grads = compiled.step(self._model[0], call, shared)
+            updates = compiled.buffers()
+        for fqn, value in updates.items():
+            self.get_buffer(fqn).copy_(value)
+        with torch.no_grad():
+            for fqn, grad in grads.items():
+                param = params[fqn]
+                param.grad = grad if param.grad is None else param.grad.add_(grad)
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, over the gradients of all ranks; returns their norm before.
+
+        torch's own function does the same for a program without stages; with stages it would see only the gradients
+        of one stage, and clip each stage by another norm.
+        """
+        compiled = self._ready("clip_grad_norm_")
+        pipeline = compiled.meshes.place.pipeline if isinstance(compiled, CompiledStages) else None
+        with naming_dead_ranks(compiled.mesh):
+            return clip_grad_norm(self.parameters(), max_norm, norm_type, pipeline)
 
     def explain(self) -> Any:
         """Why the program runs as it does: the report of its plan."""
@@ -135,6 +187,11 @@ class Program(nn.Module):
     def data_shard(self) -> tuple[int, int]:
         """(index, count): which part of the batch this rank computes, for a sampler."""
         compiled = self._ready("data_shard")
+        if isinstance(compiled, CompiledStages):
+            raise RuntimeFailure(
+                "data_shard: with stages every rank takes the global batch, of which each micro-batch is cut; give all "
+                "ranks the same samples"
+            )
         index, count = 0, 1
         for coordinate, size, role in zip(
             compiled.rank_program.coordinates, compiled.plan.mesh, compiled.plan.batch_axes(), strict=True
@@ -143,14 +200,14 @@ class Program(nn.Module):
                 index, count = index * size + coordinate, count * size
         return index, count
 
-    def _ready(self, what: str) -> Compiled:
+    def _ready(self, what: str) -> Compiled | CompiledStages:
         if self._first is None:
             raise RuntimeFailure(f"{what} needs a plan: call the program once, or pass example_inputs to compile")
         return self._first
 
     # -- preparing -----------------------------------------------------------------
 
-    def prepare(self, call: Call) -> Compiled:
+    def prepare(self, call: Call) -> Compiled | CompiledStages:
         """Plan and emit for this call's shapes, if that has not been done yet."""
         key = (_signature(call), self.training)
         if key not in self._compiled:
@@ -158,7 +215,7 @@ class Program(nn.Module):
             mode = model.training
             model.train(self.training)
             try:
-                fixed = self._first.plan.decisions.params if self._first else None
+                fixed = self._first.params if self._first else None
                 compiled = self._planner(model, call, fixed)
             finally:
                 model.train(mode)
@@ -169,13 +226,12 @@ class Program(nn.Module):
             self._compiled[key] = compiled
         return self._compiled[key]
 
-    def _place_parameters(self, compiled: Compiled) -> None:
+    def _place_parameters(self, compiled: Compiled | CompiledStages) -> None:
         model_params = dict(self._model[0].named_parameters())
         with torch.no_grad():
             for fqn, param in self.named_parameters():
                 source = model_params[fqn].detach()
-                state = compiled.plan.decisions.params[fqn]
-                placed = nn.Parameter(_place(source, state, compiled.mesh), requires_grad=param.requires_grad)
+                placed = nn.Parameter(compiled.place(fqn, source), requires_grad=param.requires_grad)
                 if compiled.mesh is not None:
                     torch.utils.swap_tensors(param, placed)
 
@@ -246,11 +302,12 @@ class _Step(torch.autograd.Function):
         return (None, None, None, None, *(_as_gradient(compiled, p.fqn, by_fqn) for p in compiled.trace.params))
 
 
-def _check_autocast(compiled: Compiled) -> None:
+def check_autocast(plan: Plan) -> None:
     """A program has the precision that it was compiled for; an autocast around it that asks for another is refused."""
-    if not torch.is_autocast_enabled(compiled.device_type):
+    device_type = plan.cluster.device.kind
+    if not torch.is_autocast_enabled(device_type):
         return
-    dtype, precision = torch.get_autocast_dtype(compiled.device_type), compiled.plan.options.precision
+    dtype, precision = torch.get_autocast_dtype(device_type), plan.options.precision
     if dtype != autocast_dtype(precision):
         raise RuntimeFailure(
             f"the program was compiled for precision={precision!r} and is called under autocast to {dtype}; leave the "
@@ -290,71 +347,6 @@ def _as_gradient(compiled: Compiled, fqn: str, grads: dict[str, torch.Tensor]) -
     made = DTensor.from_local(grad, compiled.mesh, placements, run_check=False)
     compiled.gradient_makers[layout] = dtensor_maker(made)
     return made
-
-
-def torch_placements(state: State) -> list[TorchPlacement]:
-    """A state in DTensor's words."""
-    found: list[TorchPlacement] = []
-    for placement in state:
-        dim = shard_dim(placement)
-        found.append(Replicate() if dim is None else Shard(dim))
-    return found
-
-
-def _place(source: torch.Tensor, state: State, mesh: DeviceMesh | None) -> torch.Tensor:
-    """A parameter's local part, from rank 0's values; NaN where the model has no weights (meta device)."""
-    if mesh is None:
-        return source
-    if source.is_meta:
-        whole = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        local = distribute_tensor(whole, mesh, torch_placements(state)).to_local()
-        filled = torch.full(local.shape, float("nan"), dtype=source.dtype, device=mesh.device_type)
-        return DTensor.from_local(filled, mesh, torch_placements(state), run_check=False)
-    return distribute_tensor(source.to(mesh.device_type), mesh, torch_placements(state))
-
-
-def _mirror(program: nn.Module, model: nn.Module, world: DeviceMesh | None) -> None:
-    """Give `program` the parameters and buffers of `model` under the same names, ties included.
-
-    On a world of several ranks parameters start as replicated DTensors on the model's own storage.
-    """
-    copies: dict[int, nn.Parameter] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        if id(param) not in copies:
-            tensor = param.detach()
-            if world is not None:
-                tensor = DTensor.from_local(tensor, world, [Replicate()], run_check=False)
-            copies[id(param)] = nn.Parameter(tensor, requires_grad=param.requires_grad)
-        _register(program, name, copies[id(param)], persistent=True)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module.named_buffers(recurse=False):
-            persistent = name not in module._non_persistent_buffers_set
-            _register(program, f"{prefix}.{name}".lstrip("."), buffer.detach().clone(), persistent)
-
-
-def _register(program: nn.Module, path: str, tensor: torch.Tensor, persistent: bool) -> None:
-    *parents, name = path.split(".")
-    module = program
-    for parent in parents:
-        if parent not in module._modules:
-            module.add_module(parent, nn.Module())
-        module = module._modules[parent]  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(name, tensor)
-    else:
-        module.register_buffer(name, tensor, persistent=persistent)
-
-
-def _distribute_loaded(program: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let `load_state_dict` take whole tensors: each is cut like the parameter it is for."""
-    own = program.state_dict(keep_vars=True)
-    for name, value in list(state_dict.items()):
-        target = own.get(name.removeprefix(prefix))
-        if isinstance(target, DTensor) and not isinstance(value, DTensor):
-            if tuple(value.shape) != tuple(target.shape):
-                continue  # load_state_dict reports wrong shapes itself
-            moved = value.to(device=target.device, dtype=target.dtype)
-            state_dict[name] = distribute_tensor(moved, target.device_mesh, target.placements)
 
 
 def _loss_of(result: Any) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""One step of a pipeline on this rank: torch's schedule runtime, fed with autopar's orders.
+
+The orders say only what each rank computes (`autopar/simulating/schedules.py`). torch puts every receive where the
+sender has sent, which is long before it is waited for, and lets sends go while the next pass runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from autopar._torch_compat import schedule_runtime
+from autopar.runtime.stage import Stage
+from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS, Order
+
+_KINDS = {FORWARD: "FORWARD", BACKWARD: "FULL_BACKWARD", INPUTS: "BACKWARD_INPUT", WEIGHTS: "BACKWARD_WEIGHT"}
+
+
+class Schedule:
+    """The passes of this rank's stages in the order of a schedule, with the messages between them.
+
+    stages: of this rank, first to last. orders: of every pipeline rank. Chunk c of rank i is stage c * ranks + i.
+    """
+
+    def __init__(self, stages: Sequence[Stage], orders: Sequence[Order], micro_batches: int) -> None:
+        runtime, action, kinds = schedule_runtime()
+        self.micro_batches = micro_batches
+        self.stages = list(stages)
+        self._runtime = runtime(self.stages, micro_batches, scale_grads=False)
+        self._runtime._prepare_schedule_with_comms(
+            {
+                rank: [
+                    action(one.chunk * len(orders) + rank, getattr(kinds, _KINDS[one.kind]), one.micro_batch)
+                    for one in order
+                ]
+                for rank, order in enumerate(orders)
+            }
+        )
+        # torch would ask the stages for shapes by running them; ours know theirs.
+        self._runtime._initialize_stages = _nothing_to_ask
+
+    def run(self) -> None:
+        """Run every pass of this rank once."""
+        self._runtime._step_microbatches(return_outputs=False)
+
+
+def _nothing_to_ask(*_: Any) -> None:
+    """What the runtime calls before the first pass."""

@@ -1,0 +1,141 @@
+"""From a plan by degrees to the question of how each op of one micro-batch runs on the mesh of a stage.
+
+A stage's data, tensor and sequence ranks are those of the layout, and so are ZeRO and recomputation; all else is the
+planner's to decide, op by op, as for a plan without stages. The memory of the layout was settled when it was chosen:
+the model as a whole is asked about here, of which a rank will hold one stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from autopar.cluster import ClusterSpec
+from autopar.dataflow import is_backward, module_path, result_metas
+from autopar.errors import AutoparError, LayoutError, PlanMismatch
+from autopar.plans import PlanOptions
+from autopar.segments import block_of
+from autopar.simulating.schedules import Order, schedule_orders
+from autopar.staged import StagedPlan
+from autopar.trace import Trace
+
+_NO_LIMIT_BYTES = 2**60
+
+
+def check_runnable(plan: StagedPlan) -> None:
+    """AutoparError for what no program can be made of yet."""
+    layout = plan.named
+    if layout.cp > 1:
+        raise AutoparError(f"a plan with context ranks (cp={layout.cp}) cannot be run yet; plan with pin cp=1")
+    if layout.ep > 1:
+        raise AutoparError(f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1")
+    if layout.devices != plan.cluster.devices:
+        raise AutoparError(
+            f"the plan uses {layout.devices} of {plan.cluster.devices} devices, and ranks without work cannot be run "
+            f"yet; start {layout.devices} processes, and plan for a cluster of as many devices"
+        )
+
+
+def stage_mesh(plan: StagedPlan) -> tuple[int, ...]:
+    """The axes of a stage that have more than one rank: data, then tensor ranks."""
+    return tuple(size for size in (plan.named.dp, plan.named.tp) if size > 1)
+
+
+def stage_cluster(plan: StagedPlan) -> ClusterSpec:
+    """The devices of one stage."""
+    return plan.cluster.part(plan.named.dp * plan.named.tp)
+
+
+def micro_batches_of(plan: StagedPlan, batch: int) -> int:
+    """Into how many micro-batches a batch goes; PlanMismatch if it does not divide."""
+    layout = plan.named
+    try:
+        return layout.micro_batches(batch)
+    except LayoutError:
+        share = layout.dp * layout.micro_batch
+        raise PlanMismatch(
+            f"the batch of {batch} does not divide into micro-batches of dp * micro_batch = {layout.dp} * "
+            f"{layout.micro_batch} = {share} samples; pass a multiple of {share}, or plan again"
+        ) from None
+
+
+def orders_of(plan: StagedPlan, micro_batches: int) -> tuple[Order, ...]:
+    """What each pipeline rank runs; LayoutError where the schedule does not go with so many micro-batches."""
+    layout = plan.named
+    return schedule_orders(layout.schedule, layout.pp, micro_batches, layout.vpp)
+
+
+def stage_blocks(plan: StagedPlan) -> tuple[int, ...]:
+    """Repeated blocks of every stage, first to last: with several chunks a rank, chunk c of rank i is stage c * pp + i.
+
+    LayoutError where a rank has fewer blocks than chunks.
+    """
+    chunks = plan.named.vpp
+    poor = [rank for rank, blocks in enumerate(plan.blocks) if chunks > 1 and blocks < chunks]
+    if poor:
+        raise LayoutError(
+            f"layout: pipeline rank {poor[0]} has {plan.blocks[poor[0]]} blocks for vpp={chunks} chunks; change vpp or "
+            "pp: a chunk needs a block"
+        )
+    return tuple(blocks // chunks + (chunk < blocks % chunks) for chunk in range(chunks) for blocks in plan.blocks)
+
+
+def op_options(plan: StagedPlan, trace: Trace) -> PlanOptions:
+    """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch."""
+    layout = plan.named
+    pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **_recompute_pins(plan, trace)}
+    if layout.tp > 1:
+        pins["sp"] = layout.sp
+    batch = layout.micro_batch * layout.dp
+    return replace(plan.options, global_batch=batch, memory_limit_bytes=_NO_LIMIT_BYTES, pin=pins)
+
+
+def _recompute_pins(plan: StagedPlan, trace: Trace) -> Mapping[str, str]:
+    layout = plan.named
+    if layout.recompute == "selective":
+        return _selective(trace)
+    if layout.recompute == "full" and layout.recompute_blocks is not None:
+        return _some_blocks(plan, trace, layout.recompute_blocks)
+    return {"recompute": layout.recompute}
+
+
+def _forward_paths(trace: Trace) -> list[str]:
+    nodes = [n for n in trace.graph_module.graph.nodes if n.op == "call_function" and not is_backward(n)]
+    return list(dict.fromkeys(path for n in nodes if (path := module_path(n))))
+
+
+def _some_blocks(plan: StagedPlan, trace: Trace, count: int) -> Mapping[str, str]:
+    """The first blocks of every pipeline rank run again, so many a rank; nothing else does."""
+    blocks = list(dict.fromkeys(block for path in _forward_paths(trace) if (block := block_of(path))))
+    left, pins, at = [count] * plan.named.pp, {}, 0
+    for stage, size in enumerate(stage_blocks(plan)):
+        rank = stage % plan.named.pp
+        for block in blocks[at : at + size]:
+            pins[block] = "recompute" if left[rank] > 0 else "keep"
+            left[rank] -= 1
+        at += size
+    return pins
+
+
+def _selective(trace: Trace) -> Mapping[str, str]:
+    """Modules that make scores of all pairs of tokens run again in what they do themselves; their parts do not.
+
+    Deep modules first: the first pin that names a module counts.
+    """
+    batch, tokens = next((i.shape[:2] for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), (0, 0))
+    nodes = [n for n in trace.graph_module.graph.nodes if n.op == "call_function" and not is_backward(n)]
+    core = {module_path(n) for n in nodes if _makes_scores(n, batch, tokens)} - {""}
+    paths = sorted(_forward_paths(trace), key=lambda path: -path.count("."))
+    return {path: "recompute" if path in core else "keep" for path in paths}
+
+
+def _makes_scores(node: fx.Node, batch: int, tokens: int) -> bool:
+    """Scores, of several heads: a mask has one number for each pair of tokens of a sample."""
+    return tokens > 1 and any(
+        t is not None and t.dim() > 2 and t.shape[-1] == t.shape[-2] == tokens and math.prod(t.shape[:-2]) > batch
+        for t in result_metas(node)
+    )

@@ -1,0 +1,129 @@
+"""One rank of tests/parity/test_stages.py: trains models whose plans have pipeline stages, alone and by autopar.
+
+    torchrun --nproc-per-node 4 tests/parity/gloo_stages.py FOLDER CASE...
+
+Writes FOLDER/RANK.json: per case, the largest relative differences and the parameters whose gradients are here; and
+FOLDER/CASE/, a checkpoint with the optimizer's state after all steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+import autopar
+import autopar.api
+from autopar.api import trace
+from autopar.errors import RuntimeFailure
+from autopar.verification import gradient_errors, relative_error
+from tests.families import causal
+from tests.models import HIDDEN, VOCAB, ModelAndInputs, tiny_llama
+from tests.parity.gloo_ranks import Facts, full, loss_of
+from tests.widen import WidenCasts, widened
+
+STEPS, LR, MAX_NORM = 3, 1e-2, 0.5
+
+
+def tied_gpt2(layers: int = 2) -> ModelAndInputs:
+    """GPT-2, whose head is its embedding."""
+    return causal(
+        "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=layers, n_head=8, n_positions=64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )()  # fmt: skip
+
+
+CASES: dict[str, tuple[Callable[[], ModelAndInputs], dict[str, Any]]] = {
+    "llama": (lambda: tiny_llama(layers=3), {"pp": 2, "tp": 2, "micro_batch": 2, "sp": True}),
+    "gpt2": (tied_gpt2, {"pp": 2, "dp": 2, "zero": 1, "micro_batch": 1, "schedule": "zero-bubble"}),
+    "interleaved": (
+        lambda: tiny_llama(layers=4, tied=True),
+        {"pp": 2, "dp": 2, "zero": 3, "micro_batch": 1, "vpp": 2, "recompute": "selective"},
+    ),
+    "deep": (lambda: tiny_llama(layers=4), {"pp": 4, "micro_batch": 1, "schedule": "gpipe", "recompute": "full"}),
+}
+
+
+def adamw(module: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of both sides."""
+    return torch.optim.AdamW(module.parameters(), lr=LR)
+
+
+def trained_both(name: str, folder: Path) -> Facts:
+    """A few AdamW steps on each side; the program's optimizer is made before there is a plan."""
+    make, pin = CASES[name]
+    model, (args, kwargs) = make()
+    program = autopar.compile(copy.deepcopy(model), autopar.ClusterSpec.local(), pin=pin)
+    mine, theirs = adamw(program), adamw(model)
+    facts: Facts = {"loss": 0.0, "gradient": 0.0, "norm": 0.0}
+    for _ in range(STEPS):
+        loss = program.train_step(*args, **kwargs)
+        with WidenCasts():
+            expected = loss_of(model(*args, **kwargs))
+            expected.backward()
+        held = {n: p for n, p in program.named_parameters() if p.grad is not None}
+        wanted = {n: p.grad for n, p in model.named_parameters() if n in held and p.grad is not None}
+        facts["loss"] = max(facts["loss"], relative_error(loss, expected))
+        errors = gradient_errors({n: full(p.grad) for n, p in held.items()}, wanted)
+        facts["gradient"] = max(facts["gradient"], *errors.values())
+        norms = program.clip_grad_norm_(MAX_NORM), nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        facts["norm"] = max(facts["norm"], relative_error(*norms))
+        for optimizer in (mine, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    facts["parameter"] = parameter_error(program, model)
+    facts["held"] = sorted(held)
+    facts["state dict keys"] = list(program.state_dict()) == list(model.state_dict())
+    facts["optimizer has no more"] = {id(p) for p in mine.state} == {id(p) for p in held.values()}
+    facts["refuses a call"] = refuses(program, args, kwargs)
+    dcp.save({"model": program.state_dict(), "optimizer": get_optimizer_state_dict(program, mine)},
+             checkpoint_id=folder / name)  # fmt: skip
+    return facts
+
+
+def parameter_error(program: nn.Module, model: nn.Module) -> float:
+    """The largest relative difference of any parameter that is stored here."""
+    mine = {n: p for n, p in program.named_parameters() if is_here(p)}
+    expected = {n: p.detach() for n, p in model.named_parameters() if n in mine}
+    return max(gradient_errors({n: full(p) for n, p in mine.items()}, expected).values())
+
+
+def is_here(param: nn.Parameter) -> bool:
+    """Whether this rank is among those that store a parameter; what others store has no elements here."""
+    assert isinstance(param, DTensor)
+    here = param.device_mesh.get_coordinate() is not None
+    assert here or param.to_local().numel() == 0
+    return here
+
+
+def refuses(program: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a program with stages says what to call instead of itself."""
+    try:
+        program(*args, **kwargs)
+    except RuntimeFailure as error:
+        return "call program.train_step" in str(error)
+    return False
+
+
+def main() -> None:
+    """Run the cases one after the other and write what was found."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    autopar.api.trace = lambda model, call: widened(trace(model, call))  # type: ignore[assignment]
+    facts = {name: trained_both(name, folder) for name in sys.argv[2:]}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Plans with pipeline stages on four real processes, through the public face, against one device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from autopar.verification import gradient_errors, relative_error
+from tests.launch import torchrun
+from tests.parity.gloo_ranks import loss_of
+from tests.parity.gloo_stages import CASES, MAX_NORM, STEPS, adamw
+from tests.widen import WidenCasts
+
+TOLERANCE = 1e-9
+RANKS = 4
+
+
+@pytest.mark.parametrize(
+    "names", [("llama", "gpt2"), pytest.param(("interleaved", "deep"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_stages_on_four_processes(names: tuple[str, ...], tmp_path: Path) -> None:
+    ended = torchrun(Path(__file__).with_name("gloo_stages.py"), RANKS, str(tmp_path), *names)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    for name in names:
+        for rank in range(RANKS):
+            check(found[rank][name], f"{name} on rank {rank}")
+        whole = dict(CASES[name][0]()[0].named_parameters())
+        assert set().union(*(facts[name]["held"] for facts in found)) == set(whole), f"{name}: a gradient is nowhere"
+        continue_on_one_device(name, tmp_path / name)
+
+
+def check(facts: dict[str, Any], where: str) -> None:
+    """Numbers are relative differences, the rest must be true."""
+    assert {"loss", "gradient", "norm", "parameter"} <= set(facts)
+    for what, value in facts.items():
+        if isinstance(value, float):
+            assert value <= TOLERANCE, f"{where}: {what} is off by {value:.1e}"
+        else:
+            assert value, f"{where}: not so: {what}"
+
+
+def continue_on_one_device(name: str, checkpoint: Path) -> None:
+    """The checkpoint of all stages, with the optimizer's state, holds what one process has after the same steps."""
+    model, (args, kwargs) = CASES[name][0]()
+    reference = adamw(model)
+    for _ in range(STEPS):
+        with WidenCasts():
+            loss_of(model(*args, **kwargs)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        reference.step()
+        reference.zero_grad()
+    loaded, _ = CASES[name][0]()
+    fresh = adamw(loaded)
+    state = {"model": loaded.state_dict(), "optimizer": get_optimizer_state_dict(loaded, fresh)}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    loaded.load_state_dict(state["model"])
+    set_optimizer_state_dict(loaded, fresh, state["optimizer"])
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    errors = gradient_errors({n: p.detach() for n, p in loaded.named_parameters()}, params)
+    assert max(errors.values()) <= TOLERANCE
+    for mine, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert relative_error(fresh.state[mine]["exp_avg"], reference.state[theirs]["exp_avg"]) <= TOLERANCE

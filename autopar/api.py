@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,47 +130,77 @@ def compile(
         raise PlanMismatch(f"the plan is for {plan.devices} devices, the cluster has {cluster.devices}; plan again")
     join_world(cluster.devices, cluster.device.kind)
 
-    limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
-
-    def stages(module: nn.Module, call: Call, staged: StagedPlan, fixed: Mapping[str, State] | None) -> CompiledStages:
-        _no_dump(dump_dir)
-
-        def plan_ops(traced: Trace, part: ClusterSpec, options: PlanOptions) -> Plan:
-            mesh = None if fixed is None else stage_mesh(staged)
-            return _plan_trace(traced, part, options, time_limit_s=time_limit_s, fixed=fixed, fixed_mesh=mesh)
-
-        return make_stages(module, call, staged, lambda one: _traced(module, one, chosen), plan_ops)
-
-    def planner(module: nn.Module, call: Call, fixed: Mapping[str, State] | None) -> Compiled | CompiledStages:
-        known = plan if fixed is None else program.plan
-        if isinstance(known, StagedPlan):
-            return stages(module, call, known, fixed)
-        if known is None and _may_be_staged(module, cluster, call, optimizer, pin):
-            text = agree(
-                lambda: _dumped(_staged(module, cluster, call, chosen, limits, pin, time_limit_s, None)),
-                cluster.device.kind,
-            )
-            if text:
-                return stages(module, call, cast(StagedPlan, Plan.loads(text)), None)
-        traced, dump_to = _traced(module, call, chosen), program.dump_folder(dump_dir)
-        if plan is not None and fixed is None:
-            return _ready(traced, _matching(plan, traced), cluster, dump_to)
-
-        def make() -> str:
-            options = _options(traced, cluster, global_batch, chosen, optimizer, memory_limit_bytes, pin)
-            mesh = program.plan.mesh if fixed is not None and program.plan else None
-            found = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, fixed=fixed, fixed_mesh=mesh)
-            return found.dumps()
-
-        text = make() if cluster.devices == 1 else agree(make, cluster.device.kind)
-        return _ready(traced, _matching(Plan.loads(text), traced), cluster, dump_to)
-
+    planner = _Planner(
+        cluster, plan, chosen, global_batch, optimizer, memory_limit_bytes, time_limit_s, pin or {}, dump_dir
+    )
     at_once = example_inputs or (_default_call(model, global_batch, seq) if seq is not None else None)
     world = device_mesh(cluster.device.kind, (cluster.devices,)) if cluster.devices > 1 else None
-    program = Program(model, planner, world)
+    planner.program = program = Program(model, planner, world)
     if at_once is not None:
         program.prepare(at_once)
     return program
+
+
+@dataclass
+class _Planner:
+    """What a program asks for a plan of its call: the plan that was given, or one made by rank 0. Options as `compile`.
+
+    program: who asks.
+    """
+
+    cluster: ClusterSpec
+    plan: Plan | None
+    precision: str
+    global_batch: int | None
+    optimizer: str
+    memory_limit_bytes: int | None
+    time_limit_s: float
+    pin: Mapping[str, Any]
+    dump_dir: str | Path | None
+    program: Program | None = None
+
+    def __call__(self, model: nn.Module, call: Call, fixed: Mapping[str, State] | None) -> Compiled | CompiledStages:
+        """fixed: placements that parameters have already."""
+        assert self.program is not None
+        known = self.plan if fixed is None else self.program.plan
+        if isinstance(known, StagedPlan):
+            return self._stages(model, call, known, fixed)
+        if known is None and _may_be_staged(model, self.cluster, call, self.optimizer, self.pin):
+            text = agree(lambda: self._staged(model, call), self.cluster.device.kind)
+            if text:
+                return self._stages(model, call, cast(StagedPlan, Plan.loads(text)), None)
+        traced, dump_to = _traced(model, call, self.precision), self.program.dump_folder(self.dump_dir)
+        if self.plan is not None and fixed is None:
+            return _ready(traced, _matching(self.plan, traced), self.cluster, dump_to)
+
+        def make() -> str:
+            mesh = known.mesh if fixed is not None and known is not None else None
+            options = _options(
+                traced, self.cluster, self.global_batch, self.precision, self.optimizer, self.memory_limit_bytes,
+                self.pin,
+            )  # fmt: skip
+            return _plan_trace(
+                traced, self.cluster, options, time_limit_s=self.time_limit_s, fixed=fixed, fixed_mesh=mesh
+            ).dumps()
+
+        text = make() if self.cluster.devices == 1 else agree(make, self.cluster.device.kind)
+        return _ready(traced, _matching(Plan.loads(text), traced), self.cluster, dump_to)
+
+    def _staged(self, model: nn.Module, call: Call) -> str:
+        limits = {"optimizer": self.optimizer, "memory_limit_bytes": self.memory_limit_bytes}
+        made = _staged(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None)
+        return "" if made is None else made.dumps()
+
+    def _stages(
+        self, model: nn.Module, call: Call, staged: StagedPlan, fixed: Mapping[str, State] | None
+    ) -> CompiledStages:
+        _no_dump(self.dump_dir)
+
+        def plan_ops(traced: Trace, part: ClusterSpec, options: PlanOptions) -> Plan:
+            mesh = None if fixed is None else stage_mesh(staged)
+            return _plan_trace(traced, part, options, time_limit_s=self.time_limit_s, fixed=fixed, fixed_mesh=mesh)
+
+        return make_stages(model, call, staged, lambda one: _traced(model, one, self.precision), plan_ops)
 
 
 def _no_dump(dump_dir: str | Path | None) -> None:
@@ -188,10 +218,6 @@ def _may_be_staged(
         return not wish(pin, cluster, model, global_batch_of(call), optimizer).apart
     except LayoutError:
         return any(key in (pin or {}) for key in STAGED_KEYS)
-
-
-def _dumped(plan: Plan | None) -> str:
-    return "" if plan is None else plan.dumps()
 
 
 def _staged(

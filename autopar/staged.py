@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from autopar.predicting.predict import Predictor
 
 ROLES = ("dp", "cp", "tp")
-NOT_YET = (
-    "a plan with pipeline or context ranks cannot be run yet; plan with pin pp=1 (on the command line --pin pp=1) for "
-    "one that can"
-)
+TO_RUN = "autopar.compile(model, cluster, plan=plan) under torchrun, then program.train_step(**batch) on every rank"
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,21 @@ class StagedPlan(Plan):
         return Layout(**self.layout_keys)
 
     @property
+    def not_yet(self) -> str:
+        """What of the plan no program can do yet; "" where one can be made."""
+        layout = self.named
+        if layout.cp > 1:
+            return f"a plan with context ranks (cp={layout.cp}) cannot be run yet; plan with pin cp=1"
+        if layout.ep > 1:
+            return f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1"
+        if layout.devices != self.cluster.devices:
+            return (
+                f"the plan uses {layout.devices} of {self.cluster.devices} devices, and ranks without work cannot be "
+                f"run yet; plan for a cluster of {layout.devices} devices"
+            )
+        return ""
+
+    @property
     def micro_batches(self) -> int:
         """That each data rank runs in a step."""
         return self.named.micro_batches(self.options.global_batch)
@@ -84,12 +96,6 @@ class StagedPlan(Plan):
             "others": [{**o.__dict__, "layout": dict(o.layout)} for o in self.others],
             "counts": dict(self.counts),
         }
-
-
-def refuse_to_run(plan: Plan) -> None:
-    """AutoparError for a plan that no program can be made of yet."""
-    if isinstance(plan, StagedPlan):
-        raise AutoparError(NOT_YET)
 
 
 def staged(plan: Plan, reader: Reader) -> StagedPlan:

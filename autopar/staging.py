@@ -28,16 +28,8 @@ _NO_LIMIT_BYTES = 2**60
 
 def check_runnable(plan: StagedPlan) -> None:
     """AutoparError for what no program can be made of yet."""
-    layout = plan.named
-    if layout.cp > 1:
-        raise AutoparError(f"a plan with context ranks (cp={layout.cp}) cannot be run yet; plan with pin cp=1")
-    if layout.ep > 1:
-        raise AutoparError(f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1")
-    if layout.devices != plan.cluster.devices:
-        raise AutoparError(
-            f"the plan uses {layout.devices} of {plan.cluster.devices} devices, and ranks without work cannot be run "
-            f"yet; start {layout.devices} processes, and plan for a cluster of as many devices"
-        )
+    if plan.not_yet:
+        raise AutoparError(plan.not_yet)
 
 
 def stage_mesh(plan: StagedPlan) -> tuple[int, ...]:

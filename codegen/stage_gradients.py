@@ -119,13 +119,13 @@ def summed_first(gradient: fx.Node) -> fx.Node:
 
 
 def write_reductions(builder: GraphBuilder, sources: Mapping[str, fx.Node], gradients: Mapping[str, fx.Node]) -> None:
-    """The graph that turns the sums of `sources` (nodes of the backward graph) into those of the gradients."""
+    """The graph that turns the sums of `sources` (nodes of the backward graph) into gradients, in the same order."""
     env: dict[fx.Node, fx.Node] = {}
     starts = {fqn: builder.placeholder(fqn.replace(".", "_"), node.meta["val"]) for fqn, node in sources.items()}
     done = []
-    for fqn, gradient in gradients.items():
+    for fqn, source in sources.items():
         at = starts[fqn]
-        for link in reversed(_between(sources[fqn], gradient)):
+        for link in reversed(_between(source, gradients[fqn])):
             for number in _numbers(link):
                 env.setdefault(number, _number(builder, number, env))
             at = _again(builder, link, at, env)

@@ -17,7 +17,7 @@ from autopar.explaining.alternatives import Alternative
 from autopar.explaining.faster import faster_clusters
 from autopar.layouts import KEYS, written
 from autopar.predicting.predict import Predictor
-from autopar.staged import NOT_YET, StagedPlan
+from autopar.staged import TO_RUN, StagedPlan
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report chooses again
 MORE_BYTES = 1 << 30
@@ -140,7 +140,7 @@ class LayoutReport:
             "alternatives": [a.to_dict() for a in self.alternatives] if known else None,
             "worths": [{**w.__dict__, "layout": dict(w.layout)} for w in self.worths] if known else None,
             "pins": dict(plan.options.pin),
-            "runs": NOT_YET,
+            "runs": plan.not_yet or TO_RUN,
             "headline": text.headline(plan),
             **page_data(self),
             "assumptions": list(text.ASSUMPTIONS),

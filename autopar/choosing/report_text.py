@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autopar.layout_text import short
 from autopar.layouts import Layout
-from autopar.staged import NOT_YET, StagedPlan
+from autopar.staged import TO_RUN, StagedPlan
 from autopar.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def lines(report: LayoutReport) -> list[str]:
         "",
         *(_again_lines(report) if report.predictor is not None else [_MODEL]),
         "",
-        *_wrapped("to run it", NOT_YET),
+        *_wrapped("to run it", plan.not_yet or TO_RUN),
         *(line for a in ASSUMPTIONS for line in _wrapped("assumed", a)),
     ]
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,14 @@ def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
         Plan.loads(broken(**changes))
 
 
-def test_cannot_be_run_yet() -> None:
-    with pytest.raises(AutoparError, match="cannot be run yet; plan with pin pp=1"):
-        autopar.compile(model(), NODES, plan=made())
-    with pytest.raises(AutoparError, match="cannot be run yet; plan with pin pp=1"):
-        autopar.verify(model(), made())
+def test_what_cannot_be_run_yet() -> None:
+    for changes, message in (
+        ({"cp": 2}, r"context ranks \(cp=2\) cannot be run yet; plan with pin cp=1"),
+        ({}, "ranks without work cannot be run yet; plan for a cluster of"),
+    ):
+        plan = replace(made(), layout_keys={**made().layout_keys, **changes})
+        with pytest.raises(AutoparError, match=message):
+            autopar.compile(model(), NODES, plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_report() -> None:
     text = str(report)
     assert max(map(len, text.splitlines())) <= 120
     assert len(text.splitlines()) <= 40
-    for said in ("pipeline", "where time goes", "memory", "why not", "what binds", "cannot be run yet", "optimal"):
+    for said in ("pipeline", "where time goes", "memory", "why not", "what binds", "to run it", "optimal"):
         assert said in text
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert data["layout"] == made().layout()

@@ -35,7 +35,7 @@ from tests.widen import WidenCasts, widened
 STEPS, LR, MAX_NORM = 3, 1e-2, 0.5
 
 
-def tied_gpt2(layers: int = 2) -> ModelAndInputs:
+def tied_gpt2(layers: int = 4) -> ModelAndInputs:
     """GPT-2, whose head is its embedding."""
     return causal(
         "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=layers, n_head=8, n_positions=64, resid_pdrop=0.0,
@@ -44,7 +44,7 @@ def tied_gpt2(layers: int = 2) -> ModelAndInputs:
 
 
 CASES: dict[str, tuple[Callable[[], ModelAndInputs], dict[str, Any]]] = {
-    "llama": (lambda: tiny_llama(layers=3), {"pp": 2, "tp": 2, "micro_batch": 2, "sp": True}),
+    "llama": (lambda: tiny_llama(layers=4), {"pp": 2, "tp": 2, "micro_batch": 2, "sp": True}),
     "gpt2": (tied_gpt2, {"pp": 2, "dp": 2, "zero": 1, "micro_batch": 1, "schedule": "zero-bubble"}),
     "interleaved": (
         lambda: tiny_llama(layers=4, tied=True),

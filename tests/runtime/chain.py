@@ -1,5 +1,5 @@
-"""A pipeline written by hand: stage i multiplies by its own vector, the last one sums up; the first and the last also add
-the same (tied) vector. Small enough to say in one line what a step must give."""
+"""A pipeline written by hand: stage i multiplies by its own vector, the last one sums up; the first and the last also
+add the same (tied) vector. Small enough to say in one line what a step must give."""
 
 from __future__ import annotations
 

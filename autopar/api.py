@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from autopar.asked import check_options, default_call, plan_options
 from autopar.choosing.free_fixes import DEFAULT_TIME_S, explained
 from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, wish
 from autopar.cluster import ClusterSpec
@@ -18,6 +19,7 @@ from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
+from autopar.drawing import random_nodes
 from autopar.errors import AutoparError, Infeasible, LayoutError, PlanMismatch
 from autopar.explain import Report
 from autopar.explaining.workbench import Workbench
@@ -25,13 +27,12 @@ from autopar.figures import predicted_figures
 from autopar.layout import axis_roles, layout_keys
 from autopar.memory_types import MemoryEstimate
 from autopar.mesh_search import DEFAULT_TIME_LIMIT_S, SearchSettings
-from autopar.models import example_inputs as default_inputs
 from autopar.placements import State
 from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
 from autopar.planning import SearchResult, search
 from autopar.plans import InputShape, Plan, PlanOptions
-from autopar.precision import MODEL, checked_precision
+from autopar.precision import MODEL
 from autopar.predicting.predict import Predictor, global_batch_of
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.make_stages import make_stages
@@ -43,7 +44,7 @@ from autopar.sample import sample_call
 from autopar.staged import StagedPlan
 from autopar.staging import check_runnable, stage_mesh
 from autopar.trace import Trace, graph_hash, trace
-from autopar.verification import VerifyReport, emit_for, random_nodes, verify
+from autopar.verification import VerifyReport, emit_for, verify
 
 __all__ = ["Plan", "Program", "Report", "VerifyReport", "compile", "plan", "verify"]
 
@@ -79,8 +80,8 @@ def plan(
     fastest, the plan is a `StagedPlan`. Pin pp=1 for one that runs today.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
-    precision = _check_options(precision, objective)
-    call = example_inputs or _default_call(model, global_batch, seq)
+    precision = check_options(precision, objective)
+    call = example_inputs or default_call(model, global_batch, seq)
     began = time.perf_counter()
     limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
     staged = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress)
@@ -89,7 +90,7 @@ def plan(
         return staged
     traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
-    options = _options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
+    options = plan_options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
     made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
     if dump_dir is not None:
         dump_stages(dump_dir, traced, made, emit_for(traced, made))
@@ -119,7 +120,7 @@ def compile(
     runs that plan. Options as in `plan`; rank 0 writes `dump_dir`. Raises RuntimeFailure outside torchrun,
     PlanMismatch where world size, model or batch differ from the plan's.
     """
-    chosen = _check_options(precision if plan is None else precision or plan.options.precision, objective)
+    chosen = check_options(precision if plan is None else precision or plan.options.precision, objective)
     if plan is not None and chosen != plan.options.precision:
         raise PlanMismatch(f"the plan is for precision={plan.options.precision!r}, not {chosen!r}; plan again")
     if inputs != "global":
@@ -133,7 +134,7 @@ def compile(
     planner = _Planner(
         cluster, plan, chosen, global_batch, optimizer, memory_limit_bytes, time_limit_s, pin or {}, dump_dir
     )
-    at_once = example_inputs or (_default_call(model, global_batch, seq) if seq is not None else None)
+    at_once = example_inputs or (default_call(model, global_batch, seq) if seq is not None else None)
     world = device_mesh(cluster.device.kind, (cluster.devices,)) if cluster.devices > 1 else None
     planner.program = program = Program(model, planner, world)
     if at_once is not None:
@@ -175,7 +176,7 @@ class _Planner:
 
         def make() -> str:
             mesh = known.mesh if fixed is not None and known is not None else None
-            options = _options(
+            options = plan_options(
                 traced, self.cluster, self.global_batch, self.precision, self.optimizer, self.memory_limit_bytes,
                 self.pin,
             )  # fmt: skip
@@ -366,39 +367,6 @@ def _matching(plan: Plan, traced: Trace) -> Plan:
 
 
 # -- options ------------------------------------------------------------------------------
-
-
-def _options(
-    traced: Trace,
-    cluster: ClusterSpec,
-    global_batch: int | None,
-    precision: str,
-    optimizer: str,
-    memory_limit_bytes: int | None,
-    pin: Mapping[str, Any] | None,
-) -> PlanOptions:
-    batch = next((i.shape[0] for i in traced.inputs if i.batch_dim == 0), 1)
-    if global_batch is not None and global_batch != batch:
-        raise PlanMismatch(f"global_batch={global_batch}, but the example inputs hold a batch of {batch}")
-    if memory_limit_bytes is not None and memory_limit_bytes <= 0:
-        raise AutoparError(f"memory_limit_bytes must be positive, got {memory_limit_bytes}")
-    limit = memory_limit_bytes or cluster.device.memory_bytes - cluster.device.reserved_bytes
-    pins = {k: list(v) if isinstance(v, tuple) else v for k, v in (pin or {}).items()}
-    return PlanOptions(batch, precision, optimizer, limit, pins)
-
-
-def _default_call(model: nn.Module, global_batch: int | None, seq: int | None) -> Call:
-    if global_batch is None:
-        raise AutoparError("pass example_inputs=(args, kwargs), or global_batch= and seq= for a transformers model")
-    return default_inputs(model, global_batch, seq)
-
-
-def _check_options(precision: str | None, objective: str) -> str:
-    """The precision by name; raises AutoparError for what is unknown."""
-    precision = checked_precision(precision)
-    if objective != "throughput":
-        raise AutoparError(f"objective={objective!r} is not available yet; use 'throughput'")
-    return precision
 
 
 def _traced(model: nn.Module, call: Call, precision: str) -> Trace:

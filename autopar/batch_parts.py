@@ -15,10 +15,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def split_call(model: nn.Module, call: Call, micro_batches: int) -> list[Call]:
-    """A call's micro-batches: tensors whose dim 0 is that of the first tensor are cut along it, the rest is shared.
-
-    PlanMismatch where the batch does not divide.
-    """
+    """A call's micro-batches; PlanMismatch where the batch does not divide."""
     size = batch_size(model, call)
     if size % micro_batches:
         raise PlanMismatch(
@@ -26,16 +23,18 @@ def split_call(model: nn.Module, call: Call, micro_batches: int) -> list[Call]:
             f"{micro_batches} samples, or plan again"
         )
     rows = size // micro_batches
+    return [samples(model, call, index * rows, (index + 1) * rows) for index in range(micro_batches)]
 
-    def part(index: int) -> Call:
-        def cut(leaf: torch.Tensor) -> torch.Tensor:
-            whole = leaf.dim() == 0 or leaf.shape[0] != size
-            return leaf if whole else leaf[index * rows : (index + 1) * rows]
 
-        found: Call = pytree.tree_map_only(torch.Tensor, cut, call)
-        return found
+def samples(model: nn.Module, call: Call, start: int, stop: int) -> Call:
+    """A call with some of the samples: tensors whose dim 0 is that of the first tensor are cut, the rest is shared."""
+    size = batch_size(model, call)
 
-    return [part(index) for index in range(micro_batches)]
+    def cut(leaf: torch.Tensor) -> torch.Tensor:
+        return leaf[start:stop] if leaf.dim() and leaf.shape[0] == size else leaf
+
+    found: Call = pytree.tree_map_only(torch.Tensor, cut, call)
+    return found
 
 
 def batch_size(model: nn.Module, call: Call) -> int:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-from autopar._torch_compat import OpOverload, local_parts, local_tensor, pytree, simulated_mesh
+from autopar._torch_compat import local_parts, local_tensor, pytree, simulated_mesh
 from autopar.codegen.emit import EmittedProgram
 from autopar.codegen.schedule import emit_within, persistent_memory
 from autopar.compare import coordinates_of as coordinates_of
@@ -32,13 +32,12 @@ from autopar.compare import relative_error as relative_error
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.dataflow import result_metas, value_name
+from autopar.drawing import random_nodes
 from autopar.errors import AutoparError, PlanMismatch, RuntimeFailure, VerifyError
 from autopar.placements import State
 from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
 from autopar.plans import Plan
-from autopar.rules import is_random
-from autopar.rules.schema import op_call
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.matching import match_collectives as match_collectives
 from autopar.sample import sample_call, sample_values
@@ -186,12 +185,6 @@ def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in _LOW else value
     return torch.float32 if value in _LOW else value
-
-
-def random_nodes(traced: Trace) -> list[str]:
-    """The nodes of a trace that draw random numbers."""
-    ops = (n for n in traced.graph_module.graph.nodes if isinstance(n.target, OpOverload))
-    return [n.name for n in ops if is_random(op_call(n))]
 
 
 def drawn_numbers(

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 import autopar
+from autopar.drawing import random_nodes
 from autopar.errors import RuntimeFailure
-from autopar.verification import random_nodes
 from tests.models import BATCH, ModelAndInputs, next_token_loss
 
 STEPS = 8

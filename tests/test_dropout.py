@@ -19,6 +19,7 @@ import autopar
 from autopar._torch_compat import local_parts
 from autopar.codegen.emit import emit
 from autopar.cost.model import CostModel
+from autopar.drawing import random_nodes
 from autopar.errors import PlanError
 from autopar.plans import Plan
 from autopar.sample import sample_values
@@ -29,7 +30,6 @@ from autopar.verification import (
     drawn_numbers,
     emit_for,
     gradient_errors,
-    random_nodes,
     run_reference,
     simulated_ranks,
 )

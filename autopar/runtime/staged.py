@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar.batch_parts import Call, split_call
+from autopar.drawing import random_nodes
+from autopar.micro_batches import MicroBatchLoss
 from autopar.placements import State
 from autopar.runtime.binding import bind_inputs
 from autopar.runtime.parameters import torch_placements
@@ -18,15 +21,13 @@ from autopar.runtime.stage_meshes import StageMeshes, place_on_stage
 from autopar.staged import StagedPlan
 from autopar.trace import Trace
 
-Weigh = Callable[[Sequence[Mapping[str, torch.Tensor]]], Sequence[torch.Tensor]]
-
 
 @dataclass(frozen=True)
 class CompiledStages:
     """One plan with stages, for one shape of inputs and one mode.
 
-    trace: of one micro-batch. params: how each parameter is stored on the mesh of its stage. weigh: what the loss of
-    each micro-batch counts in that of the batch, from their inputs.
+    trace: of one micro-batch. params: how each parameter is stored on the mesh of its stage. loss: how
+    those of the micro-batches make that of the batch.
     """
 
     trace: Trace
@@ -34,7 +35,7 @@ class CompiledStages:
     params: Mapping[str, State]
     pipeline: RankPipeline
     meshes: StageMeshes
-    weigh: Weigh
+    loss: MicroBatchLoss
 
     @property
     def mesh(self) -> object:
@@ -54,16 +55,31 @@ class CompiledStages:
         shared: local parameters, buffers and constants, by placeholder.
         """
         parts = [bind_inputs(self.trace, model, *one) for one in split_call(model, call, self.pipeline.micro_batches)]
-        weights = self.weigh(parts)
         (tangent,) = self.trace.tangents
+        like = next(n.meta["val"] for n in self.trace.graph_module.graph.nodes if n.name == tangent)
+        weights = [
+            torch.full(like.shape, weight, dtype=like.dtype, device=self.meshes.place.device)
+            for weight in self.loss.weights([{**shared, **part} for part in parts])
+        ]
         batches = [{**part, tangent: weight} for part, weight in zip(parts, weights, strict=True)]
         device = self.plan.cluster.device.kind
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False), self._own_numbers():
             grads = self.pipeline.step(shared, batches)
             assert self.trace.loss is not None
             losses = self.pipeline.results(self.trace.loss, weights[0])
             loss = torch.stack([w * one for w, one in zip(weights, losses, strict=True)]).sum(0)
         return loss, {name: self._as_gradient(name, grad) for name, grad in grads.items()}
+
+    @contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        """Random numbers of this stage. Stages draw unequally much, and the generators of all ranks must not part."""
+        if not random_nodes(self.trace):
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + self.meshes.place.rank)
+            yield
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """New values of buffers, on every rank."""

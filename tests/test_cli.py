@@ -314,6 +314,30 @@ def test_predict_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert (code, out) == (cli.EXIT_ERROR, "") and "does not exist or is not writable" in err
 
 
+def sized(target: str, *options: str) -> list[str]:
+    """argv of a sizing of tiny-llama on at most a node."""
+    argv = ["size", "--model", "tiny-llama", "--seq", "64", "--global-batch", "32", "--target", target]
+    return [*argv, "--clusters", "h100-sxm,a100-80g", "--max-gpus", "8", *options]
+
+
+def test_size_prints_the_rows_and_writes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    written, page = tmp_path / "size.json", tmp_path / "size.html"
+    code, out, _ = run(capsys, *sized("1B tokens in 30 days", "--json", "-o", str(written), "--html", str(page)))
+    assert code == 0
+    printed = json.loads(out)
+    assert printed == json.loads(written.read_text()) and printed["model"] == "tiny-llama"
+    assert "tiny-llama" in json.dumps(printed) and "<html" in page.read_text(encoding="utf-8")
+    code, text, _ = run(capsys, *sized("1B tokens in 30 days"))
+    assert code == 0 and "h100-sxm" in text and "a100-80g" in text
+
+
+def test_size_says_what_a_target_out_of_reach_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *sized("step in 0.001 ms"))
+    assert (code, out) == (cli.EXIT_INFEASIBLE, "") and "no cluster reaches 'step in 0.001 ms'" in err.splitlines()[-1]
+    code, out, err = run(capsys, *sized("a while"))
+    assert (code, out) == (cli.EXIT_ERROR, "") and "a while" in err
+
+
 def test_the_network_is_an_option_of_presets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["predict", "--model", "tiny-llama", "--seq", "64", "--global-batch", "64", "--layout", "dp=16", "--json"]
     seconds = []

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from autopar.errors import AutoparError
 from autopar.explaining.page import pictures
-from autopar.files import write_atomically
-from autopar.units import bytes_text, seconds_text, signed_bytes, signed_seconds
+from autopar.pages import save_page, templates
+from autopar.units import signed_bytes, signed_seconds
 
 # What a report may leave out, or not know: the page then says so, or has nothing there.
 OPTIONAL = (
@@ -35,11 +34,7 @@ OPTIONAL = (
 
 def write_page(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write the page of a report; AutoparError where it cannot be written."""
-    page = render(data)
-    try:
-        write_atomically(path, page)
-    except OSError as error:
-        raise AutoparError(f"cannot write report {path}: {error.strerror or error}; nothing was changed") from error
+    save_page(path, render(data))
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -58,17 +53,8 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
-    """Everything is escaped; a name that is not there is an error, not an empty place."""
-    environment = Environment(
-        loader=PackageLoader("autopar.explaining", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("autopar.explaining")
     environment.filters.update(
-        seconds=seconds_text,
-        bytes=bytes_text,
         signed_seconds=signed_seconds,
         signed_bytes=signed_bytes,
         percent=lambda share: f"{share:.1%}",

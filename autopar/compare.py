@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from autopar.placements import PARTIAL, State, shard_dim
+from autopar.placements import PARTIAL, State, runs_left, shard_dim
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
@@ -39,10 +39,12 @@ def gradient_errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, to
 
 def cut(tensor: torch.Tensor, state: State, mesh: tuple[int, ...], rank: int) -> torch.Tensor:
     """The part of a whole tensor that `rank` (row-major in the mesh) holds in `state`."""
-    for placement, size, coordinate in zip(state, mesh, coordinates_of(rank, mesh), strict=True):
+    for axis, (placement, size, coordinate) in enumerate(zip(state, mesh, coordinates_of(rank, mesh), strict=True)):
         dim = shard_dim(placement)
         if dim is not None:
-            tensor = tensor.chunk(size, dim)[coordinate]
+            runs = runs_left(placement, state[:axis], mesh[:axis])
+            parts = (run.chunk(size, dim)[coordinate] for run in tensor.chunk(runs, dim))
+            tensor = torch.cat(tuple(parts), dim)
         elif placement == PARTIAL and coordinate:
             tensor = torch.zeros_like(tensor)
     return tensor.contiguous()
@@ -51,11 +53,12 @@ def cut(tensor: torch.Tensor, state: State, mesh: tuple[int, ...], rank: int) ->
 def glue(locals_: Sequence[torch.Tensor], state: State, mesh: tuple[int, ...]) -> torch.Tensor:
     """The whole tensor from every rank's part, innermost axis first."""
     parts = list(locals_)
-    for placement, size in reversed(list(zip(state, mesh, strict=True))):
+    for axis, (placement, size) in reversed(list(enumerate(zip(state, mesh, strict=True)))):
         groups = [parts[i : i + size] for i in range(0, len(parts), size)]
         dim = shard_dim(placement)
         if dim is not None:
-            parts = [torch.cat(group, dim) for group in groups]
+            runs = runs_left(placement, state[:axis], mesh[:axis])
+            parts = [torch.cat([p.chunk(runs, dim)[i] for i in range(runs) for p in group], dim) for group in groups]
         elif placement == PARTIAL:
             parts = [torch.stack(group).sum(0) for group in groups]
         else:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
-from autopar.placements import Placement, State, local_shape
+from autopar.placements import Fold, Placement, State, local_shape
 from autopar.rules import axis_rules, is_view, operands
 
 if TYPE_CHECKING:
@@ -107,10 +107,10 @@ def is_real_op(node: fx.Node) -> bool:
 
 
 class ViewMaps:
-    """How states travel through views on one mesh; caches the rules per axis."""
+    """How states travel through views on one mesh; caches the rules per axis. fold: see `rules.axis_rules`."""
 
-    def __init__(self, mesh: tuple[int, ...]) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: tuple[int, ...], fold: Fold | None = None) -> None:
+        self.mesh, self.fold = mesh, fold
         self._cache: dict[tuple[fx.Node, int, int], dict[Placement, Placement]] = {}
 
     def forward(self, operand: Operand, base_state: State) -> State | None:
@@ -142,7 +142,7 @@ class ViewMaps:
         key = (view.node, view.index, size)
         if key not in self._cache:
             mapping: dict[Placement, Placement] = {}
-            for rule in axis_rules(view.node, size).rules:
+            for rule in axis_rules(view.node, size, self.fold).rules:
                 result = rule.outputs[view.index]
                 if result is not None and rule.lowering == "local":
                     mapping.setdefault(rule.inputs[0], result)

@@ -6,23 +6,24 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
 
 from autopar.dataflow import Dataflow, is_backward, resolve, result_metas
 from autopar.opcost import op_flops_of
-from autopar.pins import weight_slots
+from autopar.pins import along_sequence, lead_of, weight_slots
 from autopar.placements import shard_dim
 from autopar.plan_types import Decisions
-from autopar.rules import operands
+from autopar.rules import AxisRule, operands
 from autopar.trace import Trace
 
 
 def axis_roles(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -> tuple[str, ...]:
-    """Per mesh axis "tp" (weights used in parts), "dp" (weights used whole, activations cut) or "none".
+    """Per mesh axis "tp" (weights used in parts), "dp" or "cp" (weights used whole, batch or sequences cut) or "none".
 
     By majority of the forward FLOPs of ops that use weights.
     """
-    flow = Dataflow.of(trace)
-    votes: list[dict[str, float]] = [{"dp": 0.0, "tp": 0.0, "none": 0.0} for _ in mesh]
+    flow, lead = Dataflow.of(trace), lead_of(trace)
+    votes: list[dict[str, float]] = [{"dp": 0.0, "cp": 0.0, "tp": 0.0, "none": 0.0} for _ in mesh]
     for node in flow.ops:
         slots = [] if is_backward(node) else weight_slots(node, trace)
         if not slots:
@@ -32,20 +33,25 @@ def axis_roles(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -> tup
             rule = decision.rules[axis]
             cut = any(shard_dim(p) is not None for p in (*rule.inputs, *(o for o in rule.outputs if o)))
             weight_cut = any(shard_dim(rule.inputs[s]) is not None for s in slots)
-            votes[axis]["tp" if weight_cut else "dp" if cut else "none"] += max(1, op_flops_of(node))
+            role = "tp" if weight_cut else "cp" if cut and _cuts_sequence(node, rule, lead) else "dp" if cut else "none"
+            votes[axis][role] += max(1, op_flops_of(node))
     return tuple(max(v, key=lambda role: v[role]) if sum(v.values()) else "none" for v in votes)
+
+
+def _cuts_sequence(node: fx.Node, rule: AxisRule, lead: tuple[int, ...] | None) -> bool:
+    pairs = zip(operands(node), rule.inputs, strict=True)
+    return lead is not None and any(along_sequence(o.meta["val"], p, lead) for o, p in pairs)
 
 
 def layout_keys(trace: Trace, decisions: Decisions, mesh: tuple[int, ...], roles: tuple[str, ...]) -> dict[str, Any]:
     """The layout in the keys of the command line."""
-    degree = {role: math.prod(s for s, r in zip(mesh, roles, strict=True) if r == role) for role in ("dp", "tp")}
+    degree = {role: math.prod(s for s, r in zip(mesh, roles, strict=True) if r == role) for role in ("dp", "cp", "tp")}
     recomputable = [d for n, d in decisions.nodes.items()]
     again = sum(d.recompute for d in recomputable)
     first = next((p for p in trace.params), None)
     return {
         **degree,
         "pp": 1,
-        "cp": 1,
         "ep": 1,
         "vpp": 1,
         "micro_batch": max(1, _batch(trace) // max(1, degree["dp"])),
@@ -63,7 +69,7 @@ def _batch(trace: Trace) -> int:
 
 def _zero(trace: Trace, decisions: Decisions, roles: tuple[str, ...]) -> int:
     """0: most parameter bytes are whole on the data axes; 2: cut, gathered once; 3: also gathered in the backward."""
-    axes = [a for a, role in enumerate(roles) if role == "dp"]
+    axes = [a for a, role in enumerate(roles) if role in ("dp", "cp")]
     sizes = {p.fqn: math.prod(p.shape) for p in trace.params}
     cut = [p for p in trace.params if any(shard_dim(decisions.params[p.fqn][a]) is not None for a in axes)]
     if 2 * sum(sizes[p.fqn] for p in cut) <= sum(sizes.values()):

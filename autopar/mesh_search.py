@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 from autopar.cluster import ClusterSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
+from autopar.dataflow import ViewMaps
 from autopar.memory_types import MemoryEstimate
 from autopar.pins import Forbidden, PinRequest, resolve_pins
 from autopar.placements import State
@@ -74,7 +76,8 @@ class MeshSearch:
         self.costs = CostModel(settings.cluster, mesh)
         pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins)
+        views = ViewMaps(mesh, trace.fold if request.cuts_sequences or _few_samples(trace, mesh) else None)
+        self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, views=views)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
         self.memory: MemoryEstimate | None = None
@@ -210,6 +213,11 @@ class MeshSearch:
             self.bound_s = error.bound_s if self.bound_s is None else self.bound_s
         else:
             self.needed_bytes, self.binding = memory.peak_bytes, f"{memory.phase}: {memory.node}"
+
+
+def _few_samples(trace: Trace, mesh: tuple[int, ...]) -> bool:
+    """Whether the batch alone cannot keep all ranks busy: then it may pay to cut sequences of several samples."""
+    return trace.fold is not None and trace.fold.runs % math.prod(mesh) != 0
 
 
 def _with_fixed(pins: Pins, fixed: Mapping[str, State] | None) -> Pins:

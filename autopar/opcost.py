@@ -51,6 +51,8 @@ def op_seconds(
 ) -> float:
     """Seconds of one op on one rank: its roofline and the collectives inside its lowering.
 
+    No overlap of collectives and compute is assumed, with one exception: a lowering that works on one part while the
+    next is on its way (`InnerCollective.beside_compute`) pays for what its own compute does not hide.
     operand_states: as the op sees its operands (after views).
     """
     mesh = costs.mesh
@@ -58,11 +60,25 @@ def op_seconds(
     made = [(t, s) for t, s in zip(result_metas(node), result_states, strict=True) if t is not None and s is not None]
     moved = sum(reads.values()) + sum(local_bytes(t, s, mesh) for t, s in made)
     flops = op_flops_of(node) * work_share(rules, mesh)
-    seconds = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands), op_name(node.target))
+    compute_s = costs.op_s(op_class(node.target), flops, moved, compute_dtype(node, operands), op_name(node.target))
+    seconds = compute_s
     seconds += costs.views_s(sum(len(o.views) for o in operands))
-    for kind, axis, nbytes in inner_steps(node, operands, rules, operand_states, result_states, mesh):
-        seconds += costs.collective_s(kind, nbytes, axis)
-    return seconds
+    beside_s = 0.0
+    for axis, rule in enumerate(rules):
+        for inner in rule.collectives:
+            nbytes = _inner_bytes(node, operands, operand_states, result_states, inner, mesh)
+            inner_s = costs.copy_s(nbytes) if inner.kind == "copy" else costs.collective_s(inner.kind, nbytes, axis)
+            if inner.beside_compute:
+                beside_s += inner.times * inner_s
+            else:
+                seconds += inner.times * inner_s
+    return seconds + costs.shown_s(beside_s, compute_s * (1 - 1 / _parts(rules, mesh)))
+
+
+def _parts(rules: Sequence[AxisRule], mesh: Sequence[int]) -> int:
+    """Into how many parts an op's work is cut whose collectives run beside it; the last part has none to run beside."""
+    sizes = [n for n, rule in zip(mesh, rules, strict=True) if any(c.beside_compute for c in rule.collectives)]
+    return math.prod(sizes)
 
 
 def inner_steps(
@@ -78,6 +94,8 @@ def inner_steps(
         (inner.kind, axis, _inner_bytes(node, operands, operand_states, result_states, inner, mesh))
         for axis, rule in enumerate(rules)
         for inner in rule.collectives
+        if inner.kind != "copy"
+        for _ in range(inner.times)
     ]
 
 
@@ -103,4 +121,4 @@ def _inner_bytes(
     local = list(local_shape(tensor.shape, state, mesh) or ())
     for dim in inner.reduced_dims:
         local[dim] = 1
-    return inner.copies * math.prod(local) * tensor.element_size()
+    return math.ceil(inner.copies * math.prod(local) * tensor.element_size())

@@ -14,8 +14,9 @@ from typing import Any
 
 from autopar.errors import PinError
 
-ROLES = ("dp", "tp")  # outer axes first
-UNSUPPORTED = ("pp", "cp", "ep", "vpp")
+ROLES = ("dp", "cp", "tp")  # outer axes first
+_FREE = ("dp", "tp")  # that take what devices the others leave
+UNSUPPORTED = ("pp", "ep", "vpp")
 MOST_AXES = 4  # of a mesh: the states of a tensor, and the choices of an op, grow with the power of it
 
 Sizes = tuple[int, ...]
@@ -50,12 +51,13 @@ def pinned_mesh(degrees: Mapping[str, Sizes], shape: Any, devices: int) -> tuple
     if not asked:
         return None, ()
     product = math.prod(math.prod(sizes) for sizes in asked.values())
-    if devices % product or (len(asked) == len(ROLES) and product != devices):
+    rest = next((role for role in _FREE if role not in asked), None)
+    if devices % product or (rest is None and product != devices):
         text = " x ".join(f"{role}={'x'.join(map(str, sizes))}" for role, sizes in asked.items())
         raise PinError(f"pinned degrees {text} = {product} do not make {devices} devices")
-    if len(asked) == 1:
-        asked["tp" if "dp" in asked else "dp"] = (devices // product,)
-    pairs = [(size, role) for role in ROLES for size in asked[role] if size > 1]
+    if rest is not None:
+        asked[rest] = (devices // product,)
+    pairs = [(size, role) for role in ROLES for size in asked.get(role, ()) if size > 1]
     mesh = tuple(size for size, _ in pairs)
     _check_axes(mesh)
     return mesh, tuple(role for _, role in pairs)

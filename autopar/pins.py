@@ -24,7 +24,7 @@ from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
 from autopar.errors import PinError
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
-from autopar.placements import State, is_placement, shard_dim
+from autopar.placements import State, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
@@ -38,7 +38,7 @@ MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 class PinRequest:
     """A checked pin dict.
 
-    mesh: the mesh shape if it is fixed; roles: per axis "dp", "tp" or None.
+    mesh: the mesh shape if it is fixed; roles: per axis "dp", "cp", "tp" or None.
     """
 
     mesh: tuple[int, ...] | None
@@ -48,6 +48,11 @@ class PinRequest:
     recompute: str | None = None
     params: tuple[tuple[str, State], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def cuts_sequences(self) -> bool:
+        """Whether an axis is to cut the sequence."""
+        return "cp" in self.roles
 
     @property
     def empty(self) -> bool:
@@ -142,7 +147,7 @@ def _param_filter(
         if not any(_matches(pattern, name) for p in trace.params for name in (p.fqn, *p.tied)):
             near = _near(pattern, {p.fqn for p in trace.params})
             raise PinError(f"pin {pattern!r} names no parameter of the model; near: {near}")
-    data_axes = [a for a, role in enumerate(request.roles) if role == "dp"]
+    data_axes = [a for a, role in enumerate(request.roles) if role in ("dp", "cp")]
     if not request.params and (request.zero is None or not data_axes):
         return None
 
@@ -206,14 +211,15 @@ def _option_filter(
     if not any(request.roles):
         return None
     slots_of = {n: weight_slots(n, trace) for n in trace.graph_module.graph.nodes if n.op == "call_function"}
-    first = next((i for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
-    lead = tuple(first.shape[:2]) if first else None
+    lead = lead_of(trace)
 
     def allow(node: fx.Node, option: OpOption) -> bool:
         for axis, role in enumerate(request.roles):
             if role == "tp" and not _allow_tensor(node, option, axis, slots_of.get(node, []), lead, request):
                 return False
             if role == "dp" and not _allow_data(option, axis, slots_of.get(node, [])):
+                return False
+            if role == "cp" and not _allow_context(node, option, axis, slots_of.get(node, []), lead):
                 return False
         return True
 
@@ -246,4 +252,36 @@ def _allow_data(option: OpOption, axis: int, slots: list[int]) -> bool:
         return True
     others = [s for i, s in enumerate(option.operand_states) if i not in slots]
     whole = all(option.operand_states[slot][axis] == "R" for slot in slots)
-    return whole and any(shard_dim(s[axis]) is not None for s in others)
+    return whole and any(shard_dim(s[axis]) is not None and shard_runs(s[axis]) == 1 for s in others)
+
+
+def along_sequence(tensor: torch.Tensor, placement: str, lead: tuple[int, ...]) -> bool | None:
+    """Whether a cut of a tensor goes through its sequences; False: it parts the batch, None: it does neither.
+
+    lead: batch and sequence of the model's input.
+    """
+    dim = shard_dim(placement)
+    if dim is None or not tensor.dim():
+        return None
+    if shard_runs(placement) > 1:
+        return True
+    batch, sequence = lead
+    if dim == 0:
+        return True if lead == (1, tensor.shape[0]) else False if tensor.shape[0] in (batch, batch * sequence) else None
+    return True if tensor.shape[0] == batch and tensor.shape[dim] == sequence else None
+
+
+def lead_of(trace: Trace) -> tuple[int, ...] | None:
+    """Batch and sequence of the first batched input that has both."""
+    first = next((i for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
+    return tuple(first.shape[:2]) if first else None
+
+
+def _allow_context(node: fx.Node, option: OpOption, axis: int, slots: list[int], lead: tuple[int, ...] | None) -> bool:
+    """Context axis: weights are used whole, the work is cut along the sequence and not along the batch."""
+    if lead is None or any(option.operand_states[slot][axis] != "R" for slot in slots):
+        return lead is None
+    tensors = [(o.meta["val"], s) for o, s in zip(operands(node), option.operand_states, strict=True)]
+    tensors += [(t, s) for t, s in zip(result_metas(node), option.result_states, strict=True) if t is not None and s]
+    cuts = [along_sequence(tensor, state[axis], lead) for tensor, state in tensors]
+    return False not in cuts and (not slots or True in cuts)

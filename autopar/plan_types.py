@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from autopar.placements import State
+from autopar.placements import Fold, State, shard_runs
 from autopar.rules.types import AxisRule
 
 
@@ -41,3 +42,12 @@ class Decisions:
     outputs: dict[str, State]
     kept: frozenset[str]
     kept_copies: frozenset[tuple[str, State]]
+
+    def fold(self, of: Fold | None) -> Fold | None:
+        """The trace's fold, if anything is cut run by run."""
+        return of if self._folded else None
+
+    @cached_property
+    def _folded(self) -> bool:
+        states = (s for d in self.nodes.values() for s in (*d.operand_states, *d.result_states) if s is not None)
+        return any(shard_runs(p) > 1 for state in states for p in state)

@@ -74,7 +74,7 @@ class Plan:
 
     graph_hash: of the joint graph the decisions talk about.
     mesh: sizes of the mesh axes, outermost (slowest links) first.
-    roles: what each axis mostly does: "dp", "tp" or "none".
+    roles: what each axis mostly does: "dp", "cp", "tp" or "none".
     predicted: figures of the cost model, see `autopar.pricing`.
     gap: proven, relative: no plan of this search space is faster than objective * (1 - gap).
     timings: trace_s and solve_s of this process; not saved.

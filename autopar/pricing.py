@@ -84,8 +84,9 @@ class _Pricer:
         self.trace, self.decisions, self.costs = trace, decisions, costs
         self.mesh = costs.mesh
         self.flow = Dataflow.of(trace)
-        self.views = ViewMaps(self.mesh)
-        self.tables = ConversionTables(self.mesh, costs)
+        fold = decisions.fold(trace.fold)
+        self.views = ViewMaps(self.mesh, fold)
+        self.tables = ConversionTables(self.mesh, costs, fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}

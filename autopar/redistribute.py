@@ -27,7 +27,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from autopar.placements import PARTIAL, REPLICATE, Placement, State, local_shape, shard, shard_dim
+from autopar.placements import (
+    PARTIAL,
+    REPLICATE,
+    Fold,
+    Placement,
+    State,
+    local_shape,
+    runs_left,
+    shard,
+    shard_dim,
+    shard_runs,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,27 @@ class Step:
     after: State
     nbytes: int
     parts: int  # size of the axis
+
+    @property
+    def from_front(self) -> bool:
+        """Whether what is gathered lies as it arrives: blocks along dim 0, from end to end."""
+        return self.before[self.axis] == shard(0)
+
+    @property
+    def to_front(self) -> bool:
+        """Whether what is scattered lies as it leaves."""
+        return self.after[self.axis] == shard(0)
+
+    @property
+    def folded_dim(self) -> int | None:
+        """The dim that the step cuts, or puts together, run by run (see `Fold`), if any."""
+        both = (self.before[self.axis], self.after[self.axis])
+        return next((shard_dim(p) for p in both if shard_runs(p) > 1), None)
+
+    def runs_of(self, state: State, mesh: Sequence[int]) -> int:
+        """How many runs of that dim a rank holds in `state`, one of the two."""
+        both = (self.before[self.axis], self.after[self.axis])
+        return runs_left(next(p for p in both if shard_runs(p) > 1), state, mesh)
 
     @property
     def source_dim(self) -> int | None:
@@ -83,9 +115,13 @@ def step_kind(before: Placement, after: Placement) -> str | None:
     return _KINDS.get((before[0], after[0])) if before != after else None
 
 
-def enumerate_states(shape: Sequence[int], mesh: Sequence[int], *, partial: bool) -> tuple[State, ...]:
-    """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`."""
+def enumerate_states(
+    shape: Sequence[int], mesh: Sequence[int], *, partial: bool, fold: Fold | None = None
+) -> tuple[State, ...]:
+    """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`; fold: see `Fold`."""
     options: list[Placement] = [REPLICATE, *(shard(d) for d in range(len(shape))), *([PARTIAL] if partial else [])]
+    if fold is not None:
+        options += [shard(d, fold.runs) for d, size in enumerate(shape) if size == fold.length]
     states = itertools.product(options, repeat=len(mesh))
     return tuple(state for state in states if local_shape(shape, state, mesh) is not None)
 
@@ -101,10 +137,8 @@ def step_s(step: Step, costs: StepCosts) -> float:
     seconds = costs.collective_s(step.kind, step.nbytes, step.axis)
     if step.kind == "all_to_all":
         seconds += 2 * costs.copy_s(step.nbytes)
-    elif step.kind != "all_reduce":
-        dim = step.source_dim if step.kind == "all_gather" else step.target_dim
-        if dim != 0:
-            seconds += costs.copy_s(step.nbytes)
+    elif step.kind != "all_reduce" and not (step.from_front if step.kind == "all_gather" else step.to_front):
+        seconds += costs.copy_s(step.nbytes)
     return seconds
 
 
@@ -187,13 +221,13 @@ def _step_peak(step: Step, size: dict[State, int], by_exchange: bool) -> int:
     """Bytes that a step allocates, as the code generator writes it: layout copies, received blocks, result."""
     before, after = size[step.before], size[step.after]
     if step.kind == "reduce_scatter" and by_exchange:
-        return before + max(before if step.target_dim != 0 else 0, after)
+        return before + max(before if not step.to_front else 0, after)
     if step.kind == "reduce_scatter":
-        return after + (before if step.target_dim != 0 else 0)
+        return after + (before if not step.to_front else 0)
     if step.kind == "all_gather":
-        return after + (after if step.source_dim != 0 else 0)
+        return after + (after if not step.from_front else 0)
     if step.kind == "all_to_all":
-        return after + max(before if step.target_dim != 0 else 0, after if step.source_dim != 0 else 0)
+        return after + max(before if not step.to_front else 0, after if not step.from_front else 0)
     return after
 
 
@@ -207,8 +241,8 @@ def _steps_from(
             continue
         axis = changed[0]
         kind = step_kind(state[axis], other[axis])
-        touched = {shard_dim(state[axis]), shard_dim(other[axis])} - {None}
-        if kind is None or any(shard_dim(p) in touched for p in state[axis + 1 :]):
+        touched = {state[axis], other[axis]} - {REPLICATE, PARTIAL}
+        if kind is None or any(p in touched for p in state[axis + 1 :]):
             continue
         yield index, Step(kind, axis, state, other, max(nbytes[here], nbytes[index]), mesh[axis])
 
@@ -269,8 +303,8 @@ class ConversionTables:
     Values that are nothing but gradients are reduced in buckets (`BucketedCosts`).
     """
 
-    def __init__(self, mesh: Sequence[int], costs: StepCosts) -> None:
-        self.mesh = tuple(mesh)
+    def __init__(self, mesh: Sequence[int], costs: StepCosts, fold: Fold | None = None) -> None:
+        self.mesh, self.fold = tuple(mesh), fold
         self._costs = {False: costs, True: BucketedCosts(costs)}
         self._tables: dict[tuple[tuple[int, ...], int, bool, bool, bool], Conversions] = {}
 
@@ -286,7 +320,7 @@ class ConversionTables:
         shape, itemsize, partial = tensor.shape, tensor.element_size(), tensor.is_floating_point()
         key = (tuple(shape), itemsize, partial, bucketed, summable)
         if key not in self._tables:
-            states = enumerate_states(shape, self.mesh, partial=partial)
+            states = enumerate_states(shape, self.mesh, partial=partial, fold=self.fold)
             priced = self._costs[bucketed]
             self._tables[key] = conversions(shape, itemsize, self.mesh, states, priced, summable=summable)
         return self._tables[key]

@@ -33,7 +33,7 @@ from autopar.dataflow import (
 )
 from autopar.errors import PinError
 from autopar.opcost import op_seconds
-from autopar.placements import State, local_shape, replicated
+from autopar.placements import PARTIAL, State, local_shape, replicated, shard_runs
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
@@ -118,7 +118,10 @@ def build_problem(
     pins: Pins | None = None,
     views: ViewMaps | None = None,
 ) -> ShardingProblem:
-    """State the planning problem of `trace` on the mesh of `costs`. views: how states travel through views."""
+    """State the planning problem of `trace` on the mesh of `costs`. views: how states travel through views.
+
+    Dims that hold batch and sequence are cut run by run only if the views say so (`ViewMaps.fold`).
+    """
     return _Builder(trace, costs, optimizer, pins or Pins(), views or ViewMaps(costs.mesh)).build(capacity_bytes)
 
 
@@ -138,7 +141,7 @@ class _Builder:
         self.output_states: dict[str, tuple[State, ...]] = {}
         self.unruled: list[str] = []
         self._offers: dict[str, tuple[list[tuple[State, ...]], tuple[OpOption, ...], tuple[Choice, ...]]] = {}
-        self.tables = ConversionTables(self.mesh, costs)
+        self.tables = ConversionTables(self.mesh, costs, views.fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
         self._gradient_operands: dict[str, Operand] = {}
@@ -225,7 +228,7 @@ class _Builder:
             self._add_op(Op(f"input:{node.name}", (), (value,), (Choice(0.0, (), (whole,)),)))
 
     def _add_param(self, param: ParamInfo, tensor: torch.Tensor, value: int) -> None:
-        stored = [s for s in self.states[value] if "P" not in s]
+        stored = [s for s in self.states[value] if _can_be_held(s)]
         if param.fqn in self._gradient_operands:
             gradient = self._gradient_operands[param.fqn]
             possible = self._preimages(gradient, self.tables.of(gradient.base_tensor).states)
@@ -268,7 +271,7 @@ class _Builder:
         for name, operand, whole in outputs:
             value = self.value_index[operand.value]
             preimages = self._preimages(operand, self.states[value])
-            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if "P" not in s]
+            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if _can_be_held(s)]
             uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
             self.output_states[name] = tuple(self.states[value][u] for u in uses)
             if name not in self.trace.whole_outputs:
@@ -316,7 +319,7 @@ class _Builder:
         return tuple(option for _, option in choices.values()), tuple(choice for choice, _ in choices.values())
 
     def _options(self, node: fx.Node, operands: tuple[Operand, ...]) -> tuple[OpOption, ...]:
-        rule_sets = [axis_rules(node, size) for size in self.mesh]
+        rule_sets = [axis_rules(node, size, self.views.fold) for size in self.mesh]
         if not all(r.known for r in rule_sets):
             self.unruled.append(node.name)
         preimages = [self._preimages(o, self.states[self.value_index[o.value]]) for o in operands]
@@ -386,6 +389,11 @@ def _no_state_left(param: ParamInfo, mesh: tuple[int, ...], possible: list[State
         f"parameter {param.fqn} {tuple(param.shape)} cannot be stored as asked for on mesh "
         f"{'x'.join(map(str, mesh)) or '1'}; possible there: {states or 'whole only'}"
     )
+
+
+def _can_be_held(state: State) -> bool:
+    """Whether somebody outside may hold a tensor so: not as summands, and cut from end to end."""
+    return PARTIAL not in state and all(shard_runs(p) == 1 for p in state)
 
 
 def _state(placements: tuple[str | None, ...]) -> State | None:

@@ -20,7 +20,9 @@ Traffic = Counter[tuple[str, int]]  # (kind of collective, mesh axis) -> bytes
 
 def sent_bytes(kind: str, whole_bytes: int, parts: int) -> Fraction:
     """What a rank sends in one collective over `parts` ranks. whole_bytes: of the larger of its tensors, before and
-    after."""
+    after. In a "permute" each rank sends all that it has to one other."""
+    if kind == "permute":
+        return Fraction(whole_bytes)
     times = {"all_reduce": 2, "slice": 0}.get(kind, 1)
     return Fraction(times * whole_bytes * (parts - 1), parts)
 

@@ -100,7 +100,7 @@ class GradientBuckets:
             "all_gather": self._all_gather,
         }
         emitter = emitters.get(steps[0].kind)
-        if emitter is None:
+        if emitter is None or any(step.folded_dim is not None for step in steps):
             pairs = zip(nodes, steps, strict=True)
             return [emit_path(self.builder, n, [s], keep_source_alive=False) for n, s in pairs]
         return emitter(nodes, steps)

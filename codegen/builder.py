@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import FakeTensorMode
+from autopar.codegen.exchange import start_permute
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
@@ -132,6 +133,12 @@ class GraphBuilder:
         rows = [x.meta["val"].shape[0] // size] * size
         return self._waited(c10d.all_to_all_single.default, self.contiguous(x), rows, rows, group_token(axis))
 
+    def permute(self, x: fx.Node, axis: int, destinations: Sequence[int]) -> fx.Node:
+        """`x` of the rank of the axis that sends to this one; rank i sends to destinations[i]."""
+        x = self.contiguous(x)
+        received = self._waited(start_permute, x, self.coord(axis), tuple(destinations), group_token(axis))
+        return self.reshape(received, x.meta["val"].shape)
+
     def _waited(self, collective: Callable[..., Any], *args: Any) -> fx.Node:
         return self.call(c10d.wait_tensor.default, self.call(collective, *args))
 
@@ -145,7 +152,7 @@ def is_collective(node: fx.Node) -> bool:
     """Whether a node starts a collective."""
     if node.op != "call_function" or node.target is c10d.wait_tensor.default:
         return False
-    return getattr(node.target, "namespace", None) == "_c10d_functional"
+    return node.target is start_permute or getattr(node.target, "namespace", None) == "_c10d_functional"
 
 
 def nbytes(tensor: torch.Tensor) -> int:

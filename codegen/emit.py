@@ -91,7 +91,8 @@ class _Emitter:
     ) -> None:
         self.trace, self.decisions, self.mesh = trace, decisions, mesh
         self.flow, self.costs = Dataflow.of(trace), costs
-        self.views = ViewMaps(mesh)
+        self.fold = decisions.fold(trace.fold)
+        self.views = ViewMaps(mesh, self.fold)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.params = {p.node: p.fqn for p in trace.params}
         self.made = self._made_states()
@@ -101,7 +102,7 @@ class _Emitter:
         self.layered = {name for name, count in twins.items() if count > 1}
         layers = max(twins.values(), default=0)
         self.buckets = GradientBuckets(self.backward.builder, bucket_bytes, by_layer=layers >= _MANY_LAYERS)
-        self.tables = ConversionTables(mesh, costs)
+        self.tables = ConversionTables(mesh, costs, self.fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
 
@@ -273,7 +274,8 @@ class _Pass:
     def _view_rules(self, node: fx.Node, index: int, state: State) -> tuple[AxisRule, ...]:
         found = []
         for placement, size in zip(state, self.emitter.mesh, strict=True):
-            rules = [r for r in axis_rules(node, size).rules if r.inputs[0] == placement and r.lowering == "local"]
+            known = axis_rules(node, size, self.emitter.fold).rules
+            rules = [r for r in known if r.inputs[0] == placement and r.lowering == "local"]
             if not rules:
                 raise PlanError(f"view {node.name} ({node.target}) cannot follow its operand in {state}")
             found.append(rules[0])

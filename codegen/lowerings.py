@@ -16,12 +16,14 @@ import torch
 from torch import fx
 
 from autopar.codegen.draws import draw
+from autopar.codegen.ring import ring, ring_backward
 from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local
 from autopar.codegen.statistics import batch_norm, batch_norm_backward
 from autopar.errors import PlanError
 from autopar.placements import shard, shard_dim
 from autopar.rules import AxisRule
 from autopar.rules import operands as operands_of
+from autopar.rules.ring import RING, RING_BACKWARD
 from autopar.rules.schema import normalized
 
 
@@ -243,4 +245,6 @@ LOWERINGS: dict[str, Lowering] = {
     "batch_norm_backward": batch_norm_backward,
     "nll_loss": _nll_loss,
     "nll_loss_backward": _nll_loss_backward,
+    RING: ring,
+    RING_BACKWARD: ring_backward,
 }

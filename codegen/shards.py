@@ -45,6 +45,9 @@ class LowerContext(Protocol):
     def all_reduce(self, x: fx.Node, axis: int, op: str = "sum") -> fx.Node:
         """Append an all-reduce ("sum" or "max") over an axis and the wait for it."""
 
+    def permute(self, x: fx.Node, axis: int, destinations: Sequence[int]) -> fx.Node:
+        """Append a message from every rank of an axis to one other and the wait for it."""
+
 
 Lowering = Callable[[LowerContext, fx.Node, tuple[AxisRule, ...], list[fx.Node]], Results]
 

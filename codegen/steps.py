@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from autopar.codegen.builder import GraphBuilder
+from autopar.placements import State, shard_runs
 from autopar.redistribute import Step
 
 aten = torch.ops.aten
@@ -25,37 +27,67 @@ def emit_path(builder: GraphBuilder, x: fx.Node, path: Sequence[Step], *, keep_s
     slice of it may be a view; otherwise it is copied, or it would hold the source.
     """
     for step in path:
-        x = _EMITTERS[step.kind](builder, x, step)
+        x = _emit_step(builder, x, step)
         if step.kind == "slice" and not keep_source_alive:
             x = builder.call(aten.clone.default, x, memory_format=torch.contiguous_format)
         keep_source_alive = step.kind == "slice" and keep_source_alive
     return x
 
 
-def _all_reduce(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    return builder.all_reduce(x, step.axis)
+def _emit_step(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
+    """One step. A dim that is cut run by run is seen as two, the number of the run and the place in it."""
+    source, target, folded = step.source_dim, step.target_dim, step.folded_dim
+    if folded is None:
+        return _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target))
+    source, target = (_unfolded(step.before, step, source), _unfolded(step.after, step, target))
+    shape = list(x.meta["val"].shape)
+    runs = step.runs_of(step.before, builder.mesh)
+    x = builder.reshape(x, [*shape[:folded], runs, shape[folded] // runs, *shape[folded + 1 :]])
+    x = _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target))
+    made = list(x.meta["val"].shape)
+    return builder.reshape(x, [*made[:folded], made[folded] * made[folded + 1], *made[folded + 2 :]])
 
 
-def _reduce_scatter(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = required(step.target_dim)
-    return builder.reduce_scatter(blocks_to_front(builder, x, dim, step.parts), step.axis)
+def _unfolded(state: State, step: Step, dim: int | None) -> int | None:
+    """A dim of a side of a step, when the folded one is seen as two."""
+    folded = required(step.folded_dim)
+    return None if dim is None else dim + (dim > folded or shard_runs(state[step.axis]) > 1)
 
 
-def _all_gather(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = required(step.source_dim)
-    return blocks_from_front(builder, builder.all_gather(x, step.axis), dim, step.parts)
+@dataclass(frozen=True)
+class _Move:
+    """A step on the tensor at hand: on which axis, of how many ranks, from which dim to which."""
+
+    axis: int
+    parts: int
+    source_dim: int | None
+    target_dim: int | None
 
 
-def _all_to_all(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    source, target = required(step.source_dim), required(step.target_dim)
-    sent = blocks_to_front(builder, x, target, step.parts)
-    return blocks_from_front(builder, builder.all_to_all(sent, step.axis), source, step.parts)
+def _all_reduce(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    return builder.all_reduce(x, move.axis)
 
 
-def _slice(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
-    dim = required(step.target_dim)
-    size = x.meta["val"].shape[dim] // step.parts
-    start = builder.call(operator.mul, builder.coord(step.axis), size)
+def _reduce_scatter(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    dim = required(move.target_dim)
+    return builder.reduce_scatter(blocks_to_front(builder, x, dim, move.parts), move.axis)
+
+
+def _all_gather(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    dim = required(move.source_dim)
+    return blocks_from_front(builder, builder.all_gather(x, move.axis), dim, move.parts)
+
+
+def _all_to_all(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    source, target = required(move.source_dim), required(move.target_dim)
+    sent = blocks_to_front(builder, x, target, move.parts)
+    return blocks_from_front(builder, builder.all_to_all(sent, move.axis), source, move.parts)
+
+
+def _slice(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    dim = required(move.target_dim)
+    size = x.meta["val"].shape[dim] // move.parts
+    start = builder.call(operator.mul, builder.coord(move.axis), size)
     return builder.call(aten.slice.Tensor, x, dim, start, builder.call(operator.add, start, size))
 
 

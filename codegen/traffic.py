@@ -9,6 +9,7 @@ from torch import fx
 
 from autopar.codegen.builder import GROUP_PREFIX, is_collective, nbytes
 from autopar.codegen.emit import EmittedProgram
+from autopar.codegen.exchange import start_permute
 from autopar.traffic import Traffic, sent_bytes
 
 _KINDS = {
@@ -30,10 +31,16 @@ def graph_traffic(graph: fx.Graph, mesh: Sequence[int]) -> Traffic:
     for node in graph.nodes:
         if not is_collective(node):
             continue
-        kind = _KINDS[str(node.target.overloadpacket).removeprefix("_c10d_functional.")]
+        kind = _kind(node)
         axis = int(str(node.args[-1]).removeprefix(GROUP_PREFIX))
         source = node.args[0]
         assert isinstance(source, fx.Node)
         whole = max(nbytes(source.meta["val"]), nbytes(node.meta["val"]))
         found[kind, axis] += sent_bytes(kind, whole, mesh[axis])  # type: ignore[assignment]
     return found
+
+
+def _kind(node: fx.Node) -> str:
+    if node.target is start_permute:
+        return "permute"
+    return _KINDS[str(node.target.overloadpacket).removeprefix("_c10d_functional.")]  # type: ignore[union-attr]

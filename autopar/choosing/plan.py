@@ -24,7 +24,7 @@ from autopar.sample import sample_call
 from autopar.staged import ROLES, OtherLayout, StagedPlan
 from autopar.trace import graph_hash
 
-STAGED_KEYS = ("pp", "cp", "vpp", "schedule")  # that only a plan by degrees can have
+STAGED_KEYS = ("pp", "cp", "vpp", "schedule")  # cp: where it takes several nodes
 Progress = Callable[[str], None]
 
 
@@ -51,7 +51,10 @@ def wish(
     for pins that go with neither kind of plan.
     """
     given = dict(pin or {})
-    wanted = any(given.get(key, 1) not in (1, "none") for key in STAGED_KEYS)
+    asked = [key for key in STAGED_KEYS if given.get(key, 1) not in (1, "none")]
+    if asked == ["cp"] and (cluster.nodes == 1 or given.get("pp") == 1):
+        return Wish(given, wanted=False, apart="pinned")  # a plan op by op has context ranks, too
+    wanted = bool(asked)
     foreign = [key for key in given if key not in LAYOUT_KEYS]
     if wanted and foreign:
         degrees = ", ".join(key for key in STAGED_KEYS if key in given)

@@ -203,7 +203,8 @@ def _attention_flops(matmuls: tuple[int, int]) -> Callable[..., int]:
         keys, value_width = key.shape[2], value.shape[3]
         pairs = int(batch) * int(heads) * int(queries) * int(keys)
         if _argument(target, args, kwargs, "is_causal") and queries == keys:
-            pairs = pairs * (int(keys) + 1) // (2 * int(keys))
+            seen = min(_argument(target, args, kwargs, "window") or int(keys), int(keys))  # by the last query
+            pairs = pairs * seen * (2 * int(keys) - seen + 1) // (2 * int(keys) ** 2)
         return 2 * pairs * (matmuls[0] * int(width) + matmuls[1] * int(value_width))
 
     return count
@@ -242,6 +243,8 @@ _ATTENTIONS = (
 _FORMULAS: dict[str, Callable[[OpOverload, Sequence[Any], Mapping[str, Any]], int]] = {
     **{f"_scaled_dot_product_{name}": _attention_flops((1, 1)) for name in _ATTENTIONS},
     **{f"_scaled_dot_product_{name}_backward": _attention_flops((3, 2)) for name in _ATTENTIONS},
+    "block_attention": _attention_flops((1, 1)),
+    "block_attention_backward": _attention_flops((3, 2)),
     **dict.fromkeys(("matmul", "mv", "dot", "vdot", "addmv", "addbmm"), _product_flops),
     "linear": _linear_flops,
     "_grouped_mm": _grouped_flops,

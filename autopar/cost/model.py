@@ -72,6 +72,13 @@ class CostModel:
             return exchange_s + self.op_s(OpClass.ELEMENTWISE, 0.0, nbytes * (1 + 1 / size), "float32", "sum")
         return collective_time_s(kind, nbytes, self.axes[axis], self.cluster)
 
+    def shown_s(self, messages_s: float, compute_s: float) -> float:
+        """Seconds of messages that go on while the device computes for `compute_s`: what is left when that is over.
+
+        A CPU that computes moves messages with the same cores, so nothing is hidden there.
+        """
+        return messages_s if self.device.kind == "cpu" else max(0.0, messages_s - compute_s)
+
     def copy_s(self, nbytes: float) -> float:
         """Seconds to copy `nbytes` locally: read and written once, launch included; 0 without bytes."""
         if nbytes == 0:

@@ -182,11 +182,11 @@ class Attribution:
 
     @cached_property
     def _views(self) -> ViewMaps:
-        return ViewMaps(self.costs.mesh)
+        return ViewMaps(self.costs.mesh, self.decisions.fold(self.trace.fold))
 
     @cached_property
     def _tables(self) -> ConversionTables:
-        return ConversionTables(self.costs.mesh, self.costs)
+        return ConversionTables(self.costs.mesh, self.costs, self.decisions.fold(self.trace.fold))
 
     @cached_property
     def _launch_s(self) -> float:

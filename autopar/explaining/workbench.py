@@ -13,6 +13,7 @@ from autopar.cost.optimizer import OptimizerSpec
 from autopar.explaining.attribution import Attribution
 from autopar.mesh_search import SearchSettings
 from autopar.pins import MESH_KEYS
+from autopar.placements import Fold
 from autopar.plan_types import NodeDecision
 from autopar.plans import Plan, PlanOptions
 from autopar.rules import axis_rules
@@ -45,8 +46,9 @@ class Workbench:
         if not self.from_text:
             return plan
         nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        decided = {name: _with_known_rules(nodes[name], d, plan.mesh) for name, d in plan.decisions.nodes.items()}
-        return replace(plan, decisions=replace(plan.decisions, nodes=decided))
+        given, fold = plan.decisions, plan.decisions.fold(self.trace.fold)
+        decided = {name: _with_known_rules(nodes[name], d, plan.mesh, fold) for name, d in given.nodes.items()}
+        return replace(plan, decisions=replace(given, nodes=decided))
 
     def attribution(self, plan: Plan) -> Attribution:
         """Where the time of a plan for this model goes."""
@@ -54,11 +56,11 @@ class Workbench:
         return Attribution(self.trace, plan.decisions, costs, OptimizerSpec(plan.options.optimizer))
 
 
-def _with_known_rules(node: fx.Node, decision: NodeDecision, mesh: tuple[int, ...]) -> NodeDecision:
+def _with_known_rules(node: fx.Node, decision: NodeDecision, mesh: tuple[int, ...], fold: Fold | None) -> NodeDecision:
     rules = []
     for rule, size in zip(decision.rules, mesh, strict=True):
         said = (rule.inputs, rule.outputs, rule.lowering)
-        known = (r for r in axis_rules(node, size).rules if (r.inputs, r.outputs, r.lowering) == said)
+        known = (r for r in axis_rules(node, size, fold).rules if (r.inputs, r.outputs, r.lowering) == said)
         rules.append(next(known, rule))
     return replace(decision, rules=tuple(rules))
 

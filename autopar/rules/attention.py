@@ -2,8 +2,9 @@
 
 Batch and heads are independent of each other, so both can be cut; so can the query's
 sequence, if the kernel applies no causal mask of its own (it would count positions from
-the start of the shard). Grouped queries stay with their keys, as heads are cut in
-contiguous runs: query head h reads key head h // (heads / key heads).
+the start of the shard). All sequences cut at once: `autopar.rules.ring`. Grouped queries
+stay with their keys, as heads are cut in contiguous runs: query head h reads key head
+h // (heads / key heads).
 """
 
 from __future__ import annotations
@@ -75,4 +76,6 @@ _KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention",
 ATTENTION = {
     **{f"aten._scaled_dot_product_{kernel}": attention for kernel in _KERNELS},
     **{f"aten._scaled_dot_product_{kernel}_backward": attention_backward for kernel in _KERNELS},
+    "autopar.block_attention": attention,
+    "autopar.block_attention_backward": attention_backward,
 }

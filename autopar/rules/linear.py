@@ -108,6 +108,7 @@ LINEAR: dict[str, tuple[Group, ...]] = {
     "aten._weight_norm_interface_backward": (("grad_w",),),
     "aten._fused_rms_norm_backward": (("grad_out",),),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": (("grad_out",),),
+    "autopar.block_attention_backward": (("grad_out",),),
 }
 
 

@@ -10,19 +10,23 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload, dtensor_rules, static_size
-from autopar.placements import PARTIAL, REPLICATE, Placement, local_shape
+from autopar.placements import PARTIAL, REPLICATE, Fold, Placement, local_shape
 from autopar.rules.admitted import is_admitted
 from autopar.rules.custom import CUSTOM, elementwise
+from autopar.rules.folds import folded_rules
 from autopar.rules.linear import linear_rules, shared_bias_rules
 from autopar.rules.random import random_rules
+from autopar.rules.ring import ONE_AXIS, ring_rules
 from autopar.rules.schema import OpCall, bind, is_random, op_call, operands, results
 from autopar.rules.types import AxisRule, RuleSet
 
 _MEMO: dict[Hashable, RuleSet] = {}
 
 
-def axis_rules(node: fx.Node, axis_size: int) -> RuleSet:
+def axis_rules(node: fx.Node, axis_size: int, fold: Fold | None = None) -> RuleSet:
     """All legal ways to run a call_function node of a joint graph on a mesh axis of `axis_size` ranks.
+
+    fold: of dims that may be cut run by run, too.
 
     The replicated rule is always there, and first. Every other rule divides evenly.
     `RuleSet.known` is False where nothing but replication is known. Rules depend on the
@@ -31,18 +35,21 @@ def axis_rules(node: fx.Node, axis_size: int) -> RuleSet:
     """
     if not isinstance(node.target, OpOverload):
         return RuleSet((_replicated(len(operands(node)), results(node)),), known=False)
-    key = (node.target, axis_size, tuple((name, _signature(value)) for name, value in bind(node)))
+    key = (node.target, axis_size, fold, tuple((name, _signature(value)) for name, value in bind(node)))
     if key not in _MEMO:
-        _MEMO[key] = _find(op_call(node), axis_size)
+        found = _find(op_call(node), axis_size)
+        _MEMO[key] = found if fold is None else _with_folds(found, op_call(node), axis_size, fold)
     return _MEMO[key]
 
 
 def compatible(rules: Sequence[AxisRule], mesh: Sequence[int]) -> bool:
     """Whether rules of one op, one per mesh axis, can be lowered together.
 
-    That is: at most one lowering besides "local", and no unit (`AxisRule.units`) cut through.
+    That is: at most one lowering besides "local", none on two axes that goes around one, and no unit
+    (`AxisRule.units`) cut through.
     """
-    if len({rule.lowering for rule in rules} - {"local"}) > 1:
+    lowerings = [rule.lowering for rule in rules if rule.lowering != "local"]
+    if len(set(lowerings)) > 1 or (len(lowerings) > 1 and lowerings[0] in ONE_AXIS):
         return False
     parts = math.prod(size for rule, size in zip(rules, mesh, strict=True) if rule.units)
     return all(rule.units % parts == 0 for rule in rules)
@@ -78,9 +85,16 @@ def _find(call: OpCall, axis_size: int) -> RuleSet:
         return RuleSet((replicated,), known=False)
     rules = dict.fromkeys([replicated])
     if axis_size > 1:
-        summing = (*linear_rules(call), *shared_bias_rules(call))
+        summing = (*linear_rules(call), *shared_bias_rules(call), *ring_rules(call, axis_size))
         rules |= dict.fromkeys(r for r in (*own, *summing) if _is_legal(r, call, axis_size))
     return RuleSet(tuple(rules), known=True)
+
+
+def _with_folds(found: RuleSet, call: OpCall, axis_size: int, fold: Fold) -> RuleSet:
+    if axis_size == 1 or not found.known or is_random(call):
+        return found
+    more = (r for r in folded_rules(call, found.rules, fold) if _is_legal(r, call, axis_size))
+    return RuleSet(tuple(dict.fromkeys((*found.rules, *more))), known=True)
 
 
 def _is_static(tensor: torch.Tensor | None) -> bool:

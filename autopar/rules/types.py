@@ -12,13 +12,17 @@ class InnerCollective:
     """A collective that a lowering performs inside an op.
 
     It moves the local bytes of one tensor of the op after `reduced_dims` were reduced
-    to size 1, `copies` times (tensors alike that travel together). `tensor` is ("in", i) or ("out", i).
+    to size 1, `copies` times (tensors alike that travel together, or a part of one), and does so `times` times in a
+    row. `tensor` is ("in", i) or ("out", i).
+    beside_compute: it runs while the op computes on what has come already (see `autopar.opcost`).
     """
 
-    kind: str  # "all_reduce" for now; a kind of autopar.cost.collectives
+    kind: str  # a kind of autopar.cost.collectives, or "copy" for a pass over local memory
     tensor: tuple[str, int]
     reduced_dims: tuple[int, ...] = ()
-    copies: int = 1
+    copies: float = 1
+    times: int = 1
+    beside_compute: bool = False
 
 
 @dataclass(frozen=True)

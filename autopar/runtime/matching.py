@@ -58,8 +58,9 @@ def _collectives(program: EmittedProgram, rank: int, mesh: tuple[int, ...]) -> l
                 _check_waited(node)
                 token = next(a for a in node.args if isinstance(a, str) and a.startswith(GROUP_PREFIX))
                 members = _members(rank, int(token.removeprefix(GROUP_PREFIX)), mesh)
-                shapes = [(tuple(i.meta["val"].shape), str(i.meta["val"].dtype)) for i in node.all_input_nodes]
-                rest = [a for a in node.args[1:] if a != token]
+                tensors = [i.meta["val"] for i in node.all_input_nodes if isinstance(i.meta["val"], torch.Tensor)]
+                shapes = [(tuple(t.shape), str(t.dtype)) for t in tensors]
+                rest = [a for a in node.args[1:] if a != token and not isinstance(a, fx.Node)]
                 found.append((members, f"{node.target}({shapes}, {rest})", str(node.meta.get("origin", node.name))))
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload, pytree
+from autopar.placements import Fold
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ class Trace:
         if self.loss is not None:
             return (self.loss,)
         return tuple(dict.fromkeys(o.node for o in self.outputs if o.node is not None))
+
+    @property
+    def fold(self) -> Fold | None:
+        """How batch and sequence lie in one dim, if the first batched input has both."""
+        first = next((i for i in self.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
+        if first is None or min(first.shape[:2]) < 2:
+            return None
+        return Fold(first.shape[0] * first.shape[1], first.shape[0])
 
     @property
     def results(self) -> tuple[str, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
+from tests.rules.attention_cases import ATTENTION_GROUPS
 from tests.rules.harness import case
 from tests.rules.image_cases import IMAGE_GROUPS
 from tests.rules.samples import F64, I64, aten, ints, mask, randn
@@ -319,29 +319,6 @@ def embeddings() -> Iterator[fx.Node]:
     yield case(aten.embedding.default, weight, ints(16, 4, 8), 3)
 
 
-def attention() -> Iterator[fx.Node]:
-    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    q, k, v = randn(4, 4, 8, 4), randn(4, 4, 8, 4), randn(4, 4, 8, 4)
-    masks = (None, randn(4, 4, 8, 8), randn(4, 1, 8, 8), randn(1, 1, 8, 8), randn(8, 8))
-    for causal in (False, True):
-        for bias in masks if not causal else (None,):
-            yield case(forward, q, k, v, 0.0, causal, attn_mask=bias)
-            out, logsumexp = forward(q, k, v, 0.0, causal, attn_mask=bias)
-            yield case(backward, randn(4, 4, 8, 4), q, k, v, out, logsumexp, 0.0, causal, attn_mask=bias)
-    few = randn(4, 2, 8, 4)
-    if _supports_grouped_queries(forward, q, few):
-        yield case(forward, q, few, few.clone(), 0.0, False)
-
-
-def _supports_grouped_queries(forward: Callable[..., Any], query: torch.Tensor, key: torch.Tensor) -> bool:
-    try:
-        forward(query, key, key, 0.0, False)
-    except RuntimeError:
-        return False
-    return True
-
-
 def randoms() -> Iterator[fx.Node]:
     yield case(aten.native_dropout.default, randn(4, 8), 0.5, True)
     yield case(aten.bernoulli.p, randn(4, 8), 0.5)
@@ -359,22 +336,25 @@ def randoms() -> Iterator[fx.Node]:
     yield case(aten.multinomial.default, torch.rand(4, 8), 2)
 
 
-GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = {
-    group.__name__: group
-    for group in (
-        elementwise,
-        copies,
-        backwards,
-        factories,
-        views,
-        pieces,
-        indexing,
-        reductions,
-        products,
-        normalizations,
-        softmaxes,
-        losses,
-        embeddings,
-        attention,
-    )
-} | IMAGE_GROUPS
+GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = (
+    {
+        group.__name__: group
+        for group in (
+            elementwise,
+            copies,
+            backwards,
+            factories,
+            views,
+            pieces,
+            indexing,
+            reductions,
+            products,
+            normalizations,
+            softmaxes,
+            losses,
+            embeddings,
+        )
+    }
+    | IMAGE_GROUPS
+    | ATTENTION_GROUPS
+)

@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from autopar.codegen.lowerings import lower
-from autopar.placements import State, local_shape, shard_dim
+from autopar.placements import State, local_shape, runs_left, shard_dim
 from autopar.rules import AxisRule, axis_rules, compatible, operands, results
 
 ALL_REDUCE = "all_reduce"
+PERMUTE = "permute"
 
 
 def case(op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -66,6 +67,11 @@ class Context:
         node.meta[ALL_REDUCE] = (axis, op)
         return node
 
+    def permute(self, x: fx.Node, axis: int, destinations: Sequence[int]) -> fx.Node:
+        node = self.graph.call_function(operator.pos, (x,))
+        node.meta[PERMUTE] = (axis, tuple(destinations))
+        return node
+
 
 def ranks(mesh: Sequence[int]) -> list[tuple[int, ...]]:
     """The coordinates of all ranks, the last axis innermost."""
@@ -82,6 +88,8 @@ def run_ranks(graph: fx.Graph, inputs: Sequence[Sequence[Any]], outputs: Sequenc
             env[node] = list(next(feed))
         elif ALL_REDUCE in node.meta:
             env[node] = _all_reduce(env[node.args[0]], *node.meta[ALL_REDUCE], at)
+        elif PERMUTE in node.meta:
+            env[node] = _permute(env[node.args[0]], *node.meta[PERMUTE], at)
         else:
             env[node] = []
             for rank in range(len(at)):
@@ -103,18 +111,32 @@ def _all_reduce(values: list[Any], axis: int, op: str, at: list[tuple[int, ...]]
     return made
 
 
+def _permute(values: list[Any], axis: int, destinations: tuple[int, ...], at: list[tuple[int, ...]]) -> list[Any]:
+    made: list[Any] = [None] * len(values)
+    for value, coords in zip(values, at, strict=True):
+        made[at.index((*coords[:axis], destinations[coords[axis]], *coords[axis + 1 :]))] = value
+    return made
+
+
 def cut(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> list[torch.Tensor]:
     """What each rank holds: shards, copies, or random summands."""
     parts = [tensor]
-    for placement, size in zip(state, mesh, strict=True):
+    for axis, (placement, size) in enumerate(zip(state, mesh, strict=True)):
         dim = shard_dim(placement)
         if dim is not None:
-            parts = [chunk for part in parts for chunk in part.tensor_split(size, dim)]
+            runs = runs_left(placement, state[:axis], mesh[:axis])
+            parts = [chunk for part in parts for chunk in _split(part, size, dim, runs)]
         elif placement == "P":
             parts = [summand for part in parts for summand in _summands(part, size)]
         else:
             parts = [part for part in parts for _ in range(size)]
     return parts
+
+
+def _split(tensor: torch.Tensor, size: int, dim: int, runs: int) -> list[torch.Tensor]:
+    """Equal parts of every run of a dim, by rank."""
+    by_run = [run.tensor_split(size, dim) for run in tensor.chunk(runs, dim)]
+    return [torch.cat(part, dim) for part in zip(*by_run, strict=True)]
 
 
 def _summands(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
@@ -128,11 +150,12 @@ def _summands(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
 def glue(parts: Sequence[torch.Tensor], state: State, mesh: Sequence[int], tolerance: float) -> torch.Tensor:
     """The whole tensor from what the ranks hold; copies must agree."""
     parts = list(parts)
-    for placement, size in zip(reversed(state), reversed(tuple(mesh)), strict=True):
+    for axis, (placement, size) in reversed(list(enumerate(zip(state, mesh, strict=True)))):
         groups = [parts[i : i + size] for i in range(0, len(parts), size)]
         dim = shard_dim(placement)
         if dim is not None:
-            parts = [torch.cat(group, dim) for group in groups]
+            runs = runs_left(placement, state[:axis], mesh[:axis])
+            parts = [torch.cat([p.chunk(runs, dim)[i] for i in range(runs) for p in group], dim) for group in groups]
         elif placement == "P":
             parts = [torch.stack(group).sum(0) for group in groups]
         else:

@@ -7,7 +7,7 @@ stage that nobody asks for a value does not compute it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -146,10 +146,13 @@ def follows(node: fx.Node) -> bool:
 
 
 class Demands:
-    """All stages' demands, made at once."""
+    """All stages' demands, made at once.
+
+    outputs: node names, each with the stage that is to hand it out if it can be computed anywhere.
+    """
 
     def __init__(
-        self, local: LocalStages, outputs: Iterable[str], gradients: Iterable[tuple[str, int, fx.Node]]
+        self, local: LocalStages, outputs: Mapping[str, int], gradients: Iterable[tuple[str, int, fx.Node]]
     ) -> None:
         self.local = local
         self.stages = [StageDemand() for _ in range(local.stages.count)]
@@ -160,7 +163,7 @@ class Demands:
         names = dict(zip(local.emitted.output_names, local.results, strict=False))
         for name in outputs:
             made = local.of.get(names[name])
-            self.stages[last if made is None else made].outputs[name] = names[name]
+            self.stages[outputs[name] if made is None else made].outputs[name] = names[name]
         for stage in reversed(range(last + 1)):
             for node in self.stages[stage].outputs.values():
                 self.forward(stage, node)

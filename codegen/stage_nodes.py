@@ -10,6 +10,7 @@ stage computes what it needs of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import fx
@@ -30,11 +31,16 @@ class StageNodes:
     """The stage of every node of a joint graph.
 
     count: how many stages there are. of: by node name; None for what every stage computes that needs it (and for
-        placeholders).
+        placeholders). modules: the stages of the forward ops in each module, by path.
     """
 
     count: int
     of: Mapping[str, int | None]
+    modules: Mapping[str, AbstractSet[int]]
+
+    def of_module(self, path: str, default: int) -> int:
+        """The first stage in which a module runs."""
+        return min(self.modules.get(path, ()), default=default)
 
 
 def stages_by_blocks(trace: Trace, blocks: Sequence[int]) -> StageNodes:
@@ -56,19 +62,22 @@ def stages_by_blocks(trace: Trace, blocks: Sequence[int]) -> StageNodes:
 
 def stages_by_cuts(trace: Trace, cuts: Sequence[str]) -> StageNodes:
     """Stages that begin at these modules ("layer2.0"), the first of all excepted; LayoutError for unknown modules."""
-    stage, found, by_path = 0, set(), {}
-    for path in dict.fromkeys(module_path(n) for n in _ops(trace) if not is_backward(n)):
+    stage, found = 0, set()
+    wanted: dict[str, int | None] = {}
+    for node in _ops(trace):
+        if is_backward(node):
+            wanted[node.name] = None  # where its module's forward ops are
+            continue
+        path = module_path(node)
         begins = [k for k, cut in enumerate(cuts) if path == cut or path.startswith(f"{cut}.")]
         found.update(begins)
-        stage = max([stage, *(k + 1 for k in begins)])
-        if path and not any(cut.startswith(f"{path}.") for cut in cuts):  # else it holds modules of several stages
-            by_path[path] = stage
+        wanted[node.name] = stage = max([stage, *(k + 1 for k in begins)])
     for k, cut in enumerate(cuts):
         if k not in found:
             raise LayoutError(
                 f"no op runs in a module {cut!r}, at which a stage should begin; see model.named_modules()"
             )
-    return _settled(trace, {n.name: by_path.get(module_path(n)) for n in _ops(trace)}, len(cuts) + 1, {})
+    return _settled(trace, wanted, len(cuts) + 1, {})
 
 
 def _ops(trace: Trace) -> list[fx.Node]:
@@ -85,19 +94,27 @@ def _settled(trace: Trace, wanted: Mapping[str, int | None], count: int, beside:
     of: dict[str, int | None] = dict.fromkeys(n.name for n in trace.graph_module.graph.nodes)
     everywhere = _everywhere(trace)
     early = _before_blocks([n for n in ops if not is_backward(n)], wanted, everywhere, count, beside)
+    within: dict[str, set[int]] = {}  # the stages of the forward ops in a module
     for node in ops:
         if node.name in everywhere:
             continue
-        if is_backward(node):
-            of[node.name] = _backward_stage(node, wanted[node.name], of, count, trace.tangents)
-            continue
         wish = wanted[node.name]
+        if is_backward(node):
+            stages = within.get(module_path(node), set())
+            if wish is None and len(stages) == 1:
+                (wish,) = stages
+            of[node.name] = _backward_stage(node, wish, of, count, trace.tangents)
+            continue
         above = [s for i in node.all_input_nodes if (s := of[i.name]) is not None]
         if wish is None:  # behind what it needs, or before what needs it
             above += [beside[i.name] for i in node.all_input_nodes if beside.get(i.name)]
             wish = max(above) if above else early.get(node.name, 0)
-        of[node.name] = max([wish, *above])
-    return StageNodes(count, of)
+        of[node.name] = stage = max([wish, *above])
+        path = module_path(node)
+        while path:
+            within.setdefault(path, set()).add(stage)
+            path = path.rpartition(".")[0]
+    return StageNodes(count, of, within)
 
 
 def _backward_stage(

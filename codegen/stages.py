@@ -60,7 +60,9 @@ def cut_program(
     local = LocalStages(emitted, stages, backward)
     gradients = split_gradients(local)
     summed = {(f, s): node if reduce_each else summed_first(node) for f, s, node in gradients}
-    outputs = dict.fromkeys([trace.loss, *trace.buffer_updates.values()])
+    last = stages.count - 1
+    updates = {node: stages.of_module(fqn.rpartition(".")[0], last) for fqn, node in trace.buffer_updates.items()}
+    outputs = {trace.loss: last, **updates}
     demands = Demands(local, outputs, [(f, s, summed[f, s]) for f, s, _ in gradients])
     cutter = _Cutter(trace, decisions, local, demands)
     written = cutter.write({(f, s): node for f, s, node in gradients})

@@ -15,7 +15,12 @@ from autopar.errors import VerifyError
 
 
 def match_collectives(programs: Sequence[EmittedProgram], mesh: tuple[int, ...]) -> int:
-    """Check that all ranks issue matching collectives in matching order; returns how many each rank issues.
+    """Check that all ranks issue matching collectives in matching order; returns how many each rank issues."""
+    return match_graphs([(p.forward, p.backward) for p in programs], mesh)
+
+
+def match_graphs(programs: Sequence[Sequence[fx.Graph]], mesh: tuple[int, ...]) -> int:
+    """The same for the graphs that each rank runs, in order.
 
     Every group's members must list the same collectives (kind, shape, dtype) for that group, and playing
     all lists together must not stop before their ends.
@@ -49,10 +54,12 @@ def match_collectives(programs: Sequence[EmittedProgram], mesh: tuple[int, ...])
     return len(lists[0])
 
 
-def _collectives(program: EmittedProgram, rank: int, mesh: tuple[int, ...]) -> list[tuple[tuple[int, ...], str, str]]:
+def _collectives(
+    program: Sequence[fx.Graph], rank: int, mesh: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], str, str]]:
     """(members of the group, call, node) of each collective of one rank, in order."""
     found = []
-    for graph in (program.forward, program.backward):
+    for graph in program:
         for node in graph.nodes:
             if is_collective(node):
                 _check_waited(node)

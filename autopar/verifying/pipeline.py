@@ -1,108 +1,92 @@
 """Proves a pipeline on CPU: all stages, all their ranks and the whole schedule in this one process.
 
-The loss of the step and all gradients are compared with those of the single-device model on the global batch. Where
+The loss of the step and all gradients are compared with those of the single-device model on the whole batch. Where
 they differ, the step runs again node by node, and every value of every micro-batch is compared with what the
 single-device model computes on that micro-batch: the first that differs is named, with its stage and micro-batch.
+Where random numbers are drawn, the single device takes what the pipeline drew, micro-batch by micro-batch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from autopar._torch_compat import local_parts, local_tensor
-from autopar.codegen.stage_types import PipelineProgram
-from autopar.compare import cut, glue
 from autopar.errors import VerifyError
-from autopar.placements import State, replicated
-from autopar.plan_types import Decisions
+from autopar.placements import replicated
 from autopar.runtime.execute import bind_groups
+from autopar.runtime.matching import match_graphs
 from autopar.simulating.schedules import Order, check_orders
-from autopar.trace import Trace
 from autopar.verification import (
     TOLERANCE,
     VerifyReport,
     gradient_errors,
+    random_nodes,
     relative_error,
     run_reference,
     simulated_ranks,
 )
-from autopar.verifying.pipeline_run import PipelineRun, StageGraphs, Values
+from autopar.verifying.pipeline_case import StagedCase, Values
+from autopar.verifying.pipeline_run import PipelineRun, Runner, StageGraphs
+
+_SEED = 0
 
 
-class StagedCase:
-    """A pipeline and what it must equal.
+def verify_pipeline(case: StagedCase, orders: Sequence[Order]) -> VerifyReport:
+    """Run a step of a pipeline by a schedule; VerifyError unless loss and gradients are the single-device model's.
 
-    trace: of one micro-batch. batches: values of the placeholders of `trace`, per micro-batch: parameters, buffers and
-    constants are the same in all of them. weights: the loss of the step is the sum of the losses of the micro-batches
-    by these; they are also what each micro-batch's backward pass starts from.
-    """
-
-    def __init__(
-        self,
-        trace: Trace,
-        decisions: Decisions,
-        program: PipelineProgram,
-        batches: Sequence[Values],
-        weights: Sequence[float],
-    ) -> None:
-        self.trace, self.program, self.mesh = trace, program, program.mesh
-        (tangent,) = trace.tangents
-        self.weights = weights
-        self.batches = [
-            {**values, tangent: torch.full_like(values[tangent], weight)}
-            for values, weight in zip(batches, weights, strict=True)
-        ]
-        self.states = {p.node: decisions.params[p.fqn] for p in trace.params}
-        self.param_states = decisions.params
-        self.ranks = math.prod(self.mesh)
-
-    def scatter(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The local tensors of a placeholder on all ranks of a stage."""
-        if not self.mesh:
-            return tensor
-        state = self.states.get(name, replicated(len(self.mesh)))
-        return local_tensor({r: cut(tensor, state, self.mesh, r).clone() for r in range(self.ranks)})
-
-    def gather(self, tensor: torch.Tensor, state: State) -> torch.Tensor:
-        """The whole tensor from its local tensors."""
-        parts = local_parts(tensor) if self.mesh else None
-        return tensor if parts is None else glue([parts[r] for r in range(self.ranks)], state, self.mesh)
-
-    def start(self) -> tuple[Values, list[Values]]:
-        """What all micro-batches share and what each brings, as local tensors."""
-        own = {i.node for i in self.trace.inputs} | set(self.trace.tangents)
-        shared = {n: self.scatter(n, t) for n, t in self.batches[0].items() if n not in own}
-        return shared, [{n: self.scatter(n, batch[n]) for n in own} for batch in self.batches]
-
-
-def verify_pipeline(
-    case: StagedCase, orders: Sequence[Order], loss: torch.Tensor, grads: Mapping[str, torch.Tensor]
-) -> VerifyReport:
-    """Run a step of a pipeline by a schedule; VerifyError unless loss and gradients are the expected ones.
-
-    orders: of every pipeline rank, see `autopar.simulating.schedules`. loss, grads: of the single-device model on the
-    global batch.
+    orders: of every pipeline rank, see `autopar.simulating.schedules`.
     """
     chunks = len(case.program.stages) // len(orders)
     if chunks * len(orders) != len(case.program.stages):
         raise VerifyError(f"{len(case.program.stages)} stages cannot be dealt to {len(orders)} pipeline ranks evenly")
     check_orders(orders, len(case.batches), chunks)
-    tolerance = TOLERANCE.get(loss.dtype, 1e-2)
-    with simulated_ranks(case.mesh) as (groups, coordinates):
-        graphs = StageGraphs(case.program, groups, coordinates)
-        shared, batches = case.start()
-        run = PipelineRun(case.program, shared, batches, graphs)
+    collectives = _match_collectives(case)
+    with torch.random.fork_rng(enabled=True), simulated_ranks(case.mesh) as simulated:
+        verifier = _Verifier(case, orders, *simulated)
+        return replace(verifier.compare(), collectives=collectives)
+
+
+def _match_collectives(case: StagedCase) -> int:
+    """How many collectives a rank issues for one micro-batch, all stages together, and to reduce its gradients."""
+    count = 0
+    for stage in case.program.stages:
+        graphs = [stage.forward.graph, stage.backward.graph, stage.weights.graph, stage.reduce]
+        count += match_graphs([graphs] * case.ranks, case.mesh)
+    return count
+
+
+class _Verifier:
+    """The comparison, on simulated ranks."""
+
+    def __init__(
+        self, case: StagedCase, orders: Sequence[Order], groups: Sequence[str], coordinates: Sequence[Any]
+    ) -> None:
+        self.case, self.orders, self.groups, self.coordinates = case, orders, groups, coordinates
+        self.random = bool(random_nodes(case.trace))
+        self.graphs = StageGraphs(case.program, groups, coordinates)
+
+    def run(self, runner: Runner) -> PipelineRun:
+        """One step; each starts from the same random numbers."""
+        torch.manual_seed(_SEED)
+        shared, batches = self.case.start()
+        run = PipelineRun(self.case.program, shared, batches, runner)
+        run.follow(self.orders)
+        return run
+
+    def compare(self) -> VerifyReport:
+        """Loss and all gradients."""
+        case = self.case
+        drawn = self._drawn() if self.random else [{} for _ in case.batches]
+        loss, grads = self._together(drawn) if self.random else (case.loss, case.grads)
+        tolerance = TOLERANCE.get(loss.dtype, 1e-2)
         try:
-            run.follow(orders)
-            found_loss, found = _results(case, run, graphs)
+            found_loss, found = self._results(self.run(self.graphs))
         except (RuntimeError, IndexError) as error:
-            wrong = _first_difference(case, orders, groups, coordinates)
-            raise VerifyError(f"the pipeline cannot run ({error}); {wrong}") from error
+            raise VerifyError(f"the pipeline cannot run ({error}); {self._first_difference(drawn)}") from error
         loss_error = relative_error(found_loss, loss)
         if found.keys() != grads.keys():
             raise VerifyError(f"the pipeline makes no gradient of {', '.join(sorted(grads.keys() - found.keys()))}")
@@ -111,58 +95,92 @@ def verify_pipeline(
         worst_error = errors[worst] if worst else 0.0
         if not max(loss_error, worst_error) <= tolerance:
             what = "loss" if not loss_error <= tolerance else f"gradient of {worst}"
-            wrong = _first_difference(case, orders, groups, coordinates)
             raise VerifyError(
                 f"the pipeline differs from the single-device model: {what} is off by "
-                f"{max(loss_error, worst_error):.1e} (tolerance {tolerance:.0e}); {wrong}"
+                f"{max(loss_error, worst_error):.1e} (tolerance {tolerance:.0e}); {self._first_difference(drawn)}"
             )
-    return VerifyReport(case.ranks * len(orders), loss_error, worst, worst_error, tolerance, 0)
+        return VerifyReport(case.ranks * len(self.orders), loss_error, worst, worst_error, tolerance, 0)
+
+    def _drawn(self) -> list[Values]:
+        """What each micro-batch draws (whole tensors, by value name)."""
+        found: list[dict[str, torch.Tensor]] = [{} for _ in self.case.batches]
+        names = set(random_nodes(self.case.trace))
+
+        def record(n: fx.Node, result: Any, micro_batch: int, where: str) -> None:
+            name, index, state = n.meta["version"]
+            if name in names:
+                key = name if index == 0 else f"{name}#{index}"
+                found[micro_batch][key] = self.case.gather(result.clone(), state)
+
+        self.run(_NodeByNode(self, record))
+        return list(found)
+
+    def _together(self, drawn: Sequence[Values]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients of the single device, micro-batch after micro-batch, on given random numbers."""
+        trace = self.case.trace
+        runs = [run_reference(trace, v, d) for v, d in zip(self.case.batches, drawn, strict=True)]
+        assert trace.loss is not None
+        losses = [run[trace.loss] * w for run, w in zip(runs, self.case.weights, strict=True) if w]
+        grads = {f: torch.stack([run[node] for run in runs]).sum(0) for f, node in trace.grads.items()}
+        return torch.stack(losses).sum(), grads
+
+    def _results(self, run: PipelineRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients of the step, whole."""
+        case = self.case
+        assert case.trace.loss is not None
+        made = [case.gather(outputs[case.trace.loss], replicated(len(case.mesh))) for outputs in run.outputs]
+        losses = [loss * w for loss, w in zip(made, case.weights, strict=True) if w]
+        grads: dict[str, torch.Tensor] = {}
+        for stage, sums in zip(case.program.stages, run.sums, strict=True):
+            for fqn, grad in self.graphs.reduced(stage, sums).items():
+                whole = case.gather(grad, case.decisions.params[fqn])
+                grads[fqn] = grads[fqn] + whole if fqn in grads else whole
+        return torch.stack(losses).sum(), grads
+
+    def _first_difference(self, drawn: Sequence[Values]) -> str:
+        """Run the step once more, each value compared with the single-device model on its micro-batch."""
+        case = self.case
+        expected = [run_reference(case.trace, v, d) for v, d in zip(case.batches, drawn, strict=True)]
+        nodes = {n.name: n for n in case.trace.graph_module.graph.nodes}
+
+        def compare(n: fx.Node, result: Any, micro_batch: int, where: str) -> None:
+            name, index, state = n.meta["version"]
+            found = expected[micro_batch]
+            whole = found[name][index] if isinstance(found[name], (tuple, list)) else found[name]
+            floor = _floor([found[i.name] for i in nodes[name].all_input_nodes])
+            off = relative_error(case.gather(result, state), whole, floor)
+            if off > TOLERANCE.get(whole.dtype, TOLERANCE[torch.float64]):
+                raise _Found(f"{name} ({n.target}) {where}, in state {state}, off by {off:.1e}")
+
+        try:
+            self.run(_NodeByNode(self, compare))
+        except _Found as found:
+            return f"first node that differs: {found}"
+        return "all values of all micro-batches are right: it is how losses are weighed or gradients reduced"
 
 
-def _results(case: StagedCase, run: PipelineRun, graphs: StageGraphs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of the step, whole."""
-    assert case.trace.loss is not None
-    losses = [case.gather(outputs[case.trace.loss], replicated(len(case.mesh))) for outputs in run.outputs]
-    loss = sum(w * x for w, x in zip(case.weights, losses, strict=True) if w)
-    assert isinstance(loss, torch.Tensor)
-    grads: dict[str, torch.Tensor] = {}
-    for stage, sums in zip(case.program.stages, run.sums, strict=True):
-        for fqn, grad in graphs.reduced(stage, sums).items():
-            whole = case.gather(grad, case.param_states[fqn])
-            grads[fqn] = grads[fqn] + whole if fqn in grads else whole
-    return loss, grads
-
-
-def _first_difference(
-    case: StagedCase, orders: Sequence[Order], groups: Sequence[str], coordinates: Sequence[Any]
-) -> str:
-    """Run the step once more, each value compared with the single-device model on its micro-batch."""
-    expected = [run_reference(case.trace, values) for values in case.batches]
-    checker = _Checker(case, expected, groups, coordinates)
-    shared, batches = case.start()
-    try:
-        PipelineRun(case.program, shared, batches, checker).follow(orders)
-    except _Found as found:
-        return f"first node that differs: {found}"
-    return "all values of all micro-batches are right: it is how losses are weighed or gradients reduced"
+def _floor(operands: Sequence[Any]) -> float:
+    """What a result is measured against at least: it may be nothing but rounding of its operands."""
+    sizes = [t.abs() for t in operands if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+    return 1e-3 * min((float(s.max()) for s in sizes), default=0.0)
 
 
 class _Found(Exception):
     """The first value that differs."""
 
 
-class _Checker:
-    """Runs the graphs of stages node by node (a `Runner`) and compares."""
+class _NodeByNode:
+    """Runs the graphs of stages node by node (a `Runner`) and shows every whole value.
 
-    def __init__(
-        self, case: StagedCase, expected: Sequence[Mapping[str, Any]], groups: Sequence[str], coordinates: Sequence[Any]
-    ) -> None:
-        self.case, self.expected, self.groups, self.coordinates = case, expected, groups, list(coordinates)
-        self.nodes = {n.name: n for n in case.trace.graph_module.graph.nodes}
+    see: gets the node, its result, the micro-batch, and in words where that is.
+    """
+
+    def __init__(self, verifier: _Verifier, see: Any) -> None:
+        self.verifier, self.see = verifier, see
 
     def __call__(self, stage: int, micro_batch: int, name: str, inputs: list[Any]) -> Sequence[Any]:
-        graph = bind_groups(getattr(self.case.program.stages[stage], name).graph, self.groups)
-        checker, where = self, f"in the {name} pass of micro-batch {micro_batch} on stage {stage}"
+        graph = bind_groups(getattr(self.verifier.case.program.stages[stage], name).graph, self.verifier.groups)
+        see, where = self.see, f"in the {name} pass of micro-batch {micro_batch} on stage {stage}"
 
         class Interpreter(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
@@ -171,21 +189,8 @@ class _Checker:
                 except (RuntimeError, IndexError) as error:
                     raise _Found(f"{n.name} ({n.target}) {where} fails: {error}") from error
                 if n.op == "call_function" and "version" in n.meta:
-                    checker.compare(n, result, micro_batch, where)
+                    see(n, result, micro_batch, where)
                 return result
 
         module = fx.GraphModule(torch.nn.Module(), graph)
-        made = Interpreter(module).run(*self.coordinates, *inputs, enable_io_processing=False)
-        return list(made)
-
-    def compare(self, n: fx.Node, result: Any, micro_batch: int, where: str) -> None:
-        """Stop at a value that is not the single-device model's."""
-        name, index, state = n.meta["version"]
-        whole = self.expected[micro_batch][name]
-        whole = whole[index] if isinstance(whole, (tuple, list)) else whole
-        operands = [self.expected[micro_batch][i.name] for i in self.nodes[name].all_input_nodes]
-        sizes = [t.abs() for t in operands if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
-        floor = 1e-3 * min((float(s.max()) for s in sizes), default=0.0)
-        off = relative_error(self.case.gather(result, state), whole, floor)
-        if off > TOLERANCE.get(whole.dtype, TOLERANCE[torch.float64]):
-            raise _Found(f"{name} ({n.target}) {where}, in state {state}, off by {off:.1e}")
+        return list(Interpreter(module).run(*self.verifier.coordinates, *inputs, enable_io_processing=False))

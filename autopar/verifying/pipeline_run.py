@@ -6,7 +6,7 @@ ranks take turns, and where none can go on although passes are left, the schedul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from autopar.codegen.stage_types import Message, PipelineProgram, StagePass, Sta
 from autopar.errors import VerifyError
 from autopar.runtime.execute import bind_groups
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS, Action, Order
+from autopar.verifying.pipeline_case import Values
 
-Values = Mapping[str, torch.Tensor]
 # Runs the graph of a pass: (stage, micro-batch, "forward" | "backward" | "weights", inputs) -> results.
 Runner = Callable[[int, int, str, list[Any]], Sequence[Any]]
 _DOWN, _UP = "forward", "backward"

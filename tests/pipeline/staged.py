@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pytest
@@ -19,11 +17,11 @@ from autopar.codegen.stage_types import PipelineProgram
 from autopar.codegen.stages import emit_stages
 from autopar.cost.model import CostModel
 from autopar.plans import Plan
-from autopar.sample import sample_values
 from autopar.simulating.schedules import schedule_orders
 from autopar.trace import Trace, trace
-from autopar.verification import VerifyReport, run_reference
-from autopar.verifying.pipeline import StagedCase, verify_pipeline
+from autopar.verification import VerifyReport
+from autopar.verifying.pipeline import verify_pipeline
+from autopar.verifying.pipeline_case import StagedCase, staged_case
 from tests.parity.simulate import cluster
 from tests.widen import widened
 
@@ -32,36 +30,24 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Whole:
-    """A model and its batch: the widened trace, and loss and gradients of the single device on all of it."""
+    """A model, its whole batch, and the widened trace of both."""
 
     model: nn.Module
     call: Call
     traced: Trace
-    values: dict[str, torch.Tensor]
-    loss: torch.Tensor
-    grads: dict[str, torch.Tensor]
 
     @staticmethod
     def of(model: nn.Module, call: Call) -> Whole:
-        """Trace a model and run its reference."""
-        traced = widened(trace(model, call))
-        values = sample_values(traced, model, call, seed=0)
-        expected = run_reference(traced, values)
-        assert traced.loss is not None
-        grads = {fqn: expected[node] for fqn, node in traced.grads.items()}
-        return Whole(model, call, traced, values, expected[traced.loss], grads)
+        """Trace a model."""
+        return Whole(model, call, widened(trace(model, call)))
 
-    @cached_property
-    def batch(self) -> int:
-        """Samples in the batch."""
-        return next(i.shape[0] for i in self.traced.inputs if i.batch_dim == 0)
-
-    def part(self, index: int, count: int) -> Call:
-        """The call with micro-batch `index` of `count`."""
+    def micro_batch(self, count: int) -> Call:
+        """The call with the first of `count` micro-batches."""
+        batch = next(i.shape[0] for i in self.traced.inputs if i.batch_dim == 0)
 
         def cut(value: Any) -> Any:
-            own = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == self.batch
-            return value.chunk(count)[index] if own else value
+            own = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
+            return value.chunk(count)[0] if own else value
 
         return tuple(cut(a) for a in self.call[0]), {k: cut(v) for k, v in self.call[1].items()}
 
@@ -76,39 +62,35 @@ class Cut:
     program: PipelineProgram
     micro_batches: int
 
-    def case(self, weights: Sequence[float] | None = None) -> StagedCase:
-        """What `verify_pipeline` takes."""
-        count = self.micro_batches
-        batches = [self.values(index) for index in range(count)]
-        return StagedCase(self.traced, self.plan.decisions, self.program, batches, weights or [1 / count] * count)
-
-    def values(self, index: int) -> dict[str, torch.Tensor]:
-        """Values of the placeholders for one micro-batch."""
-        values = sample_values(self.traced, self.whole.model, self.whole.part(index, self.micro_batches), seed=0)
-        return {k: v.clone() for k, v in values.items()}
+    def case(self) -> StagedCase:
+        """With values and what the single device makes of them."""
+        whole = self.whole
+        return staged_case(whole.model, whole.call, whole.traced, self.traced, self.plan.decisions, self.program)
 
     def verify(self, schedule: str, ranks: int, case: StagedCase | None = None) -> VerifyReport:
         """Run a schedule on so many pipeline ranks."""
         orders = schedule_orders(schedule, ranks, self.micro_batches, len(self.program.stages) // ranks)
-        return verify_pipeline(case or self.case(), orders, self.whole.loss, self.whole.grads)
+        return verify_pipeline(case or self.case(), orders)
 
 
 def staged(
     whole: Whole,
-    stages: Sequence[int] | StageNodes,
+    stages: Sequence[int] | Callable[[Trace], StageNodes],
     mesh: tuple[int, ...],
     micro_batches: int,
     monkeypatch: pytest.MonkeyPatch,
+    *,
+    reduce_each: bool = False,
     **options: Any,
 ) -> Cut:
-    """Plan one micro-batch on the mesh of a stage, emit, cut."""
-    call = whole.part(0, micro_batches)
-    traced = widened(trace(whole.model, call))
+    """Plan one micro-batch on the mesh of a stage, emit, cut: by blocks, or as a function of the trace says."""
+    call = whole.micro_batch(micro_batches)
+    traced = widened(trace(whole.model, call)) if micro_batches > 1 else whole.traced
     monkeypatch.setattr(autopar.api, "trace", lambda model, call: traced)
     pin = options.pop("pin", {"mesh": list(mesh)} if mesh else None)
     plan = autopar.plan(whole.model, cluster(mesh), example_inputs=call, pin=pin, **options)
     assert plan.mesh == mesh
-    nodes = stages if isinstance(stages, StageNodes) else stages_by_blocks(traced, stages)
-    program = emit_stages(traced, plan.decisions, mesh, CostModel(plan.cluster, mesh), nodes)
-    assert math.prod(program.mesh) == math.prod(mesh)
+    nodes = stages(traced) if callable(stages) else stages_by_blocks(traced, stages)
+    costs = CostModel(plan.cluster, mesh)
+    program = emit_stages(traced, plan.decisions, mesh, costs, nodes, reduce_each=reduce_each)
     return Cut(whole, traced, plan, program, micro_batches)

@@ -120,17 +120,20 @@ def micro_batches_of(whole: Trace, traced: Trace) -> int:
 def _micro_batch(whole: Trace, traced: Trace, values: Values, index: int, count: int) -> dict[str, torch.Tensor]:
     """The values of one micro-batch's placeholders, from those of the whole batch."""
     found = {}
-    for a, b in (
-        *zip(whole.params, traced.params, strict=True),
-        *zip(whole.buffers, traced.buffers, strict=True),
-        *zip(whole.constants, traced.constants, strict=True),
-    ):
-        if a.shape != b.shape:
-            raise PlanMismatch(f"{a.node} has shape {a.shape} in the whole batch and {b.shape} in a micro-batch")
-        found[b.node] = values[a.node].clone()
-    for mine, theirs in zip(whole.inputs, traced.inputs, strict=True):
-        value = values[mine.node]
-        found[theirs.node] = value.chunk(count)[index] if mine.batch_dim == 0 else value
-    for name, theirs_name in zip(whole.tangents, traced.tangents, strict=True):
-        found[theirs_name] = values[name]
+    for (name, shape), (theirs, their_shape) in zip(_shared(whole), _shared(traced), strict=True):
+        if shape != their_shape:
+            raise PlanMismatch(f"{name} has shape {shape} in the whole batch and {their_shape} in a micro-batch")
+        found[theirs] = values[name].clone()
+    for info, part in zip(whole.inputs, traced.inputs, strict=True):
+        value = values[info.node]
+        found[part.node] = value.chunk(count)[index] if info.batch_dim == 0 else value
+    for name, theirs in zip(whole.tangents, traced.tangents, strict=True):
+        found[theirs] = values[name]
     return found
+
+
+def _shared(trace: Trace) -> list[tuple[str, tuple[int, ...]]]:
+    """What all micro-batches take: (placeholder, shape)."""
+    found = [(p.node, p.shape) for p in trace.params]
+    found += [(b.node, b.shape) for b in trace.buffers]
+    return found + [(c.node, c.shape) for c in trace.constants]

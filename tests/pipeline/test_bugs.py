@@ -71,7 +71,7 @@ def test_micro_batches_that_are_swapped() -> None:
 
 def test_a_wrong_weight() -> None:
     case = llama().case()
-    with pytest.raises(VerifyError, match="loss is off .* it is how losses are weighed"):
+    with pytest.raises(VerifyError, match=r"loss is off .* it is how losses are weighed"):
         verify_pipeline(replace(case, weights=[0.5, 0.25]), schedule_orders("gpipe", 2, MICRO_BATCHES))
 
 
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_lost() -> None:
     stage = llama().program.stages[0]
 
     def change(nodes: list[fx.Node]) -> None:
-        first, second, *rest = nodes[-1].args[0]  # type: ignore[misc]
+        _, second, *rest = nodes[-1].args[0]  # type: ignore[misc]
         nodes[-1].args = ((second, second, *rest),)
 
     weights = replace(stage.weights, graph=altered(stage.weights.graph, change))

@@ -15,17 +15,16 @@ from autopar.predicting.stages import Stage, kept_of, kept_on
 from autopar.predicting.table import Part
 from autopar.predicting.work import Work
 
-# What a step takes beyond its tensors. All fitted to every other run of eager training with nanotron on H100
-# (benchmarks/data/h100_sweep.json); the other half is as close.
-_FRAGMENTATION = 0.11  # of what is kept from forward to backward: blocks of the caching allocator cut to the wrong size
-_WORKSPACES = 1 << 28  # of cuBLAS and the like
-_AT_PEAK = 0.75  # of a micro-batch's own gradients, and of a copy for the ranks that share them: there while most of
-# what was kept still is. The copy: buckets of DistributedDataParallel, or what ZeRO gathers
-_IN_FLIGHT = 2.2  # whole activations beside what is kept, for each micro-batch in flight, with tensor parallelism
+# What a step takes beyond its tensors. All fitted to every other run of eager training with nanotron on H100, by the
+# peak of its first stage, which is what it logs (benchmarks/data/h100_sweep.json); the other half is as close.
+_FRAGMENTATION = 0.08  # of what is kept from forward to backward: blocks of the caching allocator cut to the wrong size
+_WORKSPACES = 192 << 20  # of cuBLAS and the like
+_AT_PEAK = 0.78  # of a micro-batch's own gradients, and of what ZeRO gathers: there while most of what was kept still is
+_IN_FLIGHT = 2.25  # whole activations beside what is kept, for each micro-batch in flight, with tensor parallelism
 # A buffer of a collective comes back to torch's allocator when the device is done with it, not the host. A host that is
 # ahead of the device (as far as about a thousand launches, CUDA's queue) has made so many more by then ...
-_AHEAD = 35.0  # whole activations
-_AHEAD_FROM, _AHEAD_TO = 0.6, 0.8  # ... where the device takes this share of the host's time in the forward pass
+_AHEAD = 49.0  # whole activations
+_AHEAD_FROM, _AHEAD_TO = 0.7, 1.0  # ... where the device takes this share of the host's time
 _AHEAD_ROOM = 0.8  # of a device's memory: beyond it the allocator waits for buffers instead of asking for more
 
 
@@ -72,7 +71,7 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
         gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
     beside = 0.0
     if run.accumulates_apart and precision.gradient > precision.parameter:
-        beside = _AT_PEAK * precision.parameter * (2 if replicas > 1 else 1)
+        beside = precision.parameter * (_AT_PEAK + _copied(layout.zero) * (replicas > 1))
     flights = in_flight(layout, job.micro_batches, at)
     found = StageMemory(
         parameters=numbers * precision.parameter / (replicas if layout.zero == 3 else 1) + gathered,
@@ -95,12 +94,21 @@ def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:
 
 
 def _ahead(job: Job, stage: Stage) -> float:
-    """How far the host is ahead of the device in the forward pass, 0 to 1; always where collectives span nodes."""
-    if job.layout.pp == 1 and job.layout.tp > job.cluster.devices_per_node:
-        return 1.0
-    work = sum((job.pricer.work(p.forward, job.shape) * times for p, times in stage.parts(job.table)), Work())
+    """How far the host is ahead of the device, 0 to 1."""
+    work = Work()
+    for part, times in stage.parts(job.table):
+        for one in (part.forward, part.backward):
+            work += job.pricer.work(one, job.shape) * times
     share = (work.kernels_s + work.messages_s) / work.host_s if work.host_s else _AHEAD_TO
     return min(1.0, max(0.0, (share - _AHEAD_FROM) / (_AHEAD_TO - _AHEAD_FROM)))
+
+
+def _copied(zero: int) -> float:
+    """The share of gradients or parameters that is there a second time, for the ranks that share them.
+
+    Without ZeRO the buckets of DistributedDataParallel, always; else what the ranks gather.
+    """
+    return 1.0 if zero == 0 else _AT_PEAK
 
 
 def rises(part: Part, job: Job) -> tuple[float, float]:

@@ -115,10 +115,10 @@ class Pricer:
         seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
         messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
         messages = len(of.messages) if shape.tensor > 1 else 0
-        stall_s = self.run.pipeline_stall_s * shape.tensor if shape.far_pipeline else 0.0
+        far_s = self.run.far_tensor_s * shape.tensor if shape.tensor > self.cluster.devices_per_node else 0.0
+        stall_s = self.run.pipeline_stall_s * shape.tensor + far_s if shape.far_pipeline else 0.0
         host_s = self._host_s(of, messages) + messages * stall_s
-        if shape.tensor > self.cluster.devices_per_node:
-            messages_s += messages * self.run.far_tensor_s * shape.tensor
+        messages_s += messages * far_s
         shown_s = max(0.0, self._ring_s(of, shape) - attention_s / self.device.step_fraction)
         shown_s *= (shape.context - 1) / shape.context
         return Work(seconds, messages_s + shown_s, host_s, float(works.sum()), shown_s)

@@ -61,9 +61,16 @@ FRAMEWORKS = {
     # Composer: DEFAULT reduces in float32, PURE in the dtype of compute; FSDP reduces beside the backward pass
     "llm-foundry FSDP DEFAULT": Framework("float32", run=(("overlap", True),)),
     "llm-foundry FSDP PURE": Framework(None, run=(("overlap", True),)),
-    # HybridZeroOptimizer reduces in the model's dtype; configs/7B_sft.py: overlap_sync_grad, reduce_bucket_size of
-    # 512 MiB, tensor mode "mtp" (no sequence parallelism); install.md: flash-attention 1.0.5
-    "InternEvo": Framework(None, sp=False, first_flash=True, run=(("overlap", True), ("bucket_bytes", 512 << 20))),
+    # HybridZeroOptimizer (hybrid_zero_optim.py) all-reduces in the model's dtype, gives whole parameters to ranks
+    # (_partition_param_list), which broadcast them (broadcast_params); configs/7B_sft.py: overlap_sync_grad,
+    # reduce_bucket_size of 512 Mi numbers, tensor mode "mtp" (no sequence parallelism); install.md: flash-attention
+    # 1.0.5
+    "InternEvo": Framework(
+        None,
+        sp=False,
+        first_flash=True,
+        run=(("overlap", True), ("bucket_bytes", 1 << 30), ("reduces_whole", True), ("owners", True)),
+    ),
     "torchtitan": Framework("float32", run=(("overlap", True),)),  # its mixed precision reduces in float32
     # scaling_benchmarks.py: ACCUMULATE_GRAD_IN_FP32 = True; models/base.py: build_model gives blocks to stages;
     # trainer.py: with ZeRO, sync_gradients_across_dp(reduce_scatter=False)

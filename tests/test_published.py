@@ -97,7 +97,14 @@ def test_torchtitan_prints_tokens_of_one_device() -> None:
         ("bloom-sweep-002", {"accumulates_apart": True, "reduces_whole": True}),
         (
             "internevo-7B-ckpt-16",
-            {"overlap": True, "bucket_bytes": 512 << 20, "attention_factor": 2.0, "zero_ranks": 8},
+            {
+                "overlap": True,
+                "bucket_bytes": 1 << 30,
+                "reduces_whole": True,
+                "owners": True,
+                "attention_factor": 2.0,
+                "zero_ranks": 8,
+            },
         ),
     ],
 )

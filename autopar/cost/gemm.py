@@ -20,8 +20,11 @@ are those of Vidur's profiles of Llama 2 on A100 and H100 (Agrawal et al. 2024; 
 median error 2 %, at most 14 %. `tests/cost/test_gemm.py` holds the model to a sample of both.
 
 Holds exactly: the time never falls when m, n, k or batch grow, because it does not for any kernel; and a product of no
-elements is free. It steps with m and n (whole tiles) and k (whole steps of the main loop). Operands that are not
-aligned to 16 bytes, for which libraries have slower kernels, are priced as if they were.
+elements is free. It steps with m and n (whole tiles) and k (whole steps of the main loop).
+
+Not so for batches of narrow operands (below float32) whose rows are not whole multiples of 16 bytes: libraries then
+take kernels with the smallest tiles, which do for any alignment, at a share of the peak (`_UNALIGNED`). One such
+product alone is priced as if it were aligned: what makes one is the vocabulary, which frameworks pad.
 
 A device whose `multiprocessors` are unknown goes by FLOPs and bytes alone, one whose products were measured by its
 curve; both without the launch, which is not in the figures here.
@@ -55,6 +58,9 @@ _TILE_AXES = tuple(np.array(column, np.float64)[:, None] for column in zip(*_TIL
 _PIECE_AXIS = np.array(_PIECES, np.float64)[None]  # [1, pieces]
 _STEP = 64  # of k, that the main loop takes at a time
 _PIECES_S = 2e-6  # a second pass over the result
+# From the runs of BigScience on A100 (benchmarks/data/runs.json) with heads of 108 numbers, against those with 112 and
+# 144: the products of attention take 10 to 15 times longer there.
+_UNALIGNED = 0.05
 _CACHE_SPEEDUP = 2.5  # the pieces of the result stay in the second-level cache, which is so much faster than memory
 
 
@@ -79,10 +85,18 @@ def gemm_times_s(device: DeviceSpec, m: Sizes, n: Sizes, k: Sizes, batch: Sizes,
         sustained_s = flops / (device.peak_flops(dtype) * device.matmul_efficiency_fraction)
         if device.multiprocessors:
             compute_s = np.maximum(_tiled_s(device, m, n, k, batch, dtype), sustained_s)
+            slow = (batch > 1) & ~_aligned(n, k, dtype)
+            compute_s = np.maximum(compute_s, np.where(slow, flops / (device.peak_flops(dtype) * _UNALIGNED), 0.0))
             seconds = device.matmul_start_s + np.maximum(compute_s, memory_s)
         else:
             seconds = np.maximum(sustained_s + device.matmul_ramp_s, memory_s)
     return np.where(batch * m * n > 0, seconds, 0.0)
+
+
+def _aligned(n: Seconds, k: Seconds, dtype: str) -> npt.NDArray[np.bool_]:
+    """Whether rows of n and of k numbers are whole multiples of 16 bytes; wide types have kernels for any."""
+    wide = np.full(n.shape, itemsize(dtype) >= 4)
+    return wide | ((n * itemsize(dtype) % 16 == 0) & (k * itemsize(dtype) % 16 == 0))
 
 
 def _tiled_s(device: DeviceSpec, m: Seconds, n: Seconds, k: Seconds, batch: Seconds, dtype: str) -> Seconds:

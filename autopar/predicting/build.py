@@ -256,6 +256,7 @@ class _Builder(Reading):
             boundary=self._boundary(forward),
             parameters=total([self._numbers(p) for p in used]),
             tied=total([self._numbers(p) for p in used if p in others]),
+            tensors=len(used),
         )
 
     def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], shown: Floats, *, backward: bool) -> Pass:

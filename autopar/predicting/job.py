@@ -57,6 +57,10 @@ class Job:
             numbers -= float(self.table.after.tied @ weights)
         return numbers
 
+    def tensors(self, stage: Stage) -> int:
+        """Parameters of one rank of the stage, by the piece."""
+        return sum(times * part.tensors for part, times in stage.parts(self.table))
+
     def streaming_s(self, nbytes: float) -> float:
         """Seconds to read and write that much memory."""
         device = self.cluster.device

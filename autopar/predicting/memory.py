@@ -19,7 +19,7 @@ from autopar.predicting.work import Work
 # peak of its first stage, which is what it logs (benchmarks/data/h100_sweep.json); the other half is as close.
 _FRAGMENTATION = 0.08  # of what is kept from forward to backward: blocks of the caching allocator cut to the wrong size
 _WORKSPACES = 192 << 20  # of cuBLAS and the like
-_AT_PEAK = 0.78  # of a micro-batch's own gradients, and of what ZeRO gathers: there while most of what was kept still is
+_AT_PEAK = 0.78  # of a micro-batch's own gradients, and of what ZeRO gathers: there while most of what was kept is
 _IN_FLIGHT = 2.25  # whole activations beside what is kept, for each micro-batch in flight, with tensor parallelism
 # A buffer of a collective comes back to torch's allocator when the device is done with it, not the host. A host that is
 # ahead of the device (as far as about a thousand launches, CUDA's queue) has made so many more by then ...

@@ -39,10 +39,22 @@ def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     if job.run.overlap:
         hidden = work.whole_backward.seconds
         seconds = max(seconds - hidden, seconds / max(1, stage.blocks + 1))
-    gather_s = 0.0
-    if job.layout.zero:
-        gather_s = _in_messages(job, "all_gather", numbers * job.precision.parameter, bucket, job.zero_axis)
-    return seconds + gather_s + exchange_s
+    count, each_s = returned(job, stage)
+    return seconds + count * each_s + exchange_s
+
+
+def returned(job: Job, stage: Stage) -> tuple[int, float]:
+    """With ZeRO stage 1 and 2, the parameters' way from the ranks that updated them to the others.
+
+    (number of messages, seconds of each).
+    """
+    if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
+        return 0, 0.0
+    nbytes = job.numbers(stage) * job.precision.parameter
+    if not job.run.owners:
+        return messages(job, "all_gather", nbytes, job.run.bucket_bytes, job.zero_axis)
+    owners = min(job.zero_axis.size, job.tensors(stage))
+    return owners, collective_time_s("broadcast", nbytes / owners, job.zero_axis, job.cluster)
 
 
 def tied_s(job: Job, stage: Stage) -> float:

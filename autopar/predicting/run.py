@@ -21,13 +21,15 @@ class Run:
     reduces_whole: with ZeRO stage 1 and 2, gradients are all-reduced, not reduce-scattered.
     bucket_bytes: of gradients and of parameters that travel together.
     zero_ranks: among how many neighbouring data-parallel ranks ZeRO stage 1 shares the optimizer's state; None: all.
+    owners: with ZeRO stage 1, a rank owns whole parameters, which it broadcasts by itself to the others.
     accumulates_apart: gradients are added to their sum by a kernel of its own, not by the product that makes them.
     pipeline_stall_s: where a pipeline spans nodes, what each collective of a tensor group costs the host on top, for
         each rank of the group. Observed, not explained: in the nanotron sweep on H100 (benchmarks/data/h100_sweep.json)
         such runs have a floor of 14, 25, 50 and 100 ms a layer and micro-batch with 4, 8, 16 and 32 ranks, whatever the
         width of the model and the micro-batch; on one node, and without a pipeline, it is 4.4 ms.
     far_tensor_s: where a tensor group spans nodes, what each of its collectives takes on top, for each rank of it.
-        Observed on the same runs: a floor of 7 and 16 ms a layer and micro-batch with 16 and 32 ranks.
+        Observed on the same runs: a floor of 7 and 16 ms a layer and micro-batch with 16 and 32 ranks. In a pipeline
+        the host waits for it, too.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
     holds_buffers: the allocator gets buffers of collectives back when the device is done with them (`memory.py`).
     """
@@ -41,6 +43,7 @@ class Run:
     reduces_whole: bool = False
     bucket_bytes: int = 100 << 20
     zero_ranks: int | None = None
+    owners: bool = False
     accumulates_apart: bool = True
     pipeline_stall_s: float = 2.2e-4
     far_tensor_s: float = 4e-5

@@ -83,7 +83,7 @@ class Part:
         makes once more. kept_products: only what attention and every other product made; `again_products` makes the
         rest. gathered: copies that sequence parallelism gathers and that may be kept, too.
     boundary: bytes that go on to the next part, all that full recomputation keeps of a block.
-    parameters: how many numbers; tied: those among them that another part uses as well.
+    parameters: how many numbers; tied: those among them that another part uses as well. tensors: how many of these.
     """
 
     forward: Pass
@@ -97,6 +97,7 @@ class Part:
     boundary: Floats
     parameters: Floats
     tied: Floats
+    tensors: int
 
 
 @dataclass(frozen=True)

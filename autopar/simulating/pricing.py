@@ -13,7 +13,7 @@ from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
-from autopar.predicting.reductions import messages, reduction, tied_s
+from autopar.predicting.reductions import messages, reduction, returned, tied_s
 from autopar.predicting.stages import Stage, again_work, kept_of, run_again
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s
 from autopar.predicting.table import Part, Pass
@@ -200,11 +200,7 @@ class _StagePricer:
         return found
 
     def _returned_s(self) -> tuple[float, ...]:
-        job = self.job
-        if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
-            return ()
-        nbytes = job.numbers(self.stage) * job.precision.parameter
-        count, seconds = messages(job, "all_gather", nbytes, job.run.bucket_bytes, job.zero_axis)
+        count, seconds = returned(self.job, self.stage)
         return (seconds,) * count
 
     # -- memory -----------------------------------------------------------------------------

@@ -110,6 +110,19 @@ def test_a_long_sum_is_cut_to_fill_the_device():
     assert seconds < 0.4 * alone
 
 
+def test_batches_of_unaligned_rows_are_slow():
+    """Heads of 108 numbers in half precision are 216 bytes, not a multiple of 16; those of 112 are 224."""
+    attention = (2048, 2048, 108, 64)
+    seconds = gemm_time_s(A100, *attention, "float16")
+    assert seconds > 5 * gemm_time_s(A100, 2048, 2048, 112, 64, "float16")
+    assert seconds == pytest.approx(2 * math.prod(attention) / (0.05 * A100.peak_flops("float16")), rel=0.01)
+    assert gemm_time_s(A100, 2048, 108, 2048, 64, "float16") > 5 * gemm_time_s(A100, 2048, 112, 2048, 64, "float16")
+    one, aligned = (gemm_time_s(A100, 2048, 2048, k, 1, "float16") for k in (108, 112))
+    assert one <= aligned
+    wide, aligned = (gemm_time_s(A100, 2048, 2048, k, 64, "float32") for k in (108, 112))
+    assert wide <= aligned
+
+
 def test_arrays_and_numbers_agree_and_nothing_is_free():
     m, n = np.array([[128], [4096]]), np.array([0, 1, 5000])
     times = gemm_times_s(A100, m, n, 1024, 2, "float16")

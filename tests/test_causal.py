@@ -66,13 +66,35 @@ OTHERS: dict[str, Callable[..., torch.Tensor]] = {
     "lt": lambda k, q, x: bias((k < q) | (k == 0), -torch.inf),
     "forward": lambda k, q, x: bias(q <= k, -torch.inf),
     "shifted": lambda k, q, x: bias(k <= q + 1, -torch.inf),
-    "narrow window": lambda k, q, x: bias((k <= q) & (k > q - 4), -torch.inf),
     "two sequences": lambda k, q, x: bias((k <= q) & ((k > 7) == (q > 7)), -torch.inf),
     "small": lambda k, q, x: bias(k <= q, -1.0),
     "upside down": lambda k, q, x: torch.where(k <= q, torch.full((), -torch.inf), torch.full((), 0.0)),
     "of the input": lambda k, q, x: bias((k <= q) & (x[:, None, None, :, 0] > 0), -torch.inf),
+    "window of the future": lambda k, q, x: bias((q <= k) & (k < q + 4), -torch.inf),
     "everything": lambda k, q, x: bias(k < q + SEQ, -torch.inf),
 }
+
+
+WINDOWS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
+    "gt": (4, lambda k, q, x: bias((k <= q) & (k > q - 4), -torch.inf)),
+    "ge": (5, lambda k, q, x: bias((q >= k) & (k >= q - 4), LOWEST)),
+    "distance": (3, lambda k, q, x: bias((k <= q) & (q < k + 3) & (k > q - 9), -torch.inf)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_computed_without_a_mask(name: str) -> None:
+    window, make = WINDOWS[name]
+    nodes = [n for n in traced(make).graph_module.graph.nodes if "block_attention" in str(n.target)]
+    assert [n.args[n.args.index(True) + 1] for n in nodes] == [window, window]
+    torch.manual_seed(0)
+    model, x = Masked(make), torch.randn(2, SEQ, 8)
+    loss = model(x)
+    loss.backward()
+    found = trace(model, ((x,), {})).graph_module(model.weight.detach(), x, torch.tensor(1.0))
+    flat = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+    assert any(t.shape == () and torch.allclose(t, loss.detach(), rtol=1e-6) for t in flat)
+    assert any(t.shape == (8,) and torch.allclose(t, model.weight.grad, rtol=1e-5) for t in flat)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CAUSAL)

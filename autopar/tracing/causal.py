@@ -1,9 +1,10 @@
-"""Attention with a mask that says no more than "look back only" becomes causal attention.
+"""Attention with a mask that says no more than "look back only", or "so far back", becomes attention without a mask.
 
 Models of transformers build their causal mask as a tensor [batch, 1, query, key], from positions that are numbered in
 the graph itself. Given to a fused attention op, it costs reading, and the half of the scores that it hides is computed
-all the same. Where the mask is causal for sure the op's own causal mode takes its place. The numbers are the same: what
-the mask hid had weight 0.
+all the same. Where the mask is causal for sure the op's own causal mode takes its place. Where it is a window (keys at
+most so many behind) `autopar::block_attention` does, which computes what is seen. The numbers are the same, up to the
+order of sums: what the mask hid had weight 0.
 
 What is known of a mask follows from small tensors that depend on no input (positions, packed-sequence numbers), which
 are computed here, and from how comparisons, conjunctions and `where` combine them. The mask itself is never made: it
@@ -12,16 +13,19 @@ has as many elements as there are pairs of tokens.
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from autopar.blockwise import ours
+
 aten = torch.ops.aten
 _MOST_ELEMENTS = 2**20  # of a tensor that is computed here
 _FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_WINDOWED, _WINDOWED_BACKWARD = ours.block_attention.default, ours.block_attention_backward.default
 _DEFAULTS = (None, None, None, 0.0, False)  # of the forward op's arguments: query, key, value, dropout_p, is_causal
 _ANDS = (aten.bitwise_and.Tensor, aten.logical_and.default)
 _SPREADS = (aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.clone.default)
@@ -34,25 +38,44 @@ _POSITIONS = (
 )  # fmt: skip
 
 
-class Mask(Enum):
-    """What a mask lets through: everything, or keys that are not after the query."""
+@dataclass(frozen=True)
+class Mask:
+    """What a mask lets through: key k of query q where k <= q + ahead, and q - k < window. None: no such limit."""
 
-    ALL = "all"
-    CAUSAL = "causal"
+    ahead: int | None = None
+    window: int | None = None
+
+    def both(self, other: Mask) -> Mask:
+        """What both let through."""
+        return Mask(*(_least(a, b) for a, b in ((self.ahead, other.ahead), (self.window, other.window))))
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+ALL = Mask()
 
 
 def use_causal_attention(graph: fx.Graph) -> None:
-    """Give fused attention its causal mode where its mask is causal; the mask is left without a user."""
+    """Let fused attention do by itself what its mask says, where that is known; the mask is left without a user."""
     facts = _Facts()
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         mask = node.kwargs.get("attn_mask") if node.target in (_FORWARD, _BACKWARD) else None
         if not isinstance(mask, fx.Node) or not _has_as_many_keys_as_queries(node):
             continue
         place = 4 if node.target is _FORWARD else 7  # of is_causal among the arguments
         args = (*node.args, *_DEFAULTS[len(node.args) :]) if node.target is _FORWARD else node.args
-        if not args[place] and facts.mask(mask) is Mask.CAUSAL:
+        seen, keys = facts.mask(mask), mask.meta["val"].shape[-1]
+        if args[place] or args[place - 1] or seen is None or seen.ahead != 0:
+            continue
+        if seen.window is None or seen.window >= keys:
             node.args = (*args[:place], True)
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
+        elif seen.window > 0:
+            node.target = _WINDOWED if node.target is _FORWARD else _WINDOWED_BACKWARD
+            node.args = (*args[: place - 1], None, [0], [0], True, seen.window, node.kwargs.get("scale"))
+            node.kwargs = {}
 
 
 def _has_as_many_keys_as_queries(node: fx.Node) -> bool:
@@ -98,13 +121,14 @@ class _Facts:
             return self.mask(node.args[0])  # type: ignore[arg-type]
         if target in _ANDS:
             sides = [self.mask(side) for side in node.args]  # type: ignore[arg-type]
-            return None if None in sides else Mask.CAUSAL if Mask.CAUSAL in sides else Mask.ALL
+            left, right = sides
+            return None if left is None or right is None else left.both(right)
         if target is aten.where.self:
             return self._bias(*node.args)
         if target in (aten.le.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.gt.Tensor, aten.eq.Tensor):
             return self._comparison(target, *node.args)
         known = self.value(node)
-        return Mask.ALL if known is not None and known.dtype == torch.bool and bool(known.all()) else None
+        return ALL if known is not None and known.dtype == torch.bool and bool(known.all()) else None
 
     def _bias(self, condition: Any, shown: Any, hidden: Any) -> Mask | None:
         """`where(mask, 0, -inf)`, or the lowest number there is."""
@@ -122,11 +146,28 @@ class _Facts:
             a, b, target = b, a, aten.le.Tensor if target is aten.ge.Tensor else aten.lt.Tensor
         low_a, high_a, low_b, high_b = a.min(), a.max(), b.min(), b.max()
         if target is aten.eq.Tensor:
-            return Mask.ALL if bool((low_a == high_a) & (low_b == high_b) & (low_a == low_b)) else None
+            return ALL if bool((low_a == high_a) & (low_b == high_b) & (low_a == low_b)) else None
         if bool(target(high_a, low_b)):
-            return Mask.ALL
-        causal = target is aten.le.Tensor and _counts(a, -1) and _counts(b, -2) and a.shape[-1] == b.shape[-2]
-        return Mask.CAUSAL if causal else None
+            return ALL
+        strict = int(target is aten.lt.Tensor)
+        left, right = _first_of(a), _first_of(b)
+        if left is None or right is None or left[0] == right[0]:
+            return None
+        if left[0] == _KEYS:  # key + left <= query + right
+            return Mask(ahead=right[1] - left[1] - strict)
+        return Mask(window=right[1] - left[1] + 1 - strict)  # query + left <= key + right
+
+
+_KEYS, _QUERIES = -1, -2
+
+
+def _first_of(positions: torch.Tensor) -> tuple[int, int] | None:
+    """(dim, n) of a tensor that holds n, n + 1, n + 2, ... along keys or queries and is the same along all else."""
+    if positions.dim() < 2 or positions.is_floating_point():
+        return None
+    first = int(positions.flatten()[0])
+    found = [dim for dim in (_KEYS, _QUERIES) if positions.shape[dim] > 1 and _counts(positions - first, dim)]
+    return (found[0], first) if len(found) == 1 else None
 
 
 def _counts(positions: torch.Tensor, dim: int) -> bool:

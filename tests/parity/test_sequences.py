@@ -2,24 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import pytest
+import torch
 
 from autopar.plans import Plan
 from autopar.rules.ring import RING, RING_BACKWARD
-from tests.models import ModelAndInputs, tiny_llama
+from tests.models import BATCH, HIDDEN, SEQ, VOCAB, ModelAndInputs, next_token_loss, tiny_llama
 from tests.parity.simulate import Case, assert_equal_to_eager, make_case, planned
 
-MODELS: dict[str, Callable[[], ModelAndInputs]] = {"llama": lambda: tiny_llama(layers=1)}
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "cp2": ((2,), {"cp": 2}),
     "cp4": ((4,), {"cp": 4}),
     "dp2-cp2": ((2, 2), {"dp": 2, "cp": 2}),
     "cp2-tp2": ((2, 2), {"cp": 2, "tp": 2}),
     "cp4-tp2": ((4, 2), {"cp": 4, "tp": 2}),
 }
+
+
+def padded_llama() -> ModelAndInputs:
+    """A Llama with a padding mask: some sequences end early."""
+    model, (args, kwargs) = tiny_llama(layers=1, kv_heads=2)
+    mask = torch.ones_like(kwargs["input_ids"])
+    mask[1::2, -4:] = 0
+    labels = kwargs["labels"].masked_fill(mask == 0, -100)
+    return model, (args, {**kwargs, "attention_mask": mask, "labels": labels})
+
+
+def tiny_gemma3() -> ModelAndInputs:
+    """A Gemma 3 of which one layer looks back four tokens, the other to the start."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        use_cache=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).to(torch.float64)
+        ids = torch.randint(0, VOCAB, (BATCH, SEQ))
+    model.loss_function = next_token_loss
+    return model, ((), {"input_ids": ids, "labels": ids.clone()})
+
+
+def tiny_gpt2() -> ModelAndInputs:
+    """A GPT-2: learned positions, tied embeddings, biases."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=SEQ, n_embd=HIDDEN, n_layer=1, n_head=8, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).to(torch.float64)
+        ids = torch.randint(0, VOCAB, (BATCH, SEQ))
+    model.loss_function = next_token_loss
+    return model, ((), {"input_ids": ids, "labels": ids.clone()})
+
+
+MODELS: dict[str, Callable[[], ModelAndInputs]] = {
+    "llama": lambda: tiny_llama(layers=1),
+    "grouped": lambda: tiny_llama(layers=1, kv_heads=2),
+    "padded": padded_llama,
+    "gemma3": tiny_gemma3,
+    "gpt2": tiny_gpt2,
+}
+QUICK = {("llama", layout) for layout in LAYOUTS} | {("gemma3", "cp2"), ("padded", "cp2"), ("grouped", "cp2")}
 
 
 @cache
@@ -33,8 +95,14 @@ def lowerings(plan: Plan) -> set[str]:
     return {rule.lowering for decision in plan.decisions.nodes.values() for rule in decision.rules}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+def cases() -> Iterator[Any]:
+    """All models in all layouts, most of them slow."""
+    for name, layout in itertools.product(MODELS, LAYOUTS):
+        marks = () if (name, layout) in QUICK else (pytest.mark.slow,)
+        yield pytest.param(name, layout, marks=marks, id=f"{name}-{layout}")
+
+
+@pytest.mark.parametrize(("name", "layout"), list(cases()))
 def test_context_parallel(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, pin = LAYOUTS[layout]
     plan = planned(case(name), mesh, monkeypatch, pin=pin)

@@ -203,6 +203,15 @@ class _Emitter:
         return outputs, states
 
 
+def _mark_growth(source: fx.Node, converted: fx.Node) -> None:
+    """Note on the nodes of a conversion that its result is larger than what it began with."""
+    grows = converted.meta["val"].numel() > source.meta["val"].numel()
+    at = converted
+    while grows and at is not source:
+        at.meta["grows"] = True
+        at = next(i for i in at.all_input_nodes if not isinstance(i.meta["val"], int))
+
+
 def _lowered(
     builder: GraphBuilder, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]
 ) -> Sequence[fx.Node | None]:
@@ -298,6 +307,7 @@ class _Pass:
         self.builder.origin = operand.value
         alive = operand.node.op == "placeholder"
         converted = emit_path(self.builder, source, path, keep_source_alive=alive)
+        _mark_growth(source, converted)
         converted.meta["version"] = (operand.node.name, operand.index, state)
         return converted
 

@@ -41,6 +41,14 @@ _WRITES: dict[Any, Callable[..., Any]] = {
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
 
 
+def reuse_in(graph: fx.Graph) -> None:
+    """Let ops of one graph, whose inputs nobody may write to, write into operands that die with them."""
+    _Reuse(graph).run()
+    sink_views(graph)
+    sink_reduced(graph)
+    graph.lint()
+
+
 def write_in_place(program: EmittedProgram) -> None:
     """Let ops of both graphs write into operands that die with them; what was reduced so is waited for late."""
     forward = _Reuse(program.forward)

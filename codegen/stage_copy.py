@@ -11,6 +11,7 @@ from autopar.codegen.builder import GraphBuilder, is_collective
 from autopar.codegen.emit import Version
 from autopar.codegen.stage_demand import Side, Value
 from autopar.codegen.stage_types import StagePass
+from autopar.codegen.storages import storages
 
 
 class GraphCopy:
@@ -74,12 +75,19 @@ class GraphCopy:
             self.inputs.append(version)
         return self._taken[version]
 
+    def _still_true(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> bool:
+        """Whether the fake result of a node is that of its copy: operands alike, and no view."""
+        changed = [i for i, new in operands.items() if i.meta["val"] is not new.meta["val"]]
+        if not all(_alike(i.meta["val"], operands[i].meta["val"]) for i in changed):
+            return False
+        return not set(storages([node])) & set(storages(changed))
+
     def _copy(self, side: Side, node: fx.Node) -> fx.Node:
         operands = {i: self.result(Value(side, i)) for i in node.all_input_nodes}
         self.builder.origin = node.meta.get("origin")
         if is_collective(node):
             operands = {i: self.builder.contiguous(new) for i, new in operands.items()}
-        if all(_same(i.meta["val"], new.meta["val"]) for i, new in operands.items()):
+        if self._still_true(node, operands):
             made = self.builder.graph.node_copy(node, operands.__getitem__)
         else:  # a value that came by a message may lie in memory in another way
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
@@ -89,13 +97,13 @@ class GraphCopy:
 
 
 def received(tensor: torch.Tensor) -> torch.Tensor:
-    """The fake tensor of what arrives, of the same shape."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    """The fake tensor of what arrives."""
+    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _same(a: object, b: object) -> bool:
+def _alike(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+        return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b)

@@ -56,8 +56,8 @@ class LocalStages:
     """The stages of the nodes of the two emitted graphs, and where the inputs of the backward graph come from.
 
     A node belongs to the stage of the op that it was emitted for. Of no stage of their own are conversions of
-    parameters and inputs, numbers, views that are no smaller than what they look at, and what the backward pass
-    converts or runs again of the forward pass: whoever needs them makes them.
+    parameters and inputs, numbers, views and conversions that are no smaller than what they are made of, and what the
+    backward pass converts or runs again of the forward pass: whoever needs them makes them.
     """
 
     def __init__(self, emitted: EmittedProgram, stages: StageNodes, backward_ops: frozenset[str]) -> None:
@@ -107,7 +107,7 @@ class LocalStages:
 
     def made_at(self, node: fx.Node, stage: int) -> bool:
         """Whether a stage that needs a node's result makes it itself."""
-        return self.of[node] in (None, stage) or follows(node)
+        return self.of[node] in (None, stage) or follows(node) or bool(node.meta.get("grows"))
 
     def forward_twin(self, node: fx.Node, stage: int) -> fx.Node | None:
         """For what the backward pass runs again: the original, if another stage ran that."""

@@ -15,6 +15,8 @@ from torch import fx
 
 from autopar.codegen.builder import GraphBuilder
 from autopar.codegen.emit import EmittedProgram, Version, emit
+from autopar.codegen.inplace import reuse_in
+from autopar.codegen.overlap import overlap
 from autopar.codegen.stage_copy import GraphCopy, received
 from autopar.codegen.stage_demand import Demands, LocalStages, Side, Value, name_of
 from autopar.codegen.stage_gradients import split_gradients, summed_first, write_reductions
@@ -66,6 +68,10 @@ def cut_program(
     demands = Demands(local, outputs, [(f, s, summed[f, s]) for f, s, _ in gradients])
     cutter = _Cutter(trace, decisions, local, demands)
     written = cutter.write({(f, s): node for f, s, node in gradients})
+    for stage in written:
+        for graph in (stage.forward.graph, stage.backward.graph, stage.weights.graph, stage.reduce):
+            overlap(graph)
+            reuse_in(graph)
     return PipelineProgram(emitted.mesh, written, _owners(trace, written))
 
 

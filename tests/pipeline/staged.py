@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -66,6 +66,11 @@ class Cut:
         """With values and what the single device makes of them."""
         whole = self.whole
         return staged_case(whole.model, whole.call, whole.traced, self.traced, self.plan.decisions, self.program)
+
+    def again(self, nodes: StageNodes) -> Cut:
+        """The same plan, cut elsewhere."""
+        costs = CostModel(self.plan.cluster, self.plan.mesh)
+        return replace(self, program=emit_stages(self.traced, self.plan.decisions, self.plan.mesh, costs, nodes))
 
     def verify(self, schedule: str, ranks: int, case: StagedCase | None = None) -> VerifyReport:
         """Run a schedule on so many pipeline ranks."""

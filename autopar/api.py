@@ -44,7 +44,9 @@ from autopar.sample import sample_call
 from autopar.staged import StagedPlan
 from autopar.staging import check_runnable, stage_mesh
 from autopar.trace import Trace, graph_hash, trace
-from autopar.verification import VerifyReport, emit_for, verify
+from autopar.verification import VerifyReport, emit_for
+from autopar.verification import verify as verify_ops
+from autopar.verifying.staged import verify_staged
 
 __all__ = ["Plan", "Program", "Report", "VerifyReport", "compile", "plan", "verify"]
 
@@ -140,6 +142,17 @@ def compile(
     if at_once is not None:
         program.prepare(at_once)
     return program
+
+
+def verify(model: nn.Module, plan: Plan, *, example_inputs: Call | None = None, seed: int = 0) -> VerifyReport:
+    """Prove that the program of `plan` equals `model`; raises VerifyError naming the first node that differs.
+
+    example_inputs: (args, kwargs) to compare on; made up from the plan's shapes if not given.
+    """
+    if not isinstance(plan, StagedPlan):
+        return verify_ops(model, plan, example_inputs=example_inputs, seed=seed)
+    precision = plan.options.precision
+    return verify_staged(model, plan, example_inputs, seed, lambda one: _traced(model, one, precision), _plan_trace)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,17 +24,22 @@ def split_call(model: nn.Module, call: Call, micro_batches: int) -> list[Call]:
             f"{micro_batches} samples, or plan again"
         )
     rows = size // micro_batches
-    return [samples(model, call, index * rows, (index + 1) * rows) for index in range(micro_batches)]
+    return [
+        _each(call, size, lambda leaf, at=index * rows: leaf[at : at + rows])  # type: ignore[misc]
+        for index in range(micro_batches)
+    ]
 
 
-def samples(model: nn.Module, call: Call, start: int, stop: int) -> Call:
-    """A call with some of the samples: tensors whose dim 0 is that of the first tensor are cut, the rest is shared."""
-    size = batch_size(model, call)
+def repeated(model: nn.Module, call: Call, times: int) -> Call:
+    """A call with every sample so many times."""
+    return _each(call, batch_size(model, call), lambda leaf: torch.cat([leaf] * times))
 
-    def cut(leaf: torch.Tensor) -> torch.Tensor:
-        return leaf[start:stop] if leaf.dim() and leaf.shape[0] == size else leaf
 
-    found: Call = pytree.tree_map_only(torch.Tensor, cut, call)
+def _each(call: Call, size: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    """The call with its batches changed: tensors whose dim 0 is that of the first tensor. The rest is shared."""
+    found: Call = pytree.tree_map_only(
+        torch.Tensor, lambda leaf: change(leaf) if leaf.dim() and leaf.shape[0] == size else leaf, call
+    )
     return found
 
 

@@ -109,7 +109,7 @@ def _next_command(plan: Plan, path: Path) -> str:
     """What a person may want to do with the file."""
     from autopar.staged import StagedPlan
 
-    if isinstance(plan, StagedPlan):  # which no program can be made of yet
+    if isinstance(plan, StagedPlan) and plan.not_yet:
         return f"autopar explain {path} --html {path.with_suffix('.html')}"
     return f"autopar verify {path}"
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.batch_parts import Call, split_call
 from autopar.drawing import random_nodes
-from autopar.micro_batches import MicroBatchLoss
+from autopar.loss_weights import LossWeights
 from autopar.placements import State
 from autopar.runtime.binding import bind_inputs
 from autopar.runtime.parameters import torch_placements
@@ -35,7 +35,7 @@ class CompiledStages:
     params: Mapping[str, State]
     pipeline: RankPipeline
     meshes: StageMeshes
-    loss: MicroBatchLoss
+    loss: LossWeights
 
     @property
     def mesh(self) -> object:
@@ -59,7 +59,7 @@ class CompiledStages:
         like = next(n.meta["val"] for n in self.trace.graph_module.graph.nodes if n.name == tangent)
         weights = [
             torch.full(like.shape, weight, dtype=like.dtype, device=self.meshes.place.device)
-            for weight in self.loss.weights([{**shared, **part} for part in parts])
+            for weight in self.loss.of([{**shared, **part} for part in parts])
         ]
         batches = [{**part, tangent: weight} for part, weight in zip(parts, weights, strict=True)]
         device = self.plan.cluster.device.kind

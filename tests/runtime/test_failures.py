@@ -91,6 +91,21 @@ def test_a_rank_that_dies_is_named(victim: int, tmp_path: Path) -> None:
             assert other.seconds - ended[victim].seconds < LIMIT_S
 
 
+@pytest.mark.parametrize(
+    ("scenario", "count", "victim"),
+    [("stage", 3, 1), ("stage", 3, 2), pytest.param("program stage", 2, 1, marks=pytest.mark.slow)],
+)
+def test_a_stage_that_dies_is_named(scenario: str, count: int, victim: int, tmp_path: Path) -> None:
+    ended = ranks(SCRIPT, count, scenario, str(victim), out=tmp_path)
+    assert ended[victim].returncode == -9, texts(ended)
+    for rank, other in enumerate(ended):
+        if rank != victim:
+            assert other.returncode == OUR_ERROR, texts(ended)
+            assert other.stdout.startswith(f"RuntimeFailure: rank {victim} died"), texts(ended)
+            assert "Schedule" not in other.stderr, texts(ended)
+            assert other.seconds - ended[victim].seconds < LIMIT_S
+
+
 def test_an_error_of_planning_reaches_all_ranks(tmp_path: Path) -> None:
     ended = ranks(SCRIPT, 2, "planning", out=tmp_path)
     for rank in ended:

@@ -58,8 +58,6 @@ class StagedPlan(Plan):
     def not_yet(self) -> str:
         """What of the plan no program can do yet; "" where one can be made."""
         layout = self.named
-        if layout.cp > 1:
-            return f"a plan with context ranks (cp={layout.cp}) cannot be run yet; plan with pin cp=1"
         if layout.ep > 1:
             return f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1"
         if layout.devices != self.cluster.devices:

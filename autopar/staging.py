@@ -33,13 +33,13 @@ def check_runnable(plan: StagedPlan) -> None:
 
 
 def stage_mesh(plan: StagedPlan) -> tuple[int, ...]:
-    """The axes of a stage that have more than one rank: data, then tensor ranks."""
-    return tuple(size for size in (plan.named.dp, plan.named.tp) if size > 1)
+    """The axes of a stage that have more than one rank: data, context, tensor ranks."""
+    return tuple(size for size in plan.mesh if size > 1)
 
 
 def stage_cluster(plan: StagedPlan) -> ClusterSpec:
     """The devices of one stage."""
-    return plan.cluster.part(plan.named.dp * plan.named.tp)
+    return plan.cluster.part(math.prod(plan.mesh))
 
 
 def micro_batches_of(plan: StagedPlan, batch: int) -> int:
@@ -80,6 +80,8 @@ def op_options(plan: StagedPlan, trace: Trace) -> PlanOptions:
     """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch."""
     layout = plan.named
     pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **_recompute_pins(plan, trace)}
+    if layout.cp > 1:
+        pins["cp"] = layout.cp
     if layout.tp > 1:
         pins["sp"] = layout.sp
     batch = layout.micro_batch * layout.dp

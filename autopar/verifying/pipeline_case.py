@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +80,22 @@ def staged_case(
     program: PipelineProgram,
     *,
     seed: int = 0,
+    weigh: Callable[[Sequence[Values]], Sequence[float]] | None = None,
 ) -> StagedCase:
     """Make up values and run the reference.
 
     whole, traced: the model on the whole batch of `call`, and on the first micro-batch of it (the same, if it is the
         only one).
+    weigh: the weights of micro-batches from their values; by default as the two traces say.
     Raises TraceError if the batch cannot be run in micro-batches.
     """
     values = sample_values(whole, model, call, seed)
     expected = run_reference(whole, values)
     count = micro_batches_of(whole, traced)
     batches = [_micro_batch(whole, traced, values, index, count) for index in range(count)]
-    weights = micro_batch_loss(whole, traced).weights(batches) if count > 1 else [1.0]
+    if weigh is None:
+        weigh = micro_batch_loss(whole, traced).weights if count > 1 else lambda _: [1.0]
+    weights = weigh(batches)
     (tangent,) = traced.tangents
     started = [
         {**values, tangent: torch.full_like(values[tangent], weight)}

@@ -117,7 +117,7 @@ def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
 
 def test_what_cannot_be_run_yet() -> None:
     for changes, message in (
-        ({"cp": 2}, r"context ranks \(cp=2\) cannot be run yet; plan with pin cp=1"),
+        ({"ep": 2}, r"expert ranks \(ep=2\) cannot be run yet; plan with pin ep=1"),
         ({}, "ranks without work cannot be run yet; plan for a cluster of"),
     ):
         plan = replace(made(), layout_keys={**made().layout_keys, **changes})

@@ -36,6 +36,13 @@ def test_stages_on_four_processes(names: tuple[str, ...], tmp_path: Path) -> Non
         continue_on_one_device(name, tmp_path / name)
 
 
+@pytest.mark.slow
+def test_the_example_ends_well() -> None:
+    ended = torchrun(Path(__file__).parents[2] / "examples" / "pipeline.py", RANKS)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "largest difference from one device: losses" in ended.stdout
+
+
 def check(facts: dict[str, Any], where: str) -> None:
     """Numbers are relative differences, the rest must be true."""
     assert {"loss", "gradient", "norm", "parameter"} <= set(facts)

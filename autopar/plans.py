@@ -270,8 +270,8 @@ def _decode(reader: Reader) -> Plan:
     by_degrees = version > 1 and "staged" in reader.data
     fits = all(size >= 1 for size in mesh) and (math.prod(mesh) == cluster.devices or by_degrees)
     reader.check("mesh", fits, f"sizes must multiply to the {cluster.devices} devices of the cluster")
-    known = len(roles) == len(mesh) and (set(roles) <= {"dp", "tp", "none"} or by_degrees)
-    reader.check("roles", known, f"expected dp, tp or none for each of {len(mesh)} mesh axes")
+    known = len(roles) == len(mesh) and (set(roles) <= {"dp", "cp", "tp", "none"} or by_degrees)
+    reader.check("roles", known, f"expected dp, cp, tp or none for each of {len(mesh)} mesh axes")
     solver = reader.sub("solver")
     plan = Plan(
         graph_hash=reader.get("graph_hash", str),

@@ -27,6 +27,7 @@ from autopar.errors import LayoutError
 from autopar.layout_text import short
 from autopar.models import load_model
 from autopar.predicting.predict import Prediction, Predictor
+from autopar.predicting.run import Run
 from benchmarks.published_figures import Check
 from benchmarks.published_models import build, cluster_of, layout_of_case, run_of_case
 from benchmarks.published_rows import Case, sweep_cases
@@ -37,7 +38,7 @@ TIME_LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Paper:
-    """A training whose layout its authors published."""
+    """A training whose layout its authors published. run: how they ran it, where that is not the usual way."""
 
     name: str
     model: str
@@ -48,19 +49,25 @@ class Paper:
     layout: str
     source: str
     attention: str = "sdpa"
+    run: Run | None = None
 
+
+# Grattafiori et al. 2024, section 3.3.2: FSDP shards gradients and optimizer state, but keeps parameters after the
+# forward pass, and reduces beside the backward pass; sends are asynchronous; tensors are freed as soon as they can be.
+# What makes nanotron's pipelines and tensor groups stall has not been seen elsewhere.
+_LLAMA3 = Run(overlap=True, holds_buffers=False, pipeline_stall_s=0.0, far_tensor_s=0.0)
 
 PAPERS = (
     Paper("GPT-3 175B", "gpt3-175b", "a100-80g", 1024, 2048, 1536, "tp=8,pp=16,dp=8,recompute=full,sp=false",
           "Megatron-LM README (2021)", "eager"),
     Paper("GPT 1T", "megatron-1t", "a100-80g", 3072, 2048, 3072, "tp=8,pp=64,dp=6,vpp=2,recompute=full,sp=false",
           "Narayanan et al. 2021, table 1", "eager"),
-    Paper("Llama 3 405B, 8K", "llama3-405b", "h100-sxm", 8192, 8192, 2048, "tp=8,pp=16,dp=64,vpp=7,zero=1",
-          "Grattafiori et al. 2024, table 4"),
-    Paper("Llama 3 405B, 8K", "llama3-405b", "h100-sxm", 16384, 8192, 2048, "tp=8,pp=16,dp=128,vpp=7,zero=1",
-          "Grattafiori et al. 2024, table 4"),
-    Paper("Llama 3 405B, 128K", "llama3-405b", "h100-sxm", 16384, 131072, 128, "tp=8,cp=16,pp=16,dp=8,vpp=7,zero=1",
-          "Grattafiori et al. 2024, table 4"),
+    Paper("Llama 3 405B, 8K", "llama3-405b", "h100-sxm", 8192, 8192, 2048, "tp=8,pp=16,dp=64,vpp=7,zero=2",
+          "Grattafiori et al. 2024, table 4: 43 %", run=_LLAMA3),
+    Paper("Llama 3 405B, 8K", "llama3-405b", "h100-sxm", 16384, 8192, 2048, "tp=8,pp=16,dp=128,vpp=7,zero=2",
+          "Grattafiori et al. 2024, table 4: 41 %", run=_LLAMA3),
+    Paper("Llama 3 405B, 128K", "llama3-405b", "h100-sxm", 16384, 131072, 128, "tp=8,cp=16,pp=16,dp=8,vpp=7,zero=2",
+          "Grattafiori et al. 2024, table 4: 38 %", run=_LLAMA3),
 )  # fmt: skip
 
 
@@ -70,7 +77,7 @@ def papers() -> list[Check]:
     for paper in PAPERS:
         cluster = autopar.ClusterSpec.preset(paper.cluster, gpus=paper.gpus)
         model = load_model(paper.model, dtype=torch.bfloat16, attention=paper.attention)
-        predictor = Predictor(model, cluster, seq=paper.seq, global_batch=paper.global_batch)
+        predictor = Predictor(model, cluster, seq=paper.seq, global_batch=paper.global_batch, run=paper.run)
         theirs = predictor.predict(paper.layout)
         began = time.process_time()
         found = choose(predictor, {}, TIME_LIMIT_S)

@@ -127,12 +127,14 @@ def test_numbers_are_the_same(name: str) -> None:
     assert any(t.shape == (8,) and torch.allclose(t, model.weight.grad, rtol=1e-6) for t in flat)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "mistral-7b"])
-def test_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "batch", "seq"), [("tiny-llama", 2, 64), ("mistral-7b", 2, 64), ("tiny-llama", 13, 1 << 17)]
+)
+def test_transformers(name: str, batch: int, seq: int, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = zoo.ZOO[name]
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
     monkeypatch.setitem(zoo.ZOO, "small", dataclasses.replace(entry, config={**entry.config, **small}))
     model = load_model("small", attention="sdpa")
-    nodes = attention_nodes(trace(model, example_inputs(model, 2, 64)))
+    nodes = attention_nodes(trace(model, example_inputs(model, batch, seq)))
     assert len(nodes) == 4 and all(map(is_causal, nodes))

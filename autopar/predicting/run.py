@@ -18,6 +18,8 @@ class Run:
     selective: what `recompute=selective` runs again: the core of "attention" (Korthikanti et al. 2022), or all but
         attention and every other of the "products" (torchtitan's "op").
     overlap: gradient reductions run beside the last backward pass (with ZeRO stage 3 they always do).
+    overlaps_sends: interleaved stages compute while activations are on their way, as in Megatron-Core; that of 2021 and
+        2022 waited.
     reduces_whole: with ZeRO stage 1 and 2, gradients are all-reduced, not reduce-scattered.
     bucket_bytes: of gradients and of parameters that travel together.
     zero_ranks: among how many neighbouring data-parallel ranks ZeRO stage 1 shares the optimizer's state; None: all.
@@ -40,6 +42,7 @@ class Run:
     cut: str = "balanced"
     selective: str = "attention"
     overlap: bool = False
+    overlaps_sends: bool = True
     reduces_whole: bool = False
     bucket_bytes: int = 100 << 20
     zero_ranks: int | None = None
@@ -59,4 +62,11 @@ class Run:
         """
         if not keeps_scores:
             return Run()
-        return Run(fusion="all", accumulates_apart=False, pipeline_stall_s=0.0, far_tensor_s=0.0, holds_buffers=False)
+        return Run(
+            fusion="all",
+            overlaps_sends=False,
+            accumulates_apart=False,
+            pipeline_stall_s=0.0,
+            far_tensor_s=0.0,
+            holds_buffers=False,
+        )

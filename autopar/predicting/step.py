@@ -49,7 +49,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
         recompute_s=n * _own(worst.again),
         tensor_messages_s=n * (worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s),
         bubble_s=_bubble_s(job, stages, slow, {s: _around_s(job, s, w) for s, w in work_of.items()}, send_s),
-        send_s=0.0 if job.layout.pp == 1 else 2 * n * job.layout.vpp * send_s,
+        send_s=_sends_s(job, worst, send_s),
         gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
         gathers_s=n * gathers_s[slow],
         optimizer_s=optimizer_s(job, max(map(job.numbers, work_of))),
@@ -105,6 +105,20 @@ def _around_s(job: Job, stage: Stage, work: StageWork) -> float:
     filled = min(1.0, job.micro_batches / (job.layout.pp - 1))
     left_s = inputs.seconds - filled * (work.backward.seconds - inputs.seconds)
     return work.forward.seconds + work.again.seconds + max(0.0, left_s)
+
+
+def _sends_s(job: Job, worst: StageWork, send_s: float) -> float:
+    """Seconds in which a stage waits for what others send, but for the first micro-batch's way, which is the bubble's.
+
+    Interleaved stages have another chunk to work on meanwhile.
+    """
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    hidden = (0.0, 0.0)
+    if layout.vpp > 1 and job.run.overlaps_sends:
+        hidden = (worst.forward.seconds / layout.vpp, worst.whole_backward.seconds / layout.vpp)
+    return job.micro_batches * layout.vpp * sum(max(0.0, send_s - one) for one in hidden)
 
 
 def send_parts_s(job: Job) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from torch import fx
 from autopar.blockwise import ours
 
 aten = torch.ops.aten
-_MOST_ELEMENTS = 2**20  # of a tensor that is computed here
+_MOST_ELEMENTS = 2**25  # of a tensor that is computed here: positions of a batch of samples of a million tokens, say
 _FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _WINDOWED, _WINDOWED_BACKWARD = ours.block_attention.default, ours.block_attention_backward.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from functools import cache
 from itertools import pairwise
@@ -20,7 +21,8 @@ from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import returned
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import Shape
-from autopar.predicting.stages import split
+from autopar.predicting.stages import split, stage_work
+from autopar.predicting.step import send_parts_s
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer
 
@@ -256,6 +258,32 @@ def test_a_tensor_group_over_nodes_holds_up_the_host_of_a_pipeline() -> None:
     shape = Shape(1, 16, far_pipeline=True)
     near, far = (Pricer(cluster, Run(far_tensor_s=s)).work(forward, shape) for s in (0.0, 1e-3))
     assert far.host_s - near.host_s == pytest.approx(len(forward.messages) * 16e-3)
+
+
+def test_interleaved_stages_compute_while_they_send() -> None:
+    """A send that takes longer than a chunk's pass shows by the difference."""
+    made = copy.copy(predictor("llama"))
+
+    def sends_s(layout: str, **options: Any) -> float:
+        made.run = Run(**options)
+        made.forget_prices()
+        return float(made.predict(layout).breakdown["send_s"])
+
+    assert sends_s("dp=2,pp=4,vpp=2") == 0
+    waits = sends_s("dp=2,pp=4,vpp=2", overlaps_sends=False)
+    assert waits == pytest.approx(2 * sends_s("dp=2,pp=4")) and waits > 0
+    slow = predictor("llama").elsewhere(slow_links(CLUSTER))
+    layout = Layout(dp=2, pp=4, vpp=2)
+    job, stage = slow.job(layout), slow.stages(layout)[0]
+    work = stage_work(job.table, stage, layout, job.pricer, job.shape)
+    shown = 2 * sum(send_parts_s(job)) - (work.forward.seconds + work.whole_backward.seconds) / 2
+    found = slow.price(layout).breakdown["send_s"]
+    assert 0 < found <= job.micro_batches * 2 * shown
+
+
+def slow_links(cluster: autopar.ClusterSpec) -> autopar.ClusterSpec:
+    slow = dataclasses.replace(cluster.links[0], bytes_per_s=2e8)
+    return dataclasses.replace(cluster, links=(slow, *cluster.links[1:]))
 
 
 def test_habits_of_frameworks_change_what_they_should() -> None:

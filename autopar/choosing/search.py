@@ -161,8 +161,8 @@ class LayoutSearch:
     def leanest(self, enough: float = 0.0) -> tuple[Layout, StageMemory] | None:
         """The layout that needs least memory, or the first found that needs no more than `enough` bytes.
 
-        It has the smallest micro-batch, and everything runs again. More data-parallel ranks never need more each, so of
-        every pipeline degree only the most are looked at.
+        It has the smallest micro-batch, and everything runs again. More data-parallel ranks need no more each, but that
+        one alone has nobody to exchange gradients with: of every pipeline degree the most are looked at, and the least.
         """
         groups = list(self.space.groups())[::-1]  # those with most tensor and context ranks first: the leanest, mostly
         smallest = min((g.micro_batch for g in groups), default=0)
@@ -170,14 +170,14 @@ class LayoutSearch:
         for group in groups:
             pps, dps = self.space.cells(group)
             for pp in sorted(set(pps.tolist())) if group.micro_batch == smallest else []:
-                dp = int(dps[pps == pp].max())
-                if best and best[1].total <= enough:
-                    return best
-                if best and self._states(group) / (pp * dp * group.cp) > best[1].total:
-                    continue
-                leaves = list(self.space.leaves(group, pp, dp))
-                lean = self._lean(self._on(group.tp * group.cp * pp * dp), leaves)
-                best = min(lean if best is None else (best, *lean), key=lambda pair: pair[1].total, default=best)
+                for dp in sorted({int(dps[pps == pp].max()), int(dps[pps == pp].min())}, reverse=True):
+                    if best and best[1].total <= enough:
+                        return best
+                    if best and self._states(group) / (pp * dp * group.cp) > best[1].total:
+                        continue
+                    leaves = list(self.space.leaves(group, pp, dp))
+                    lean = self._lean(self._on(group.tp * group.cp * pp * dp), leaves)
+                    best = min(lean if best is None else (best, *lean), key=lambda pair: pair[1].total, default=best)
         return best
 
     def _blocks(self, kind: str) -> int | None:

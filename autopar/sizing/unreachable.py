@@ -118,6 +118,7 @@ def _more_devices(frontier: Frontier, clock: Clock) -> Iterator[str]:
         larger = dataclasses.replace(whole, nodes=whole.nodes << doublings)
         offer = Offer(frontier.offer.name, larger)
         predictor = frontier.predictor.on(larger)
+        predictor.forget_prices()  # groups of ranks may span more nodes than there were
         solved = _at_most(Frontier(predictor, offer, frontier.goal, frontier.pin, clock))
         if solved is None:
             return

@@ -184,7 +184,7 @@ def test_a_budget_out_of_reach_says_which_one_would_do() -> None:
 
 def test_what_fits_nowhere_says_so() -> None:
     with pytest.raises(Infeasible, match="nothing fits on up to 32 GPUs"):
-        sized(TARGET, clusters=("h100-sxm",), memory_limit_bytes=1 << 28)
+        sized(TARGET, clusters=("h100-sxm",), memory_limit_bytes=1 << 27)
 
 
 def test_a_budget_needs_a_price() -> None:

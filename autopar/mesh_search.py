@@ -19,7 +19,7 @@ from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.pricing import price
 from autopar.sharding import Pins, build_problem
-from autopar.solver import InfeasibleProblem, NothingCheaper, Search, Solution, evaluate
+from autopar.solver import InfeasibleProblem, Least, NothingCheaper, Search, Solution, evaluate
 from autopar.trace import Trace
 
 Progress = Callable[[str], None]
@@ -95,10 +95,13 @@ class MeshSearch:
         self.gap = _GAP if distinct <= _LARGE else large
         self.cut_off, self.cutoff_s = False, float("inf")
         self.unexplained = False
+        self.least: Least | None = None  # the solver's leanest plan, once it was asked for
         self.search, self.looked = self._search(), False
 
     def _search(self) -> Search:
-        return Search(replace(self.stated.problem, capacity_bytes=self.capacity), gap=self.gap)
+        search = Search(replace(self.stated.problem, capacity_bytes=self.capacity), gap=self.gap)
+        search.least = self.least
+        return search
 
     def look(self, paid_s: Any, deadline: float, gap: float | None = None) -> None:
         """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops. gap: how close
@@ -126,14 +129,17 @@ class MeshSearch:
         left_s = max(0.0, deadline - time.perf_counter())
         try:
             if self.search.problem.capacity_bytes != self.capacity:
+                self.least = self.search.least
                 self.search, self.looked = self._search(), False
             if not self.looked:
                 self.search.look(time_limit_s=left_s)
                 self.looked = True
             result = self.search.finish(cutoff_s=self.cutoff_s, time_limit_s=left_s, explained=explained)
         except InfeasibleProblem as error:
-            self.unexplained = not explained and error.needed_bytes is None
-            self._take_leanest(error)
+            self.unexplained = not explained and error.least is None
+            self.status = "infeasible"
+            if error.least is not None:
+                self._take_leanest(error.least)
             return
         except NothingCheaper as found:
             self.objective_s, self.status, self.cut_off = float("inf"), "cut off", True
@@ -146,13 +152,13 @@ class MeshSearch:
         self.decisions = self.stated.decisions(result.solution)
         self.estimate = self._estimate(result.solution)
 
-    def explain(self, deadline: float) -> None:
+    def explain(self) -> None:
         """What it would take, after a `solve` that only showed that nothing fits: the leanest plan, at least."""
         self.unexplained = False
-        try:
-            self.search.explain(time_limit_s=max(0.0, deadline - time.perf_counter()))
-        except InfeasibleProblem as error:
-            self._take_leanest(error)
+        with contextlib.suppress(InfeasibleProblem):  # there is none, however much memory there is
+            least = self.search.explained().least
+            assert least is not None
+            self._take_leanest(least)
 
     def _take_bound(self, bound_s: float) -> None:
         """A bound holds for the limit it was proven for: those for leaner plans say nothing of the mesh."""
@@ -187,32 +193,32 @@ class MeshSearch:
         return MemoryEstimate(found.peak_bytes, lines, phase, problem.ops[at].name)
 
     def lean(self, deadline: float) -> None:
-        """The next plan that needs less memory, or none."""
+        """The next plan that needs less memory; the leanest of all where there was none for long; or none."""
         self.left -= 1
-        if self.left <= 0 or self.status == "leanest":
-            assert self.memory is not None
-            self.decisions, self.status = None, "infeasible"
-            self.needed_bytes, self.binding = self.memory.peak_bytes, f"{self.memory.phase}: {self.memory.node}"
-            return
-        self.capacity = min(self.capacity, self.solver_peak) - 1
-        self.solve(deadline)
+        if self.left > 0 and time.perf_counter() < deadline:
+            self.capacity = min(self.capacity, self.solver_peak) - 1
+            self.solve(deadline)
+        else:
+            self._take_leanest(self.search.leanest())
 
-    def _take_leanest(self, error: InfeasibleProblem) -> None:
-        """Nothing fits the solver's memory model: its leanest plan may fit when simulated, else says what it takes."""
-        self.status = "infeasible"
-        self.needed_account, self.needed_bound = error.needed_bytes, error.bound_bytes
-        if error.bound_bytes is not None and error.bound_bytes <= self.capacity:
-            self._take_bound(error.bound_s)  # none was found, but there may be one: the gap has to count it
-        if error.leanest is None:
-            return
-        decisions = self.stated.decisions(error.leanest)
-        memory = self._estimate(error.leanest) or self.settings.memory_of(decisions, self.mesh, self.costs)
+    def _take_leanest(self, least: Least) -> None:
+        """No other plan is left: the leanest by the solver's memory model may fit when simulated, else says what it
+        takes. It is the same whatever the limit, and so is what it takes: with that as limit, there is a plan."""
+        self._without_plan(least)
+        decisions = self.stated.decisions(least.solution)
+        memory = self._estimate(least.solution) or self.settings.memory_of(decisions, self.mesh, self.costs)
         if memory.peak_bytes <= self.settings.memory_limit_bytes:
             self.decisions, self.memory, self.status = decisions, memory, "leanest"
             self.objective_s = price(self.trace, decisions, self.costs, self.settings.optimizer).step_time_s
-            self.bound_s = error.bound_s if self.bound_s is None else self.bound_s
+            self.bound_s = least.bound_s if self.bound_s is None else self.bound_s
         else:
             self.needed_bytes, self.binding = memory.peak_bytes, f"{memory.phase}: {memory.node}"
+
+    def _without_plan(self, least: Least) -> None:
+        self.decisions, self.status = None, "infeasible"
+        self.needed_account, self.needed_bound = least.needed_bytes, least.bound_bytes
+        if least.bound_bytes <= self.capacity:
+            self._take_bound(least.bound_s)  # none was found, but there may be one: the gap has to count it
 
 
 def _few_samples(trace: Trace, mesh: tuple[int, ...]) -> bool:

@@ -197,7 +197,7 @@ def _fastest_that_fits(tried: list[MeshSearch], deadline: float) -> MeshSearch |
         if reopened:
             reopened[0].solve(deadline, best)
         elif best is None and any(t.unexplained for t in tried):
-            next(t for t in tried if t.unexplained).explain(deadline)  # its leanest plan, simulated, may fit
+            next(t for t in tried if t.unexplained).explain()  # its leanest plan, simulated, may fit
         elif best is None or best.fits():
             return best
         else:
@@ -265,7 +265,7 @@ def _infeasible(tried: list[MeshSearch], settings: SearchSettings) -> Infeasible
     bound = min((b for b in bounds if b is not None), default=None) if all(bounds) else None
     account = best.needed_account
     proven = ""
-    if bound is not None and account:
+    if bound is not None and account and 2 * bound > account:  # less says nothing
         proven = f" (proven, by the planner's own account: within {max(0.0, 1 - bound / account):.1%} of the least)"
     return Infeasible(
         f"no plan fits {_gb(limit)} per device: the leanest needs {_gb(best.needed_bytes)}"

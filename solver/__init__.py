@@ -2,7 +2,17 @@
 
 from autopar.solver.evaluate import CATEGORIES, Evaluation, InvalidSolution, complete, evaluate
 from autopar.solver.exhaustive import brute_force
-from autopar.solver.problem import Choice, InfeasibleProblem, NothingCheaper, Op, Problem, Solution, SolveResult, Value
+from autopar.solver.problem import (
+    Choice,
+    InfeasibleProblem,
+    Least,
+    NothingCheaper,
+    Op,
+    Problem,
+    Solution,
+    SolveResult,
+    Value,
+)
 from autopar.solver.search import Progress, Search
 from autopar.solver.solve import minimum_capacity, solve
 
@@ -12,6 +22,7 @@ __all__ = [
     "Evaluation",
     "InfeasibleProblem",
     "InvalidSolution",
+    "Least",
     "NothingCheaper",
     "Op",
     "Problem",

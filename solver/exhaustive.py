@@ -10,7 +10,7 @@ from typing import TypeVar
 from autopar.solver.check import check_problem
 from autopar.solver.evaluate import InvalidSolution, complete, evaluate, fits_host
 from autopar.solver.lifetimes import ValueLife, lifetimes
-from autopar.solver.problem import NO_ASSIGNMENT, InfeasibleProblem, Problem, Solution, SolveResult
+from autopar.solver.problem import NO_ASSIGNMENT, InfeasibleProblem, Least, Problem, Solution, SolveResult
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ def brute_force(problem: Problem) -> SolveResult:
     check_problem(problem)
     lives = lifetimes(problem)
     best: tuple[float, int, int, Solution] | None = None
-    smallest: tuple[int, int] | None = None
+    least: Least | None = None
     for solution in every_solution(problem, lives):
         try:
             found = evaluate(problem, solution, lives)
@@ -29,15 +29,15 @@ def brute_force(problem: Problem) -> SolveResult:
             continue
         if not fits_host(problem, found):
             continue
-        if smallest is None or found.peak_bytes < smallest[0]:
-            smallest = (found.peak_bytes, found.peak_time)
+        if least is None or found.peak_bytes < least.needed_bytes:
+            least = Least(found.peak_bytes, found.peak_bytes, found.peak_time, solution, 0.0)
         fits = problem.capacity_bytes is None or found.peak_bytes <= problem.capacity_bytes
         if fits and (best is None or found.cost_s < best[0]):
             best = (found.cost_s, found.peak_bytes, found.peak_time, solution)
     if best is None:
-        if smallest is None:
+        if least is None:
             raise InfeasibleProblem(NO_ASSIGNMENT)
-        raise InfeasibleProblem(f"needs {smallest[0]} bytes", smallest[0], smallest[0], smallest[1])
+        raise InfeasibleProblem(f"needs {least.needed_bytes} bytes", least)
     cost_s, peak_bytes, peak_time, solution = best
     seconds = time.perf_counter() - started
     return SolveResult(solution, "optimal", cost_s, cost_s, 0.0, peak_bytes, peak_time, seconds)

@@ -17,6 +17,8 @@ import highspy
 import numpy as np
 import numpy.typing as npt
 
+from autopar.solver.clock import Clock
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -186,22 +188,21 @@ class LiveLp:
             self.highs.addRows(len(low), low, high, len(index), start, index, value)
         self._columns, self._rows, self._entries = n, m, len(model.entries[0])
 
-    def solve(self, time_limit_s: float | None) -> LpResult:
+    def solve(self, clock: Clock) -> LpResult:
         """Solve from the last basis. New rows leave it dual feasible, new columns and costs primal feasible."""
         primal = self._solved and len(self.model.row_low) == self._solved_rows
         self.highs.setOptionValue("simplex_strategy", PRIMAL if primal else DUAL)
         self.sync()
         self._solved, self._solved_rows = True, self._rows
-        limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01) + self.highs.getRunTime()
-        self.highs.setOptionValue("time_limit", limit)
+        self._set_limits(clock)
         kinds = highspy.HighsModelStatus
-        self.highs.run()
+        self._run(clock)
         for strategy in (DUAL, PRIMAL):
             if self.highs.getModelStatus() != kinds.kUnknown:
                 break
             self.highs.clearSolver()  # it lost its way from the last basis: from scratch, then
             self.highs.setOptionValue("simplex_strategy", strategy)
-            self.highs.run()
+            self._run(clock)
         status = self.highs.getModelStatus()
         solution = self.highs.getSolution()
         values, duals, reduced = (
@@ -211,9 +212,19 @@ class LiveLp:
             return LpResult("optimal", self.highs.getObjectiveValue(), values, duals, reduced)
         if status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
             return LpResult("infeasible", np.inf, values, duals, reduced)
-        if status == kinds.kTimeLimit:
+        if status in (kinds.kTimeLimit, kinds.kIterationLimit):
             return LpResult("time", np.inf, values, duals, reduced)
         raise RuntimeError(f"HiGHS stopped an LP with {self.highs.modelStatusToString(status)}: report this problem")
+
+    def _set_limits(self, clock: Clock) -> None:
+        left_s, iterations = clock.left_s(), clock.iterations_left(self._rows + self._columns)
+        limit_s = np.inf if left_s is None else max(left_s, 0.01) + self.highs.getRunTime()
+        self.highs.setOptionValue("time_limit", limit_s)
+        self.highs.setOptionValue("simplex_iteration_limit", highspy.kHighsIInf if iterations is None else iterations)
+
+    def _run(self, clock: Clock) -> None:
+        self.highs.run()
+        clock.spend(self.highs.getInfo().simplex_iteration_count, self._rows + self._columns)
 
 
 def quiet_highs() -> highspy.Highs:

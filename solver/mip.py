@@ -16,6 +16,8 @@ import pulp
 
 from autopar.solver.linear import Floats, LinearModel, compress, quiet_highs
 
+Limits = dict[str, int]  # HiGHS's options
+
 MOST_ENTRIES = 200_000  # that PuLP is asked to state, about a second
 
 
@@ -23,7 +25,7 @@ MOST_ENTRIES = 200_000  # that PuLP is asked to state, about a second
 class MipResult:
     """values: [columns of the model] or None if nothing was found. bound: proven for this (restricted) model."""
 
-    status: str  # "optimal", "infeasible" or "time"
+    status: str  # "optimal", "infeasible" or "time" (or nodes)
     values: Floats | None
     objective: float
     bound: float
@@ -36,24 +38,34 @@ def solve_mip(
     *,
     gap: float,
     time_limit_s: float | None,
+    nodes: int | None = None,
 ) -> MipResult:
-    """Solve `model` with all columns that are not `alive` fixed to 0. `costs`: [columns] the objective."""
+    """Solve `model` with all columns that are not `alive` fixed to 0. `costs`: [columns] the objective.
+
+    nodes: of the search tree, if it is to end after so many.
+    """
+    limits: Limits = {} if nodes is None else {"mip_max_nodes": nodes}
     if len(model.entries[0]) > MOST_ENTRIES:
-        return _solve_arrays(model, alive, costs, gap, time_limit_s)
+        return _solve_arrays(model, alive, costs, gap, time_limit_s, limits)
     lp = pulp.LpProblem("autopar", pulp.LpMinimize)
     columns = np.nonzero(alive)[0]
     variables = {int(j): _variable(lp, int(j), model.integer[j]) for j in columns}
     lp.setObjective(pulp.LpAffineExpression([(v, float(costs[j])) for j, v in variables.items() if costs[j]]))
     if not _add_rows(lp, model, alive, variables):
         return MipResult("infeasible", None, np.inf, np.inf)
-    solver = _Solver(gap, time_limit_s)
+    solver = _Solver(gap, time_limit_s, limits)
     solver.solve(lp)
     stated = np.array([int(v.name[1:]) for v in lp.variables()], dtype=np.int64)  # those with any cost or row
     return _read(lp.solverModel, stated, len(model.cost))
 
 
 def _solve_arrays(
-    model: LinearModel, alive: npt.NDArray[np.bool_], costs: Floats, gap: float, time_limit_s: float | None
+    model: LinearModel,
+    alive: npt.NDArray[np.bool_],
+    costs: Floats,
+    gap: float,
+    time_limit_s: float | None,
+    limits: Limits,
 ) -> MipResult:
     model.settle_memory()
     columns = np.nonzero(alive)[0]
@@ -67,7 +79,7 @@ def _solve_arrays(
     highs = quiet_highs()
     limit = np.inf if time_limit_s is None else max(time_limit_s, 0.01)
     options = {"output_flag": False, "mip_rel_gap": gap, "mip_abs_gap": 0.0, "threads": 1, "random_seed": 7}
-    for name, option in {**options, "time_limit": limit, "small_matrix_value": 1e-12}.items():
+    for name, option in {**options, **limits, "time_limit": limit, "small_matrix_value": 1e-12}.items():
         highs.setOptionValue(name, option)
     nothing = np.zeros(0, dtype=np.int32)
     low, high = np.asarray(model.row_low, dtype=np.float64), np.asarray(model.row_high, dtype=np.float64)
@@ -114,13 +126,19 @@ def _add_rows(
 class _Solver(pulp.HiGHS):
     """pulp.HiGHS with settings that make a run repeatable."""
 
-    def __init__(self, gap: float, time_limit_s: float | None) -> None:
+    def __init__(self, gap: float, time_limit_s: float | None, limits: Limits) -> None:
         limit = None if time_limit_s is None else max(time_limit_s, 0.01)
         super().__init__(msg=False, gapRel=gap, gapAbs=0.0, threads=1, timeLimit=limit, random_seed=7)
+        self.limits = limits
 
     def callSolver(self, lp: pulp.LpProblem) -> None:
-        lp.solverModel.setOptionValue("small_matrix_value", 1e-12)
+        for name, option in {**self.limits, "small_matrix_value": 1e-12}.items():
+            lp.solverModel.setOptionValue(name, option)
         lp.solverModel.run()
+
+    def findSolutionValues(self, lp: pulp.LpProblem) -> tuple[int, int]:
+        """Not asked: `_read` does, and PuLP knows no limit of nodes."""
+        return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
 
 
 def _read(highs: highspy.Highs, columns: npt.NDArray[np.int64], size: int) -> MipResult:
@@ -128,9 +146,9 @@ def _read(highs: highspy.Highs, columns: npt.NDArray[np.int64], size: int) -> Mi
     status, info = highs.getModelStatus(), highs.getInfo()
     if status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
         return MipResult("infeasible", None, np.inf, np.inf)
-    if status not in (kinds.kOptimal, kinds.kTimeLimit, kinds.kObjectiveBound, kinds.kModelEmpty):
+    if status not in (kinds.kOptimal, kinds.kTimeLimit, kinds.kSolutionLimit, kinds.kObjectiveBound, kinds.kModelEmpty):
         raise RuntimeError(f"HiGHS stopped an integer program with {highs.modelStatusToString(status)}: report this")
-    name = "time" if status == kinds.kTimeLimit else "optimal"
+    name = "time" if status in (kinds.kTimeLimit, kinds.kSolutionLimit) else "optimal"
     bound = info.mip_dual_bound if highs.getLp().integrality_ else info.objective_function_value
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return MipResult(name, None, np.inf, bound)

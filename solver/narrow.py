@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.solver.ascent import Ascent, DualAscent
+from autopar.solver.clock import Clock
 from autopar.solver.lifetimes import Kinds, ValueLife
 from autopar.solver.linear import Floats, Ints
 from autopar.solver.problem import Problem, Solution
-from autopar.solver.stage import COST_UNITS, Clock, Relaxation, Stage
+from autopar.solver.stage import COST_UNITS, Relaxation, Stage
 
 Made = TypeVar("Made")
 Allowed = list[npt.NDArray[np.bool_]]  # per op, which choices; the same for tied ops
@@ -137,11 +138,13 @@ class Narrowing:
     def run(self, allowed: Allowed, *, enough: float = np.inf, seen: Ascent | None = None) -> Narrowed:
         """Take turns from these choices (which are extended in place) until LP and ascent agree, time is out, or
         the bound reaches `enough`. seen: an ascent at other prices, whose bound may do."""
+        last: Narrowed | None = None
         bound, best = 0.0 if seen is None else max(0.0, seen.bound), seen
         for turn in range(MOST_ROUNDS):
             now = self.limited(allowed)
             if now.relaxed.status != "optimal" or now.relaxed.result is None:
-                return replace(now, priced=best, bound=bound)
+                return replace(now if last is None else last, priced=best, bound=bound)
+            last = now
             if self.whole or (self._stop_at_zero and now.relaxed.result.objective <= ZERO):
                 return replace(now, bound=max(0.0, now.relaxed.bound) if self.whole else 0.0)
             if best is not None and self._agree(now, bound):  # after the LP: no better prices are needed

@@ -193,29 +193,41 @@ class NothingCheaper(Exception):
         self.bound_s = bound_s
 
 
-class InfeasibleProblem(Exception):
-    """No solution fits.
+@dataclass(frozen=True)
+class Least:
+    """The leanest solution that was found, whatever it costs: it needs `needed_bytes`, most of them at `peak_time`.
 
-    If memory is what binds, and it was asked what it would take: `needed_bytes` is the smallest capacity for which
-    one was found (proven to `bound_bytes`), `leanest` is that solution and `peak_time` where it needs the most.
-    `bound_s`: no solution is cheaper, however much memory there is.
+    bound_bytes: none needs less. bound_s: no solution is cheaper, however much memory there is.
     """
 
-    def __init__(
-        self,
-        message: str,
-        needed_bytes: int | None = None,
-        bound_bytes: int | None = None,
-        peak_time: int | None = None,
-        leanest: Solution | None = None,
-        bound_s: float = 0.0,
-    ) -> None:
+    needed_bytes: int
+    bound_bytes: int
+    peak_time: int
+    solution: Solution
+    bound_s: float
+
+
+class InfeasibleProblem(Exception):
+    """No solution fits. `least`: what it would take, if memory is what binds and it was asked."""
+
+    def __init__(self, message: str, least: Least | None = None) -> None:
         super().__init__(message)
-        self.needed_bytes = needed_bytes
-        self.bound_bytes = bound_bytes
-        self.peak_time = peak_time
-        self.leanest = leanest
-        self.bound_s = bound_s
+        self.least = least
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """The smallest capacity for which a solution was found."""
+        return None if self.least is None else self.least.needed_bytes
+
+    @property
+    def bound_bytes(self) -> int | None:
+        """What is proven of that."""
+        return None if self.least is None else self.least.bound_bytes
+
+    @property
+    def peak_time(self) -> int | None:
+        """When that solution needs most."""
+        return None if self.least is None else self.least.peak_time
 
 
 def sum_of_choices(problem: Problem, pick: Callable[[Iterable[float]], float]) -> float:

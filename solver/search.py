@@ -17,14 +17,16 @@ import numpy as np
 
 from autopar.solver.ascent import Ascent, DualAscent
 from autopar.solver.check import check_problem
+from autopar.solver.clock import Clock
 from autopar.solver.evaluate import Evaluation, InvalidSolution, complete, evaluate, fits_host
-from autopar.solver.least import TINY, explain, explain_s
+from autopar.solver.least import TINY, find_least, grace_s, infeasible, least_conceivable
 from autopar.solver.lifetimes import lifetimes, value_kinds
 from autopar.solver.linear import Floats
 from autopar.solver.narrow import CLOSE, Allowed, Narrowed, Narrowing, Restricted, both, nearest, shared, within
 from autopar.solver.problem import (
     NO_ASSIGNMENT,
     InfeasibleProblem,
+    Least,
     NothingCheaper,
     Problem,
     Solution,
@@ -32,7 +34,7 @@ from autopar.solver.problem import (
     mean_conversions,
     sum_of_choices,
 )
-from autopar.solver.stage import COST_UNITS, Accept, Clock, Relaxation, SolverError, Stage, worthwhile
+from autopar.solver.stage import COST_UNITS, Accept, Relaxation, SolverError, Stage, worthwhile
 
 NO_LIMIT = 1 << 60  # bytes that no problem needs
 SMALL = 1500  # choices in all: below, the model with all of them is solved directly
@@ -55,7 +57,8 @@ class Progress:
 class Search:
     """The search on one problem, in two steps: a look, and the rest if the look says that it is worth it.
 
-    bound_s: what is proven so far. best: the cheapest solution so far that fits.
+    bound_s: what is proven so far. best: the cheapest solution so far that fits. least: the leanest, once it was asked
+    for, which may come from a search on the same problem with another capacity.
     """
 
     def __init__(self, problem: Problem, *, gap: float, progress: Callable[[Progress], None] | None = None) -> None:
@@ -69,6 +72,7 @@ class Search:
             self.bound_s or sum_of_choices(problem, max) or mean_conversions(problem) or 1.0
         )
         self.best: tuple[Solution, Evaluation] | None = None
+        self.least: Least | None = None
         self.free_peak = 1
         self.groups: set[tuple[int, int, int]] = set()
         self.allowed: Allowed = []
@@ -78,6 +82,7 @@ class Search:
         self._explain = True
         self.stats: dict[str, float] = {}
         self.limit = problem.capacity_bytes
+        self.hopeless = self.limit is not None and least_conceivable(problem, self.lives) > self.limit  # plainly
         if self.limit is None and _asks_for_less(problem):
             self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again, nor of offload
         self._narrowed = self.narrowing(self.limit, excess=False)
@@ -104,6 +109,8 @@ class Search:
         to be, if not as close as the solution. Raises InfeasibleProblem if no assignment has its conversions."""
         self.cutoff_s = cutoff_s
         self._set_clock(time_limit_s)
+        if self.hopeless:
+            return
         if self.limit is not None and paid_s is not None and not self.is_small():
             there = self._narrowed.ascend(paid_s * self.cost_scale, self._enough(), sweeps=LOOK_SWEEPS)
             self._raise_bound(there.bound)
@@ -124,14 +131,21 @@ class Search:
         says what it would take, which needs a search of its own (`explain` does it later)."""
         self.cutoff_s, self._explain = cutoff_s, explained
         self._set_clock(time_limit_s)
+        if self.hopeless:
+            self._raise_infeasible(proven=True)
         if not self._closed():
             self._solve(self.limit)
         return self._result()
 
-    def explain(self, *, time_limit_s: float | None = None) -> None:
-        """After an InfeasibleProblem without explanation: raises the one with it."""
-        self._set_clock(time_limit_s)
-        explain(self, proven=True)
+    def leanest(self) -> Least:
+        """The leanest solution, as far as it is known to a search that takes as long as it takes: some seconds."""
+        if self.least is None:
+            self.least = find_least(self)
+        return self.least
+
+    def explained(self) -> InfeasibleProblem:
+        """The one without explanation that was raised when all was proven, with it."""
+        return infeasible(self, self.leanest(), proven=True)
 
     def _set_clock(self, limit_s: float | None) -> None:
         self.clock = self._narrowed.clock = Clock(limit_s)
@@ -274,10 +288,15 @@ class Search:
     def _check_feasible(self, limit: int) -> None:
         """Raise if not even fractional solutions stay within the limit."""
         if self.narrowing(limit, excess=True, clock=self._grace()).run(self.allowed).bound > EXCEEDED:
-            self._raise_infeasible(limit, proven=True)
+            self._raise_infeasible(proven=True)
 
     def _find_any(self, limit: int) -> None:
-        """No solution so far: minimise the excess over the limit, with some grace; raise if none is found."""
+        """No solution so far: the leanest may fit; else minimise the excess over the limit, with some grace; raise if
+        none is found."""
+        least = self.leanest()
+        self.accept(least.solution, evaluate(self.problem, least.solution, self.lives))
+        if self.best is not None:
+            return
         found = self.narrowing(limit, excess=True, clock=self._grace()).run(self.allowed)
         if found.bound <= EXCEEDED and found.relaxed.result is not None:
             accept = self._accepting(found.restricted)
@@ -285,20 +304,19 @@ class Search:
             if self.best is None:
                 found.stage.search(found.relaxed, accept, np.inf, 0.0)
         if self.best is None:
-            self._raise_infeasible(limit, proven=found.bound > EXCEEDED)
+            self._raise_infeasible(proven=found.bound > EXCEEDED)
 
-    def _raise_infeasible(self, limit: int, *, proven: bool) -> None:
-        """Nothing fits; or, not proven, nothing was found: then the leanest solution may fit after all."""
+    def _raise_infeasible(self, *, proven: bool) -> None:
+        """Nothing fits; or, not proven, nothing was found."""
         if self._explain or not proven:
-            explain(self, proven=proven)
-        else:
-            raise InfeasibleProblem(f"no solution fits in {limit} bytes")
+            raise infeasible(self, self.leanest(), proven=proven)
+        raise InfeasibleProblem(f"no solution fits in {self.problem.capacity_bytes} bytes")
 
     def _grace(self) -> Clock:
         """Time to find out whether anything fits at all: what is left, but not next to nothing. Tiny problems
         are always settled."""
         left = self.clock.left_s()
-        return Clock(None if left is None or self.size() <= TINY else max(left, explain_s(self)))
+        return Clock(None if left is None or self.size() <= TINY else max(left, grace_s(self)))
 
     # -- incumbent and bound -----------------------------------------------------
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from autopar.solver.clock import Clock
 from autopar.solver.least import least_memory
 from autopar.solver.linear import Floats
 from autopar.solver.problem import Problem, Solution, SolveResult
 from autopar.solver.search import Progress, Search
-from autopar.solver.stage import Clock
 
 
 def solve(

@@ -10,12 +10,12 @@ optimal among all; otherwise the slack grows to what the incumbent leaves open.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.solver.clock import Clock
 from autopar.solver.evaluate import Evaluation, complete, evaluate, fits_host
 from autopar.solver.formulation import Formulation
 from autopar.solver.lifetimes import Kinds, ValueLife
@@ -33,6 +33,8 @@ SLACK_GROWTH = 8.0
 MOST_ROWS = 24  # memory rows that come in at once
 AIM = 0.9  # of a gap that is good enough: what bounds aim at, so that rounding does not leave them short
 MOST_MIP_GAP = 1e-3  # of an integer program, where the gap of all that is proven may be more
+MOST_LIKELY = 3  # integer programs that each add the memory rows that the solution of the last breaks
+TAKEN = 1e-6  # of a choice, that is more than rounding
 LAST_SLACK = 0.5  # of the bound: beyond it, all columns come in
 
 Accept = Callable[[Solution, Evaluation], None]
@@ -40,23 +42,6 @@ Accept = Callable[[Solution, Evaluation], None]
 
 class SolverError(RuntimeError):
     """The solver contradicts itself: a bug here, never the user's fault."""
-
-
-class Clock:
-    """Wall time since the start, against an optional limit in seconds."""
-
-    def __init__(self, limit_s: float | None) -> None:
-        self.started, self.limit_s = time.perf_counter(), limit_s
-
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self.started
-
-    def left_s(self) -> float | None:
-        return None if self.limit_s is None else self.limit_s - self.elapsed_s()
-
-    def out(self) -> bool:
-        left = self.left_s()
-        return left is not None and left <= 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +128,7 @@ class Stage:
         bound = -np.inf
         while True:
             self.live.set_costs(self.costs())
-            result = self.live.solve(self.clock.left_s())
+            result = self.live.solve(self.clock)
             self.stats["lp_solves"] += 1
             if result.status != "optimal":
                 return Relaxation(result.status, bound, None)
@@ -199,6 +184,21 @@ class Stage:
             slack = aim - low if best < np.inf else slack * SLACK_GROWTH
         return min(proven, best)
 
+    def search_likely(self, relaxed: Relaxation, accept: Accept, gap: float) -> None:
+        """Solutions of the choices that the LP takes, be it in part, which are few. Each integer program ends at its
+        root: how many there are of them, and what they find, does not depend on time."""
+        assert relaxed.result is not None
+        taken = np.zeros(len(self.model.cost), dtype=bool)
+        taken[: len(relaxed.result.values)] = relaxed.result.values > TAKEN
+        alive = np.ones(len(taken), dtype=bool)
+        for columns in self.form.x:
+            alive[columns] = taken[columns]
+        for _ in range(MOST_LIKELY):
+            self.stats["mips"] += 1
+            mip = solve_mip(self.model, alive, self.costs(), gap=gap, time_limit_s=self.clock.left_s(), nodes=1)
+            if mip.values is None or self._settle(mip, accept, gap):
+                return
+
     def _restricted(self, lp: LpResult, slack: float, accept: Accept, gap: float) -> tuple[MipResult, float]:
         """The integer program on columns of reduced cost <= slack: its last run, and the best valid objective."""
         price(self.form, self.prices(lp), -slack if slack < np.inf else -np.inf).add_to(self.form)
@@ -235,6 +235,8 @@ class Stage:
             rows = [int(t) for t in np.nonzero(line > limit + 1e-6 / self.model.byte_scale)[0]]
             fresh = [t for t in rows if t not in self.model.memory_rows]
             if fresh:
+                if self.excess:  # a solution all the same, if not as lean as the model thought
+                    accept(solution, found)
                 for at in self._violated(line, mip.values[self.model.excess]) or fresh:
                     self.model.add_memory_row(at)
                 return False

@@ -23,7 +23,7 @@ from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError
 from autopar.mesh_search import MeshSearch
 from autopar.pricing import price
-from autopar.solver import InfeasibleProblem, solve
+from autopar.solver import InfeasibleProblem, Least, Solution, solve
 from autopar.trace import trace
 from tests.models import BATCH, TinyMLP, tiny_bert, tiny_llama, tiny_mlp
 from tests.solver.transformer import TransformerProblem
@@ -355,7 +355,9 @@ def test_a_mesh_that_found_nothing_counts_unless_nothing_fits(
     ) -> None:
         if self.mesh != (8,):
             return whole(self, deadline, known, explained=explained)
-        return self._take_leanest(InfeasibleProblem("", 1 << 61, bound_bytes, bound_s=1e-9))
+        return self._without_plan(
+            Least(1 << 61, bound_bytes, 0, Solution((), frozenset(), frozenset(), frozenset()), 1e-9)
+        )
 
     monkeypatch.setattr(MeshSearch, "solve", none_on_8)
     plan = make("mlp")

@@ -11,9 +11,10 @@ import pytest
 
 from autopar.solver import InvalidSolution, NothingCheaper, Problem, Search, SolveResult, evaluate, solve
 from autopar.solver.ascent import DualAscent
+from autopar.solver.clock import Clock
 from autopar.solver.exhaustive import every_solution
 from autopar.solver.lifetimes import lifetimes
-from autopar.solver.stage import Clock, Stage
+from autopar.solver.stage import Stage
 from tests.solver.generator import random_problem, with_capacity, with_offload
 from tests.solver.transformer import TransformerProblem
 

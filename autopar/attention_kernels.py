@@ -18,6 +18,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it in which the elements of a row (of the last dim) lie side by side: kernels read no other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -27,6 +32,7 @@ def forward(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (out, logsumexp). mask: additive, broadcasts to [batch, head, query, key]."""
+    query, key, value = (dense_rows(x) for x in (query, key, value))
     made: tuple[torch.Tensor, torch.Tensor] = aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -56,7 +62,8 @@ def backward(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of query, key, value, of which the keys are some of those that the results are over."""
+    query, key, value, out, grad_out = (dense_rows(x) for x in (query, key, value, of.out, of.grad_out))
     made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        of.grad_out, query, key, value, of.out, of.logsumexp, 0.0, is_causal, attn_mask=mask, scale=scale
+        grad_out, query, key, value, out, of.logsumexp, 0.0, is_causal, attn_mask=mask, scale=scale
     )
     return made

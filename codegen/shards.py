@@ -73,6 +73,8 @@ _CONTIGUOUS = _GROUP_NORMS | {
     "aten.native_layer_norm_backward",
     "aten._fused_rms_norm_backward",
 }
+# Kernels that take these operands to have the elements of a row (of the last dim) side by side; else they read others.
+_DENSE_ROWS = ("query", "key", "value", "out", "grad_out")
 
 
 @dataclass(frozen=True)
@@ -176,11 +178,23 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
         return op.call({_SIZE_ARGUMENTS[name]: list(op.result_shape())})
     if name in _CONTIGUOUS:
         op = replace(op, operands=[ctx.call(aten.contiguous.default, x) for x in operands])
+    if name.startswith("aten._scaled_dot_product"):
+        op = _with_dense_rows(op)
     if name in _GROUP_NORMS:
         return op.call(_group_norm_sizes(op))
     if name in _CONVOLUTIONS:
         return op.call(_convolution_sizes(op))
     return op.call({})
+
+
+def _with_dense_rows(op: Shards) -> Shards:
+    """The same op on copies of those operands whose rows are not side by side (what is glued along its last dim)."""
+    slots = {op.slot(name) for name in _DENSE_ROWS if name in op.traced.slots}
+    operands = [
+        op.ctx.call(aten.contiguous.default, x) if slot in slots and x.meta["val"].stride(-1) != 1 else x
+        for slot, x in enumerate(op.operands)
+    ]
+    return replace(op, operands=operands)
 
 
 def _group_norm_sizes(op: Shards) -> dict[str, int]:

@@ -103,10 +103,15 @@ class _Reuse:
                 return False
             (storage,) = storages([target])
             others = [n for n in node.all_input_nodes if n is not target and storage in storages([n])]
-            if others or storage in found or self.last[storage] > self._end(node):
+            if others or storage in found or self.last[storage] > self._end(node) or self._read_later(node, storage):
                 return False
             found.add(storage)
         return True
+
+    def _read_later(self, node: fx.Node, storage: int) -> bool:
+        """Whether anyone reads a storage after `node`, be it only until a collective is waited for."""
+        readers = (user for n in self.at[storage] for user in n.users if user in self.time and user is not node)
+        return any(self.time[user] > self.time[node] for user in readers)
 
     def _end(self, node: fx.Node) -> int:
         """Until when the node itself needs its operands."""

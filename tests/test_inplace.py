@@ -102,6 +102,12 @@ def in_flight(b: GraphBuilder, x: fx.Node, y: fx.Node) -> list[fx.Node]:
     return [other, b.call(c10d.wait_tensor.default, started)]
 
 
+def read_while_it_is_summed(b: GraphBuilder, x: fx.Node, y: fx.Node) -> list[fx.Node]:
+    started = b.call(REDUCED[0], y, *REDUCED[1:])
+    other = b.call(aten.sin.default, b.call(aten.view.default, y, [16]))
+    return [other, b.call(c10d.wait_tensor.default, started)]
+
+
 CASES = [
     used_later,
     used_later_through_a_view,
@@ -111,6 +117,7 @@ CASES = [
     grown,
     its_own_view,
     in_flight,
+    read_while_it_is_summed,
 ]
 
 

@@ -17,9 +17,11 @@ from autopar.curves import MAX_CURVES, AttentionRate, CollectiveCurve, DeviceCur
 from autopar.errors import ClusterSpecError
 from autopar.hardware import DeviceSpec, LinkSpec
 
-SCHEMA_VERSION = 3
-# 2 added what `autopar profile` measures; 3 products by shape, the host's share, levels of links and prices.
+SCHEMA_VERSION = 4
+# 2 added what `autopar profile` measures; 3 products by shape, the host's share, levels of links and prices; 4 the link
+# to the host.
 _ADDED_IN_2 = ("view_overhead_s", "parameter_overhead_s", "measured")
+_ADDED_IN_4 = ("host_link_bytes_per_s",)
 
 
 def cluster_data(cluster: Any) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def _keys(cls: Any, version: int) -> tuple[str, ...]:
     """The keys of a file of this version: all that came later have defaults."""
     if version == SCHEMA_VERSION:
         return tuple(f.name for f in fields(cls))
+    if version == 3:
+        return tuple(f.name for f in fields(cls) if f.name not in _ADDED_IN_4)
     added = _ADDED_IN_2 if version == 2 else ()
     return tuple(f.name for f in fields(cls) if f.default is dataclasses.MISSING or f.name in added)
 

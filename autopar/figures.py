@@ -37,6 +37,7 @@ def predicted_figures(
             "optimizer_s": price.optimizer_s,
             "communication_s": price.communication_s,
             "communication_by_kind_s": communication_by_kind(price),
+            **({"offload_s": price.offload_s, "host_bytes": price.host_bytes} if price.offloads else {}),
             "memory_bytes": dict(memory.categories),
             "peak_at": f"{memory.phase}: {memory.node}",
         },

@@ -66,6 +66,8 @@ class DeviceSpec:
     step_fraction: of the rates at which kernels run one by one, what is left in training steps that go on for hours
         (power, heat, several kernels at once).
 
+    host_link_bytes_per_s: what a large copy between the device and page-locked memory of its host reaches, either way,
+        while all devices of the node copy; 0 where no such link is known, then nothing is offloaded.
     price_per_hour_usd: of one device with its share of node and network; None where unknown.
     """
 
@@ -98,6 +100,7 @@ class DeviceSpec:
     kernel_gap_s: NonNegative = 0.0
     step_fraction: Fraction = 1.0
     price_per_hour_usd: OptionalNonNegative = None
+    host_link_bytes_per_s: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         checked(self, "device")

@@ -101,8 +101,12 @@ def _device(
     price: float | None,
     host: float = 1.0,
     in_steps: float = 0.85,
+    *,
+    link_bytes_per_s: float,
 ) -> DeviceSpec:
-    """host: how many times longer its host takes than those of the H100's nodes.
+    """link_bytes_per_s: of the link to the host, one way.
+
+    host: how many times longer its host takes than those of the H100's nodes.
 
     in_steps: `DeviceSpec.step_fraction`. On H100 fitted to the runs on one node in benchmarks/data/h100_sweep.json that
     no host and no network holds up (0.85), on A100 to training runs on one node in benchmarks/data/runs.json (0.95);
@@ -136,21 +140,27 @@ def _device(
         kernel_gap_s=1.0e-6,
         step_fraction=in_steps,
         price_per_hour_usd=price,
+        host_link_bytes_per_s=0.75 * link_bytes_per_s,  # the share of the wire that copies over PCIe reach, see presets
     )
 
 
+# The link to the host, one way, 16 lanes [PCIE]; GB200: half of what joins a Grace to its two devices [C2C].
+_PCIE3, _PCIE4, _PCIE5, _C2C = 16e9, 32e9, 64e9, 225e9
+
 # Prices: [PRICE]. Memory: what nvidia-smi or rocm-smi report as total.
-V100_16G = _device("V100-SXM2-16GB", _V100, 16160, 900e9, 0.97, host=1.5, in_steps=0.95)
-V100_32G = _device("V100-SXM2-32GB", _V100, 32510, 900e9, 0.97, host=1.5, in_steps=0.95)
-A100_40G = _device("A100-SXM4-40GB", _A100, 40536, 1.555e12, None, host=1.5, in_steps=0.95)
-A100_80G = _device("A100-SXM4-80GB", _A100, 81920, 2.039e12, 1.30, host=1.5, in_steps=0.95)
-A100_PCIE = _device("NVIDIA A100 80GB PCIe", _A100_PCIE, 81920, 1.935e12, None, host=1.5, in_steps=0.95)
-H100_SXM = _device("NVIDIA H100 80GB HBM3", _H100, 81559, 3.35e12, 2.95)
-H200 = _device("NVIDIA H200", _H100, 143771, 4.8e12, 4.00)
-B200 = _device("B200", _B200, 183359, 7.7e12, 5.25)
-GB200 = _device("GB200", _GB200, 189471, 8.0e12, None)
-L40S = _device("NVIDIA L40S", _L40S, 46068, 864e9, None)
-MI300X = _device("AMD Instinct MI300X", _MI300X, 196592, 5.3e12, None)
+V100_16G = _device("V100-SXM2-16GB", _V100, 16160, 900e9, 0.97, host=1.5, in_steps=0.95, link_bytes_per_s=_PCIE3)
+V100_32G = _device("V100-SXM2-32GB", _V100, 32510, 900e9, 0.97, host=1.5, in_steps=0.95, link_bytes_per_s=_PCIE3)
+A100_40G = _device("A100-SXM4-40GB", _A100, 40536, 1.555e12, None, host=1.5, in_steps=0.95, link_bytes_per_s=_PCIE4)
+A100_80G = _device("A100-SXM4-80GB", _A100, 81920, 2.039e12, 1.30, host=1.5, in_steps=0.95, link_bytes_per_s=_PCIE4)
+A100_PCIE = _device(
+    "NVIDIA A100 80GB PCIe", _A100_PCIE, 81920, 1.935e12, None, host=1.5, in_steps=0.95, link_bytes_per_s=_PCIE4
+)
+H100_SXM = _device("NVIDIA H100 80GB HBM3", _H100, 81559, 3.35e12, 2.95, link_bytes_per_s=_PCIE5)
+H200 = _device("NVIDIA H200", _H100, 143771, 4.8e12, 4.00, link_bytes_per_s=_PCIE5)
+B200 = _device("B200", _B200, 183359, 7.7e12, 5.25, link_bytes_per_s=_PCIE5)
+GB200 = _device("GB200", _GB200, 189471, 8.0e12, None, link_bytes_per_s=_C2C)
+L40S = _device("NVIDIA L40S", _L40S, 46068, 864e9, None, link_bytes_per_s=_PCIE4)
+MI300X = _device("AMD Instinct MI300X", _MI300X, 196592, 5.3e12, None, link_bytes_per_s=_PCIE5)
 
 X86_CORE = DeviceSpec(  # all figures [CPU]
     name="x86 core",

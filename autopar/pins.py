@@ -5,7 +5,7 @@ A pin is one of
     several axes of one role, {"tp": (2, 2)}, or {"mesh": [2, 4]} for the bare shape;
   * a pattern of parameter or module names with placements, one per mesh axis:
     {"layers.*.mlp.up_proj.weight": ("R", "S(0)")};
-  * a pattern of module names with "keep" or "recompute".
+  * a pattern of module names with "keep", "recompute" or "offload".
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
 from autopar.trace import ParamInfo, Trace
 
+WAITING = ("keep", "recompute", "offload")  # what a module's activations may be pinned to
 _FLAGS = ("zero", "sp", "recompute", "mesh")
 MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 
@@ -88,10 +89,8 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
             degrees[key] = degree(key, value)
         elif key in _FLAGS:
             flags[key] = value
-        elif value in ("keep", "recompute"):
+        elif value in WAITING:
             modules.append((key, value))
-        elif value == "offload":
-            raise PinError(f"pin {key!r}: offload is not available yet; use 'keep' or 'recompute'")
         else:
             params.append((key, _placements(key, value)))
     mesh, roles = pinned_mesh(degrees, flags.get("mesh"), devices)
@@ -111,7 +110,7 @@ def _placements(key: str, value: Any) -> State:
     if not isinstance(items, (tuple, list)) or not all(isinstance(i, str) and is_placement(i) for i in items):
         raise PinError(
             f"pin {key!r}: expected a layout key ({', '.join((*ROLES, *_FLAGS))}), placements such as "
-            f"('R', 'S(0)'), 'keep' or 'recompute', got {value!r}"
+            f"('R', 'S(0)'), 'keep', 'recompute' or 'offload', got {value!r}"
         )
     if "P" in items:
         raise PinError(f"pin {key!r}: a parameter cannot be stored as 'P'")

@@ -24,7 +24,7 @@ def check_decisions(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -
     _same("parameter", decisions.params, (p.fqn for p in trace.params))
     leaves = [o.node for o in trace.outputs if o.node]
     _same("output", decisions.outputs, {*trace.whole_outputs, *leaves, *trace.buffer_updates.values()})
-    for value in (*decisions.kept, *(value for value, _ in decisions.kept_copies)):
+    for value in (*decisions.kept, *(value for value, _ in decisions.kept_copies), *decisions.offloaded):
         if value not in shapes:
             raise PlanError(f"the plan keeps {value[:80]!r}, which this model does not make; plan this model again")
     for param in trace.params:

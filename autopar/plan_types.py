@@ -35,6 +35,7 @@ class Decisions:
     params: the state in which each parameter (and its gradient) is stored, by fqn.
     kept: base values whose original is kept from forward to backward.
     kept_copies: (base value, state) of converted copies kept from forward to backward.
+    offloaded: base values whose original waits for the backward pass on the host.
     """
 
     nodes: dict[str, NodeDecision]
@@ -42,6 +43,7 @@ class Decisions:
     outputs: dict[str, State]
     kept: frozenset[str]
     kept_copies: frozenset[tuple[str, State]]
+    offloaded: frozenset[str] = frozenset()
 
     def fold(self, of: Fold | None) -> Fold | None:
         """The trace's fold, if anything is cut run by run."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from autopar.explaining.difference import PlanDifference
     from autopar.explaining.workbench import Workbench
 
-SCHEMA_VERSION = 2  # 1: plans op by op; 2: also plans by degrees (`autopar.staged`)
+SCHEMA_VERSION = 3  # 1: plans op by op; 2: also plans by degrees (`autopar.staged`); 3: with offload to the host
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
     }
     staged = plan.staged_data()
     return {
-        "autopar_plan": 1 if staged is None else 2,
+        "autopar_plan": 3 if plan.decisions.offloaded else 1 if staged is None else 2,
         **({} if staged is None else {"staged": staged}),
         "torch_version": plan.torch_version,
         "graph_hash": plan.graph_hash,
@@ -247,6 +247,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
         "outputs": {name: _join(s) for name, s in plan.decisions.outputs.items()},
         "kept": sorted(plan.decisions.kept),
         "kept_copies": sorted([v, _join(s)] for v, s in plan.decisions.kept_copies),
+        **({"offloaded": sorted(plan.decisions.offloaded)} if plan.decisions.offloaded else {}),
     }
 
 
@@ -356,6 +357,7 @@ def _decode_decisions(reader: Reader, axes: int) -> Decisions:
         outputs={name: state(s) for name, s in reader.get("outputs", dict).items()},
         kept=frozenset(reader.strings("kept")),
         kept_copies=frozenset((value, state(s)) for value, s in copies),
+        offloaded=frozenset(reader.strings("offloaded")) if "offloaded" in reader.data else frozenset(),
     )
 
 

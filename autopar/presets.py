@@ -19,6 +19,9 @@ Sources
             1.8 TB/s both directions among all 72
     [DGX]   DGX-1V: 4 x 100 Gbit/s for 8 GPUs; DGX A100: 8 x 200; DGX H100, H200, B200, GB200 NVL72: 400 a GPU (user
             guides). Nodes with PCIe alone have what is usual: one 200 Gbit/s adapter for 8 A100, two for 8 L40S
+    [PCIE]  PCI Express, 16 lanes, one way: 16 GB/s in generation 3 (V100), 32 in 4 (A100, L40S), 64 in 5 (H100, H200,
+            B200, MI300X)
+    [C2C]   NVIDIA GB200 datasheet (2025): NVLink-C2C, 900 GB/s both directions between a Grace and its two B200
     [NCCL]  NCCL src/graph/tuning.cc, LL128 ring: 1.9 us a hop over NVLink, 4.0 over the network, 10 us base;
             the same file caps the bus bandwidth of NVLink 3 at 235 of 300 GB/s, which is 0.78
     [MAMF]  Bekman, Machine Learning Engineering, "maximum achievable matmul FLOPS" (2025): 0.87 of peak on A100,

@@ -21,6 +21,7 @@ from autopar.dataflow import (
     narrow_gradients,
     resolve,
     result_metas,
+    value_name,
 )
 from autopar.opcost import inner_steps, local_bytes, op_flops_of, op_seconds, work_share
 from autopar.placements import State, replicated
@@ -46,6 +47,15 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """One value that waits on the host: what it takes there, and the copies there and back."""
+
+    value: str
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Price:
     """Seconds of one training step on one rank, by part, and what the parts are made of.
 
@@ -62,6 +72,17 @@ class Price:
     flops: float
     recomputed_flops: float
     inner: tuple[tuple[str, int, int], ...] = ()
+    offloads: tuple[Offload, ...] = ()
+
+    @property
+    def offload_s(self) -> float:
+        """All copies to and from the host."""
+        return sum(o.seconds for o in self.offloads)
+
+    @property
+    def host_bytes(self) -> int:
+        """What waits on the host between the passes."""
+        return sum(o.nbytes for o in self.offloads)
 
     @property
     def communication_s(self) -> float:
@@ -71,7 +92,8 @@ class Price:
     @property
     def step_time_s(self) -> float:
         """The whole step; nothing is assumed to overlap."""
-        return self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s + self.communication_s
+        ops_s = self.forward_s + self.backward_s + self.recompute_s + self.optimizer_s
+        return ops_s + self.communication_s + self.offload_s
 
 
 def price(trace: Trace, decisions: Decisions, costs: CostModel, optimizer: OptimizerSpec) -> Price:
@@ -106,7 +128,17 @@ class _Pricer:
             flops=sum(shares.values()),
             recomputed_flops=sum(shares[n] for n in again),
             inner=tuple(step for n in (*self.flow.ops, *again) for step in self._inner(n)),
+            offloads=tuple(self._offloads()),
         )
+
+    def _offloads(self) -> Iterator[Offload]:
+        for node in self.flow.ops:
+            for index, tensor in enumerate(result_metas(node)):
+                if tensor is not None and value_name(node, index) in self.decisions.offloaded:
+                    state = self.decisions.nodes[node.name].result_states[index]
+                    assert state is not None
+                    nbytes = local_bytes(tensor, state, self.mesh)
+                    yield Offload(value_name(node, index), nbytes, self.costs.offload_s(nbytes))
 
     def _op_seconds(self, node: fx.Node, decision: NodeDecision) -> float:
         operands, states = self._seen(node)

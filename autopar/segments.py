@@ -73,7 +73,7 @@ def recompute_times(
         for node in segment:
             wanted = pinned(node) if pinned else None
             stale = any(operand.value in updated for operand in flow.operands_of[node])
-            if is_deterministic(node) and not stale and wanted != "keep":
+            if is_deterministic(node) and not stale and wanted not in ("keep", "offload"):
                 times[node.name] = needed_at
     return times
 

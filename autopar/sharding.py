@@ -40,6 +40,7 @@ from autopar.rules import AxisRule, axis_rules, compatible
 from autopar.segments import must_rerun, recompute_times
 from autopar.solver import Choice, Op, Problem, Solution, Value
 from autopar.trace import ParamInfo, Trace
+from autopar.waiting import Waiting
 
 ChoiceFilter = Callable[[fx.Node, "OpOption"], bool]
 
@@ -67,7 +68,7 @@ class Pins:
     allow_option: ChoiceFilter | None = None
     avoid_option: ChoiceFilter | None = None  # of the options that are allowed, those not to take
     allow_param: Callable[[ParamInfo, State], bool] | None = None
-    recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute" or None
+    recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute", "offload" or None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class ShardingProblem:
         }
         kept = frozenset(names[v] for v in solution.kept)
         copies = frozenset((names[v], self.states[v][s]) for v, s in solution.kept_copies)
-        return Decisions(nodes, params, outputs, kept, copies)
+        away = frozenset(names[v] for v in solution.offloaded)
+        return Decisions(nodes, params, outputs, kept, copies, away)
 
 
 def build_problem(
@@ -147,6 +149,7 @@ class _Builder:
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
         self._stored: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+        self._waiting = Waiting(costs, self.pins.recompute)
         self._known_preimages: dict[tuple[object, ...], dict[State, State]] = {}
 
     # -- the whole ---------------------------------------------------------------
@@ -176,6 +179,7 @@ class _Builder:
             forward_ops=forward_ops,
             capacity_bytes=capacity_bytes,
             constant_bytes=self.constant_bytes,
+            host_capacity_bytes=self.costs.host_bytes,
         )
         return ShardingProblem(
             problem,
@@ -289,6 +293,8 @@ class _Builder:
         operands = self.flow.operands_of[node]
         results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
         values = [self._add_value(value_name(node, i), t) for i, t in results]
+        for value in values:
+            self.values[value] = self._waiting.allowed(self.values[value], node)
         operand_values = [self.value_index[o.value] for o in operands]
         known = self._offers.get(self.trace.twins.get(node.name, node.name))
         tables = [self.states[v] for v in (*operand_values, *values)]

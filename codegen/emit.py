@@ -18,6 +18,7 @@ from torch import fx
 from autopar.codegen.buckets import GradientBuckets
 from autopar.codegen.builder import GraphBuilder
 from autopar.codegen.lowerings import lower
+from autopar.codegen.offload import fetch, offload, place_last
 from autopar.codegen.steps import emit_path
 from autopar.dataflow import (
     Dataflow,
@@ -118,7 +119,9 @@ class _Emitter:
         grads, grad_nodes = self._emit_backward()
         given = {*self.forward.inputs, *((name, replicated(len(self.mesh))) for name in tangents)}
         saved = tuple(v for v in self.backward.inputs if v not in given)
-        self.forward.builder.output([*outputs.values(), *(self.forward.versions[v] for v in saved)])
+        place_last(self.forward.builder.graph, self.forward.away.values())
+        left = {**self.forward.versions, **self.forward.away}
+        self.forward.builder.output([*outputs.values(), *(left[v] for v in saved)])
         self.backward.builder.output(grad_nodes)
         return EmittedProgram(
             mesh=self.mesh,
@@ -238,6 +241,7 @@ class _Pass:
         self.builder = GraphBuilder(emitter.mesh, fake_mode, scatters_by_exchange=by_exchange)
         self.versions: dict[Version, fx.Node] = {}
         self.inputs: list[Version] = []
+        self.away: dict[Version, fx.Node] = {}  # what the forward pass copies to the host
         self._viewed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
 
     def add_placeholder(self, node: fx.Node) -> None:
@@ -323,12 +327,27 @@ class _Pass:
             return self._saved(operand, version)
         if (state == made and operand.value in decisions.kept) or version in decisions.kept_copies:
             return self._saved(operand, version)
+        if state == made and operand.value in decisions.offloaded:
+            return self._fetch_from_host(operand, version)
         if state == made and decisions.nodes[operand.node.name].recompute:
             if is_random(op_call(operand.node)):
                 raise PlanError(f"the plan draws the random numbers of {operand.node.name} twice; keep them instead")
             self.emit_op(operand.node)
             return self.versions[version]
         return None
+
+    def _fetch_from_host(self, operand: Operand, version: Version) -> fx.Node:
+        forward = self.forward
+        assert forward is not None
+        original = forward.versions[version]
+        forward.builder.origin = operand.node.name
+        forward.away[version] = offload(forward.builder, original)
+        host = self.builder.placeholder(operand.node.name, forward.away[version].meta["val"])
+        self.inputs.append(version)
+        self.builder.origin = operand.node.name
+        fetched = fetch(self.builder, host, original.meta["val"].device)
+        fetched.meta["version"] = (operand.node.name, operand.index, version[1])
+        return fetched
 
     def _saved(self, operand: Operand, version: Version) -> fx.Node:
         assert self.forward is not None

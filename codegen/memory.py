@@ -1,5 +1,7 @@
 """Simulates the memory of an emitted program, tensor by tensor, without running it.
 
+What waits on the host takes nothing here: it is gone once it was copied there, and again there once it was fetched.
+
 The graphs carry fake results, so storages and their sizes are known. A storage lives from
 the node that allocates it to the last use of any variable that refers to it, as in the
 generated Python, which drops each variable after its last use; the operands of a
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopar.codegen.emit import EmittedProgram
+from autopar.codegen.offload import is_on_host
 from autopar.codegen.storages import last_uses, storages
 
 
@@ -55,6 +58,7 @@ class MemoryTimeline:
 def simulate_memory(program: EmittedProgram, constant_bytes: int) -> MemoryTimeline:
     """The memory time line of a forward and a backward pass of the emitted program."""
     persistent = storages(n for n in program.forward.nodes if n.op == "placeholder")
+    persistent |= storages(n for n in program.forward.nodes if is_on_host(n))  # not on the device at all
     forward_kept = _output_storages(program.forward, program.saved)
     forward = _walk("forward", program.forward, persistent, {}, forward_kept)
     outputs = list(next(iter(program.forward.find_nodes(op="output"))).args[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,12 +15,19 @@ from autopar.trace import Trace
 
 
 def random_decisions(
-    trace: Trace, stated: ShardingProblem, rng: random.Random, *, recompute: float = 0.0, keep_copies: float = 0.0
+    trace: Trace,
+    stated: ShardingProblem,
+    rng: random.Random,
+    *,
+    recompute: float = 0.0,
+    keep_copies: float = 0.0,
+    offload: float = 0.0,
 ) -> Decisions:
     """A random choice for every op.
 
     recompute: chance that an op which may run again does; the results of all others are kept.
     keep_copies: chance that a converted copy that the forward pass makes is kept.
+    offload: chance that what would be kept waits on the host instead.
     """
     choices = _random_choices(stated, rng)
     again = frozenset(
@@ -31,7 +39,8 @@ def random_decisions(
     forward = {n.name for n in trace.graph_module.graph.nodes if n.op == "call_function" and not is_backward(n)}
     run_once = {name for name in forward if name not in decisions.nodes or not decisions.nodes[name].recompute}
     kept = frozenset(v for v in stated.value_index if v.split("#")[0] in run_once)
-    return Decisions(decisions.nodes, decisions.params, decisions.outputs, kept, decisions.kept_copies)
+    away = frozenset(v for v in sorted(kept) if rng.random() < offload)
+    return replace(decisions, kept=kept - away, offloaded=away)
 
 
 def _random_choices(stated: ShardingProblem, rng: random.Random) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ def check_model(seed: int) -> int:
         stated = build_problem(traced, costs, OptimizerSpec("adamw"))
         for _ in range(CASES_PER_MODEL // len(MESHES)):
             recompute, copies = rng.choice(((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0)))
-            decisions = random_decisions(traced, stated, rng, recompute=recompute, keep_copies=copies)
+            shares = {"recompute": recompute, "keep_copies": copies, "offload": rng.choice((0.0, 0.5, 1.0))}
+            decisions = random_decisions(traced, stated, rng, **shares)
             program = emit(traced, decisions, mesh, costs, bucket_bytes=rng.choice((0, 300, costs.bucket_bytes)))
             if rng.random() < 0.5:
                 overlap(program.forward)

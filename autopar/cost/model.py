@@ -9,6 +9,7 @@ from autopar.cluster import ClusterSpec, DeviceSpec
 from autopar.cost.collectives import MeshAxis, collective_time_s, mesh_axes
 from autopar.cost.compute import OpClass, op_time_s
 from autopar.cost.optimizer import optimizer_time_s
+from autopar.errors import ClusterSpecError
 
 # Gradients that are reduced together. On GPUs: the default of torch's DistributedDataParallel. On CPUs every message
 # wakes a thread of gloo's on a core that computes: with this size BERT of benchmarks/workloads.py, data parallel on 2
@@ -84,6 +85,21 @@ class CostModel:
         if nbytes == 0:
             return 0.0
         return op_time_s(self.device, OpClass.ELEMENTWISE, 0.0, 2 * nbytes, "float32", "clone")
+
+    @property
+    def host_bytes(self) -> int | None:
+        """A rank's share of the memory of its host, for what is offloaded; None where no link to a host is known."""
+        share = self.cluster.host_memory_bytes // self.cluster.devices_per_node
+        return share if self.device.host_link_bytes_per_s else None
+
+    def offload_s(self, nbytes: float) -> float:
+        """Seconds to copy `nbytes` to the host and, later, back: nothing else runs meanwhile."""
+        if not self.device.host_link_bytes_per_s:
+            raise ClusterSpecError(
+                f"device.host_link_bytes_per_s of {self.cluster.name!r} is 0, so nothing can be offloaded there; "
+                "describe the link, or plan without offload"
+            )
+        return 2 * (self.device.launch_overhead_s + nbytes / self.device.host_link_bytes_per_s)
 
     def optimizer_s(self, param_bytes: float, state_bytes: float) -> float:
         """Seconds of the optimizer's step on a rank's share of one parameter and its state."""

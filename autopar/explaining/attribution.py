@@ -96,6 +96,8 @@ class Attribution:
         for transfer in self.price.transfers:
             for resource, part in self._transfer_parts(transfer):
                 seconds[resource] += part
+        if self.price.offloads:
+            seconds["link to the host"] += self.price.offload_s
         self._add_optimizer(seconds)
         return {name: part for name, part in sorted(seconds.items(), key=lambda item: -item[1]) if part > 0}
 
@@ -111,6 +113,8 @@ class Attribution:
         for transfer in self.price.transfers:
             for kind, axis, _, spent in transfer.steps:
                 seconds[f"{kind} of {self.role(transfer)} over {self._span(axis)}"] += spent
+        if self.price.offloads:
+            seconds["copies to the host and back"] += self.price.offload_s
         seconds["optimizer"] += self.price.optimizer_s
         return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 

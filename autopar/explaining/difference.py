@@ -16,7 +16,7 @@ from autopar.plans import Plan
 from autopar.units import bytes_text, seconds_text, signed_bytes, signed_seconds
 
 _FIGURES = ("step_time_s", "peak_bytes", "tokens_per_s_per_gpu", "mfu", "hfu", "fits")
-_PARTS = ("forward_s", "backward_s", "recompute_s", "communication_s", "optimizer_s")
+_PARTS = ("forward_s", "backward_s", "recompute_s", "communication_s", "offload_s", "optimizer_s")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
     by_kind = {f"{kind}, s": seconds for kind, seconds in parts["communication_by_kind_s"].items()}
     memory = {f"{name}, bytes": nbytes for name, nbytes in parts["memory_bytes"].items()}
     figures = {name: plan.predicted[name] for name in _FIGURES}
-    return {**figures, **{name: parts[name] for name in _PARTS}, **by_kind, **memory, "gap": plan.gap}
+    return {**figures, **{name: parts.get(name, 0.0) for name in _PARTS}, **by_kind, **memory, "gap": plan.gap}
 
 
 def _storage(first: Plan, second: Plan) -> list[StorageChange]:

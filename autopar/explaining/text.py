@@ -80,6 +80,11 @@ def _layout_lines(plan: Plan) -> list[str]:
         found.append("  between tensor parallel blocks the sequence is cut (Megatron sequence parallelism)")
     again = sum(d.recompute for d in plan.decisions.nodes.values())
     found.append(f"  {again} of {len(plan.decisions.nodes)} ops run again in the backward pass to save memory")
+    if plan.decisions.offloaded:
+        found.append(
+            f"  {len(plan.decisions.offloaded)} activations, {bytes_text(plan.predicted['breakdown']['host_bytes'])} a "
+            "rank, wait for the backward pass on the host to save memory"
+        )
     proven = "optimal" if plan.status == "optimal" else "best found in time"
     found.append(f"  {proven}: no plan in this search space is more than {plan.gap:.2%} faster (proven bound)")
     if plan.options.pin:
@@ -109,8 +114,9 @@ def _time_column(plan: Plan) -> list[str]:
         ("recompute_s", "recomputation"),
         ("optimizer_s", "optimizer"),
         ("communication_s", "communication"),
+        ("offload_s", "to host and back"),
     ):
-        if parts[key]:
+        if parts.get(key):
             found.append(f"  {name:<13} {seconds_text(parts[key]):>10} {parts[key] / total:6.1%}")
     by_kind = sorted(parts["communication_by_kind_s"].items(), key=lambda item: -item[1])
     for kind, seconds in by_kind[:MOST_COLLECTIVES]:

@@ -152,7 +152,16 @@ def interval_picture(low: float, value: float, high: float) -> Interval:
 
 # The order in which people expect keys; a plan file has them by the alphabet.
 ORDER = (
-    *("forward_s", "backward_s", "recompute_s", "communication_s", "tensor_messages_s", "gathers_s", "bubble_s"),
+    *(
+        "forward_s",
+        "backward_s",
+        "recompute_s",
+        "offload_s",
+        "communication_s",
+        "tensor_messages_s",
+        "gathers_s",
+        "bubble_s",
+    ),
     *("send_s", "gradients_s", "optimizer_s", "parameters", "gradients", "optimizer", "activations", "temporaries"),
     *("buffers", "inputs", "allocator"),
     *LAYOUT_KEYS,

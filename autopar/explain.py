@@ -162,6 +162,7 @@ class Report:
             "parameters": text.parameter_table(plan),
             "shardings": [s.to_dict() for s in self.shardings],
             "recomputed_ops": sorted(n for n, d in plan.decisions.nodes.items() if d.recompute),
+            "offloaded": sorted(plan.decisions.offloaded),
             **self._priced_again(),
             **self._solved_again(every),
             "replicated_for_want_of_a_rule": list(plan.unruled),

@@ -16,6 +16,8 @@ def short(layout: Layout) -> str:
         shown.append(f"recompute={keys['recompute']}")
     if keys["recompute_blocks"] is not None:
         shown.append(f"recompute_blocks={keys['recompute_blocks']}")
+    if keys["offload"] != "none":
+        shown.append(f"offload={keys['offload']}")
     if keys["pp"] > 1:
         shown.append(f"schedule={keys['schedule']}")
     return ",".join(shown)

@@ -19,6 +19,7 @@ from typing import Any
 from autopar.errors import LayoutError
 
 RECOMPUTE = ("none", "selective", "full")
+OFFLOAD = ("none", "optimizer")
 SCHEDULES = ("none", "gpipe", "1f1b", "interleaved", "zero-bubble")
 GRAD_DTYPES = ("float32", "bfloat16", "float16")
 DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
@@ -38,6 +39,8 @@ class Layout:
     recompute: "selective" runs the core of attention again in the backward pass, "full" every block.
     recompute_blocks: with "full", how many blocks of each pipeline rank run again; None: all of them.
     schedule: of the pipeline; default "1f1b", with vpp > 1 "interleaved"; "none" without a pipeline.
+    offload: "optimizer" keeps the optimizer's state, and a master copy of the parameters, on the host: fetched for the
+        optimizer's step, a block at a time, and brought back.
     grad_dtype: in which gradients are kept and summed; None: that of the parameters.
     """
 
@@ -54,12 +57,14 @@ class Layout:
     schedule: str = _FOLLOWS
     grad_dtype: str | None = "float32"
     recompute_blocks: int | None = None
+    offload: str = "none"
 
     def __post_init__(self) -> None:
         for key in (*DEGREES, "micro_batch"):
             _check_integer(key, getattr(self, key), 1)
         _check_integer("zero", self.zero, 0, 3)
         _check_word("recompute", self.recompute, RECOMPUTE)
+        _check_word("offload", self.offload, OFFLOAD)
         if self.recompute_blocks is not None:
             _check_integer("recompute_blocks", self.recompute_blocks, 1)
             if self.recompute != "full":

@@ -126,3 +126,8 @@ def _runs_divide(shape: Sequence[int], state: State, mesh: Sequence[int]) -> boo
         if others or runs % between or shape[dim] % runs or (shape[dim] // runs) % inside:
             return False
     return True
+
+
+def can_be_held(state: State) -> bool:
+    """Whether somebody outside may hold a tensor so: not as summands, and cut from end to end."""
+    return PARTIAL not in state and all(shard_runs(p) == 1 for p in state)

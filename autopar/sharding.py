@@ -33,7 +33,7 @@ from autopar.dataflow import (
 )
 from autopar.errors import PinError
 from autopar.opcost import op_seconds
-from autopar.placements import PARTIAL, State, local_shape, replicated, shard_runs
+from autopar.placements import State, can_be_held, local_shape, replicated
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
@@ -107,8 +107,7 @@ class ShardingProblem:
         }
         kept = frozenset(names[v] for v in solution.kept)
         copies = frozenset((names[v], self.states[v][s]) for v, s in solution.kept_copies)
-        away = frozenset(names[v] for v in solution.offloaded)
-        return Decisions(nodes, params, outputs, kept, copies, away)
+        return Decisions(nodes, params, outputs, kept, copies, frozenset(names[v] for v in solution.offloaded))
 
 
 def build_problem(
@@ -232,7 +231,7 @@ class _Builder:
             self._add_op(Op(f"input:{node.name}", (), (value,), (Choice(0.0, (), (whole,)),)))
 
     def _add_param(self, param: ParamInfo, tensor: torch.Tensor, value: int) -> None:
-        stored = [s for s in self.states[value] if _can_be_held(s)]
+        stored = [s for s in self.states[value] if can_be_held(s)]
         if param.fqn in self._gradient_operands:
             gradient = self._gradient_operands[param.fqn]
             possible = self._preimages(gradient, self.tables.of(gradient.base_tensor).states)
@@ -275,7 +274,7 @@ class _Builder:
         for name, operand, whole in outputs:
             value = self.value_index[operand.value]
             preimages = self._preimages(operand, self.states[value])
-            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if _can_be_held(s)]
+            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if can_be_held(s)]
             uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
             self.output_states[name] = tuple(self.states[value][u] for u in uses)
             if name not in self.trace.whole_outputs:
@@ -395,11 +394,6 @@ def _no_state_left(param: ParamInfo, mesh: tuple[int, ...], possible: list[State
         f"parameter {param.fqn} {tuple(param.shape)} cannot be stored as asked for on mesh "
         f"{'x'.join(map(str, mesh)) or '1'}; possible there: {states or 'whole only'}"
     )
-
-
-def _can_be_held(state: State) -> bool:
-    """Whether somebody outside may hold a tensor so: not as summands, and cut from end to end."""
-    return PARTIAL not in state and all(shard_runs(p) == 1 for p in state)
 
 
 def _state(placements: tuple[str | None, ...]) -> State | None:

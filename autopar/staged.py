@@ -60,6 +60,11 @@ class StagedPlan(Plan):
         layout = self.named
         if layout.ep > 1:
             return f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1"
+        if layout.offload != "none":
+            return (
+                f"a plan with the optimizer's state on the host (offload={layout.offload}) cannot be run yet, only "
+                "priced; plan with pin offload=none"
+            )
         if layout.devices != self.cluster.devices:
             return (
                 f"the plan uses {layout.devices} of {self.cluster.devices} devices, and ranks without work cannot be "

@@ -124,7 +124,7 @@ def put(data, path, value):
         (("links", 1, "bytes_per_s"), -5, "links[1].bytes_per_s"),
         (("links", 0, "latency_s"), [0], "links[0].latency_s"),
         (("links", 0), "fast", "links[0]"),
-        (("schema_version",), 4, "cluster.schema_version is 4"),
+        (("schema_version",), 5, "cluster.schema_version is 5"),
     ],
 )
 def test_impossible_values_are_refused_where_they_stand(path, value, where):

@@ -17,6 +17,7 @@ from autopar.codegen.memory import simulate_memory
 from autopar.codegen.offload import is_on_host
 from autopar.dataflow import module_path
 from autopar.errors import ClusterSpecError, Infeasible, PinError, PlanError
+from autopar.explaining.page.write import render
 from autopar.segments import block_of
 from autopar.trace import Trace, trace
 from autopar.verification import emit_for
@@ -119,7 +120,7 @@ def test_the_program_computes_what_the_model_does(gpus: int) -> None:
 
 def test_what_is_pinned_to_the_host_goes_there_and_nothing_else() -> None:
     plan = planned(1e12, pin={"layers.0": "keep", "layers.1": "offload", "layers.2": "recompute"})
-    program = emit_for(traced(), plan)[0]
+    program = emit_for(traced(), plan)
     paths = {n.name: module_path(n) for n in traced().graph_module.graph.nodes}
     assert {block_of(paths[v]) for v in plan.decisions.offloaded} == {"layers.1"}
     copies = [n for n in program.forward.nodes if is_on_host(n)]
@@ -131,7 +132,7 @@ def test_memory_between_the_passes_is_less_by_what_is_on_the_host() -> None:
     kept, away = planned(1e12, pin={"layers": "keep"}), planned(1e12, pin={"layers": "offload"})
     ends = []
     for plan in (kept, away):
-        program = emit_for(traced(), plan)[0]
+        program = emit_for(traced(), plan)
         ends.append([p for p in simulate_memory(program, 0).points if p.phase == "forward"][-1].activations)
     on_host = away.predicted["breakdown"]["host_bytes"]
     assert on_host > 0
@@ -154,8 +155,14 @@ def test_the_plan_file_says_it_and_files_without_it_are_as_before(tmp_path: Path
 
 
 def test_the_report_says_what_waits_on_the_host() -> None:
-    text = str(tight(1e12).explain())
+    report = tight(1e12).explain(time_limit_s=2)
+    text, data = str(report), report.to_dict()
     assert "wait for the backward pass on the host" in text and "to host and back" in text
+    assert data["offloaded"] == sorted(tight(1e12).decisions.offloaded)
+    gone = [name for name in data["time_line"]["names"] if name.endswith(" to the host")]
+    assert gone == [f"{value} to the host" for value in data["offloaded"]]
+    page = render(data)
+    assert "wait for the backward pass on the host" in page and data["offloaded"][0] in page
 
 
 def test_a_cluster_without_a_link_offloads_nothing() -> None:

@@ -288,7 +288,6 @@ def test_stages_of_a_model_without_blocks() -> None:
         ({"up.weight": "S(x)"}, "placements"),
         ({"up.weight": ("P",), "mesh": [8]}, "cannot be stored"),
         ({"up.weight": ("S(0)", "R"), "mesh": [8]}, "2 placements"),
-        ({"up": "offload"}, "not available yet"),
     ],
 )
 def test_pins_that_cannot_be(pin: dict[str, Any], says: str) -> None:

@@ -50,7 +50,8 @@ class _Finder:
     def all(self) -> Iterator[Fix]:
         """One of each kind that helps."""
         rows: list[Iterable[Layout]] = [
-            self._micro_batches(), self._selective(), self._blocks(), self._zero(), self._sequence(), self._schedules(),
+            self._micro_batches(), self._selective(), self._blocks(), self._zero(), self._offload(), self._sequence(),
+            self._schedules(),
             *(self._degree(name) for name in _DEGREES[1:]),
         ]  # fmt: skip
         for row in rows:
@@ -86,6 +87,10 @@ class _Finder:
     def _zero(self) -> Iterator[Layout]:
         for stage in range(self.layout.zero + 1, 4) if self.layout.dp * self.layout.cp > 1 else ():
             yield replace(self.layout, zero=stage)
+
+    def _offload(self) -> Iterator[Layout]:
+        if self.layout.offload == "none":
+            yield replace(self.layout, offload="optimizer")
 
     def _sequence(self) -> Iterator[Layout]:
         if self.layout.tp > 1 and not self.layout.sp:
@@ -255,6 +260,8 @@ def _difference(before: Layout, after: Layout) -> str:
     """What a person would type: `micro_batch 4 to 2`."""
     old, new = before.to_dict(), after.to_dict()
     keys = [key for key in new if new[key] != old[key]]
+    if keys == ["offload"]:
+        return "offload optimizer state"
     words = [f"{k}={new[k]}" if k.startswith("recompute") else f"{k} {_word(old[k])} to {_word(new[k])}" for k in keys]
     leading = [w for w, k in zip(words, keys, strict=True) if k not in _FOLLOW or set(keys) <= set(_FOLLOW)]
     return ", ".join(leading)

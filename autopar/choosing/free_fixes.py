@@ -26,7 +26,7 @@ from autopar.choosing.search import LayoutSearch
 from autopar.choosing.space import Space, divisors, powers_of_two
 from autopar.errors import AutoparError, Infeasible
 from autopar.fixes import Fix, in_order
-from autopar.layouts import RECOMPUTE, SCHEDULES
+from autopar.layouts import OFFLOAD, RECOMPUTE, SCHEDULES
 from autopar.predicting.predict import Predictor
 from autopar.units import bytes_text
 
@@ -99,7 +99,7 @@ def _changes(predictor: Predictor, pin: dict[str, Any], needed: int, deadline: f
     yield Change(memory_words(predictor.cluster, needed), limit, with_limit(predictor, needed), pin)
     rows = [_nodes(predictor, pin, deadline)]
     rows += [_other_values(predictor, pin, key) for key in pin]
-    rows += [_batches(predictor, pin), _devices(predictor, pin, needed)]
+    rows += [_offload(predictor, pin), _batches(predictor, pin), _devices(predictor, pin, needed)]
     for row in rows:
         for change in row:
             if time.perf_counter() > deadline:
@@ -144,7 +144,7 @@ def _other_values(predictor: Predictor, pin: dict[str, Any], key: str) -> Iterat
         return
 
     def distance(value: Any) -> float:
-        degree = key not in ("zero", "recompute", "schedule", "sp")
+        degree = key not in ("zero", "recompute", "schedule", "sp", "offload")
         return abs(math.log(value / pinned)) if degree else abs(values.index(value) - values.index(pinned))
 
     for value in sorted((v for v in values if v != pinned), key=distance):
@@ -159,9 +159,15 @@ def _values(predictor: Predictor, key: str) -> list[Any]:
         "dp": batch, "micro_batch": batch, "pp": blocks, "vpp": blocks, "recompute_blocks": blocks,
         "tp": inside if predictor.heads is None else divisors(predictor.heads),
         "cp": powers_of_two(predictor.cluster.devices), "zero": [0, 1, 2, 3], "sp": [False, True],
-        "recompute": list(RECOMPUTE), "schedule": list(SCHEDULES),
+        "recompute": list(RECOMPUTE), "schedule": list(SCHEDULES), "offload": list(OFFLOAD),
     }  # fmt: skip
     return known.get(key, [])
+
+
+def _offload(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:
+    """The optimizer's state on the host, where there is a link to it."""
+    if predictor.cluster.device.host_link_bytes_per_s and "offload" not in pin:
+        yield Change("offload optimizer state", {"offload": "optimizer"}, predictor, {**pin, "offload": "optimizer"})
 
 
 def _batches(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:

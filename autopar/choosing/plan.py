@@ -24,7 +24,7 @@ from autopar.sample import sample_call
 from autopar.staged import ROLES, OtherLayout, StagedPlan
 from autopar.trace import graph_hash
 
-STAGED_KEYS = ("pp", "cp", "vpp", "schedule")  # cp: where it takes several nodes
+STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload")  # cp: where it takes several nodes
 Progress = Callable[[str], None]
 
 

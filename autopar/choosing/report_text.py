@@ -90,6 +90,11 @@ def _stored(layout: Layout) -> str:
 
 
 def _again(layout: Layout) -> str:
+    where = "; the optimizer's state waits on the host" if layout.offload == "optimizer" else ""
+    return _runs_again(layout) + where
+
+
+def _runs_again(layout: Layout) -> str:
     if layout.recompute == "none":
         return "nothing runs again in the backward pass"
     if layout.recompute == "selective":

@@ -110,7 +110,7 @@ class LayoutSearch:
         predictor, key = self._on(cell.devices), (cell.group, cell.pp, cell.dp)
         if self._states(cell.group) / (cell.pp * cell.dp * cell.group.cp) > predictor.limit_bytes:
             return
-        leaves = list(self.space.leaves(cell.group, cell.pp, cell.dp))
+        leaves = [leaf for leaf in self.space.leaves(cell.group, cell.pp, cell.dp) if predictor.host_holds(leaf)]
         if not any(m.total <= predictor.limit_bytes for _, m in self._lean(predictor, leaves)):
             return
         for floor_s, layout in sorted(self._floors(predictor, leaves), key=lambda pair: rounded(pair[0])):
@@ -133,8 +133,10 @@ class LayoutSearch:
         for layout in leaves:
             if layout.zero not in by_zero:
                 by_zero[layout.zero] = self._price(predictor, replace(first, zero=layout.zero)).step_time_s
-            if layout.zero == first.zero:
-                by_schedule[layout.schedule, layout.vpp] = self._price(predictor, layout).step_time_s
+            order = (layout.schedule, layout.vpp)
+            if order not in by_schedule:
+                there = replace(first, schedule=layout.schedule, vpp=layout.vpp)
+                by_schedule[order] = self._price(predictor, there).step_time_s
         for layout in leaves:
             schedule_s = by_schedule[layout.schedule, layout.vpp] - by_zero[first.zero]
             yield by_zero[layout.zero] + schedule_s, layout
@@ -142,7 +144,7 @@ class LayoutSearch:
     def _states(self, group: Group) -> float:
         """Bytes of parameters, gradients and optimizer on one tensor rank; a cell spreads them at best evenly."""
         if group.tp not in self._states_of:
-            m = self.predictor.memory(Layout(tp=group.tp, grad_dtype=self.space.grad_dtype))
+            m = self.predictor.memory(Layout(tp=group.tp, grad_dtype=self.space.grad_dtype, offload=self.space.offload))
             self._states_of[group.tp] = m.parameters + m.gradients + m.optimizer
         return self._states_of[group.tp]
 
@@ -175,8 +177,9 @@ class LayoutSearch:
                         return best
                     if best and self._states(group) / (pp * dp * group.cp) > best[1].total:
                         continue
-                    leaves = list(self.space.leaves(group, pp, dp))
-                    lean = self._lean(self._on(group.tp * group.cp * pp * dp), leaves)
+                    there = self._on(group.tp * group.cp * pp * dp)
+                    leaves = [leaf for leaf in self.space.leaves(group, pp, dp) if there.host_holds(leaf)]
+                    lean = self._lean(there, leaves)
                     best = min(lean if best is None else (best, *lean), key=lambda pair: pair[1].total, default=best)
         return best
 

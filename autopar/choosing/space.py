@@ -101,7 +101,7 @@ class Space:
             for schedule, vpp in self.schedules(pp, micro_batches):
                 yield Layout(
                     dp, group.tp, pp, group.cp, vpp=vpp, micro_batch=group.micro_batch, zero=zero, sp=group.sp,
-                    schedule=schedule, grad_dtype=self.grad_dtype,
+                    schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload,
                 )  # fmt: skip
 
     def schedules(self, pp: int, micro_batches: int) -> list[tuple[str, int]]:
@@ -125,6 +125,11 @@ class Space:
         """In which gradients are kept; nothing to choose."""
         found: str | None = self.pin.get("grad_dtype", "float32")
         return found
+
+    @property
+    def offload(self) -> str:
+        """What waits on the host; only where it is pinned."""
+        return str(self.pin.get("offload", "none"))
 
     def conflict(self) -> str:
         """Which pin cannot be, in words that follow a sentence; "" where it takes several together."""

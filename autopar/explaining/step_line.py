@@ -18,6 +18,7 @@ from autopar.pricing import Transfer
 from autopar.segments import block_of, recompute_times
 
 COMPUTE = "compute"
+HOST_LINK = "link to the host"
 NOTE = (
     "The plan adds communication and compute up, so nothing overlaps: conversions stand where their value is first "
     "wanted, gradients where they are made, recomputation before the first op of the backward pass that needs it."
@@ -28,9 +29,10 @@ Wanted = tuple[str, str, State]  # phase, value, state
 
 
 def step_line(attribution: Attribution) -> TimeLine:
-    """One step on one rank: a track for compute, one for each mesh axis."""
-    links = (attribution.link(axis) for axis in range(len(attribution.costs.mesh)))
-    return TimeLine(one_after_another(_Walk(attribution).parts()), NOTE, (COMPUTE, *links))
+    """One step on one rank: a track for compute, one for each mesh axis, one for the host where it is used."""
+    links = [attribution.link(axis) for axis in range(len(attribution.costs.mesh))]
+    host = [HOST_LINK] if attribution.price.offloads else []
+    return TimeLine(one_after_another(_Walk(attribution).parts()), NOTE, (COMPUTE, *links, *host))
 
 
 class _Walk:
@@ -42,6 +44,8 @@ class _Walk:
         self.waiting: dict[Wanted, Transfer] = {(t.phase, t.value, t.target): t for t in attribution.price.transfers}
         self.at_maker = self._of_outputs()
         self.again = self._again()
+        self.back = {o.value: o.seconds / 2 for o in attribution.price.offloads}
+        self.leaving = self._leaving(dict(self.back))
 
     def parts(self) -> Iterator[Part]:
         """Everything, in order."""
@@ -53,6 +57,8 @@ class _Walk:
             for result in range(len(result_metas(node))):
                 for key in self.at_maker.get(value_name(node, result), ()):
                     yield from self._transfer(key)
+            for value, seconds in self.leaving.get(index, ()):
+                yield HOST_LINK, "communication", f"{value} to the host", seconds
         for key in list(self.waiting):
             yield from self._transfer(key)
         yield COMPUTE, "optimizer", "optimizer", self.attribution.price.optimizer_s
@@ -60,6 +66,8 @@ class _Walk:
     def _op(self, node: fx.Node, phase: str, kind: str) -> Iterator[Part]:
         states = self.decided[node.name].operand_states
         for operand, state in zip(self.flow.operands_of[node], states, strict=True):
+            if phase == "backward" and operand.value in self.back:
+                yield HOST_LINK, "communication", f"{operand.value} from the host", self.back.pop(operand.value)
             yield from self._transfer((phase, operand.value, state))
         yield COMPUTE, kind, _where(node), self.attribution.price.op_s[node.name]
 
@@ -70,6 +78,18 @@ class _Walk:
         what = self.attribution.role(transfer).split(",")[0]
         for kind, axis, _, seconds in transfer.steps:
             yield self.attribution.link(axis), "communication", f"{kind} of {what}", seconds
+
+    def _leaving(self, away: dict[str, float]) -> dict[int, list[tuple[str, float]]]:
+        """Behind the op of which index each value goes to the host: its last use in the forward pass."""
+        last: dict[str, int] = {}
+        for index, node in enumerate(self.flow.ops):
+            if not is_backward(node):
+                made = [value_name(node, result) for result in range(len(result_metas(node)))]
+                last |= {v: index for v in (*made, *(o.value for o in self.flow.operands_of[node])) if v in away}
+        found: dict[int, list[tuple[str, float]]] = defaultdict(list)
+        for value, index in last.items():
+            found[index].append((value, away[value]))
+        return found
 
     def _of_outputs(self) -> dict[str, list[Wanted]]:
         """Transfers that no op waits for (gradients to where they are stored, outputs), by their value."""

@@ -61,6 +61,12 @@ class Job:
         """Parameters of one rank of the stage, by the piece."""
         return sum(times * part.tensors for part, times in stage.parts(self.table))
 
+    def host_bytes(self, numbers: float) -> float:
+        """What a rank with so many parameters keeps on its host."""
+        if self.layout.offload != "optimizer":
+            return 0.0
+        return numbers * self.precision.state / (self.zero_axis.size if self.layout.zero >= 1 else 1)
+
     def streaming_s(self, nbytes: float) -> float:
         """Seconds to read and write that much memory."""
         device = self.cluster.device

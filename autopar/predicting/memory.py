@@ -76,12 +76,19 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     found = StageMemory(
         parameters=numbers * precision.parameter / (replicas if layout.zero == 3 else 1) + gathered,
         gradients=numbers * (precision.gradient + beside) / (replicas if layout.zero >= 2 else 1),
-        optimizer=numbers * precision.state / (job.zero_axis.size if layout.zero >= 1 else 1),
+        optimizer=_state_numbers(job, stage) * precision.state / (job.zero_axis.size if layout.zero >= 1 else 1),
         activations=kept * flights,
         temporaries=extra,
         allocator=_WORKSPACES + _FRAGMENTATION * kept * flights,
     )
     return replace(found, allocator=found.allocator + _buffers(job, stage, flights, found.total))
+
+
+def _state_numbers(job: Job, stage: Stage) -> float:
+    """Parameters whose state is on the device at once: all, or, offloaded, those of one part of the model."""
+    if job.layout.offload != "optimizer":
+        return job.numbers(stage)
+    return max((float(part.parameters @ job.weights) for part, times in stage.parts(job.table) if times), default=0.0)
 
 
 def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:

@@ -183,8 +183,22 @@ class Predictor:
             kv_heads=self.kv_heads,
             seq=self.table.tokens if self.table.tokens > 1 else None,
         )
+        if not self.host_holds(layout):
+            raise LayoutError(
+                f"layout: offload={layout.offload} needs a link to the host (device.host_link_bytes_per_s) and memory "
+                f"there, and a device of {self.cluster.name!r} has not enough; leave offload out, or raise zero"
+            )
         if layout.ep > 1:
             raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
+
+    def host_holds(self, layout: Layout) -> bool:
+        """Whether a rank's share of its host has a link and room for what the layout keeps there."""
+        if layout.offload == "none":
+            return True
+        job = self.job(layout)
+        room = self.cluster.host_memory_bytes / self.cluster.devices_per_node
+        most = max(job.host_bytes(job.numbers(stage)) for stage in self.stages(layout))
+        return self.cluster.device.host_link_bytes_per_s > 0 and most <= room
 
     def fixes(self, prediction: Prediction) -> tuple[Fix, ...]:
         """The smallest single changes each of which makes a layout fit, the cheapest first; () if it fits."""

@@ -26,12 +26,13 @@ class StepTime:
     optimizer_s: float
     flops: float
     again_flops: float
+    offload_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """All of it."""
         parts = (self.forward_s, self.backward_s, self.recompute_s, self.tensor_messages_s, self.bubble_s)
-        return sum(parts) + self.send_s + self.gradients_s + self.gathers_s + self.optimizer_s
+        return sum(parts) + self.send_s + self.gradients_s + self.gathers_s + self.optimizer_s + self.offload_s
 
 
 def step_time(job: Job, stages: list[Stage]) -> StepTime:
@@ -55,6 +56,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
         optimizer_s=optimizer_s(job, max(map(job.numbers, work_of))),
         flops=n * (worst.forward.flops + worst.backward.flops),
         again_flops=n * worst.again.flops,
+        offload_s=2 * state_copy_s(job, max(map(job.numbers, work_of))),
     )
 
 
@@ -149,3 +151,10 @@ def optimizer_s(job: Job, numbers: float) -> float:
     copied, precision = 4 if job.table.itemsize < 4 else 0, job.precision
     nbytes = gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter
     return job.streaming_s(own * nbytes)
+
+
+def state_copy_s(job: Job, numbers: float) -> float:
+    """The state of so many parameters over the link to the host, one way; nothing else is done meanwhile."""
+    if job.layout.offload != "optimizer":
+        return 0.0
+    return job.host_bytes(numbers) / job.cluster.device.host_link_bytes_per_s

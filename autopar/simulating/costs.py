@@ -75,14 +75,15 @@ class StageCost:
     """One stage: its chunks, and the end of a step.
 
     tied_s: exchange of gradients between the first and the last stage. returned_s: messages on the data axis that
-    bring updated parameters back. states_bytes: what it holds all the time. temporaries_bytes: beyond that and what is
-    kept, while a pass runs.
+    bring updated parameters back. state_copy_s: the optimizer's state from the host, and as long back. states_bytes:
+    what it holds all the time. temporaries_bytes: beyond that and what is kept, while a pass runs.
     """
 
     chunks: tuple[ChunkCost, ...]
     reductions: tuple[Reduction, ...] = ()
     tied_s: float = 0.0
     optimizer_s: float = 0.0
+    state_copy_s: float = 0.0
     returned_s: tuple[float, ...] = ()
     states_bytes: float = 0.0
     temporaries_bytes: float = 0.0

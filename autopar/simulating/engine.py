@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from autopar.errors import AutoparError
-from autopar.simulating.costs import COMPUTE, DATA, HOST, PIPELINE, TENSOR, PassCost, StepCost
+from autopar.simulating.costs import COMPUTE, DATA, HOST, HOST_LINK, PIPELINE, TENSOR, PassCost, StepCost
 from autopar.simulating.schedules import BACKWARD, FORWARD, WEIGHTS, Action, Order, check_orders, schedule_orders
 
 
@@ -199,7 +199,12 @@ def _finish(cost: StepCost, stages: list[StageRun]) -> None:
     everybody_s = max(ready_s)
     for stage in stages:
         own = cost.stages[stage.at]
-        done_s = stage.issue(COMPUTE, "optimizer", own.optimizer_s, everybody_s)
+        there_s = everybody_s
+        if own.state_copy_s:
+            there_s = stage.issue(HOST_LINK, "state from the host", own.state_copy_s, everybody_s)
+        done_s = stage.issue(COMPUTE, "optimizer", own.optimizer_s, there_s)
+        if own.state_copy_s:
+            done_s = stage.issue(HOST_LINK, "state to the host", own.state_copy_s, done_s)
         for seconds in own.returned_s:
             stage.issue(DATA, "gather parameters", seconds, done_s)
 

@@ -15,7 +15,7 @@ from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, returned, tied_s
 from autopar.predicting.stages import Stage, again_work, kept_of, run_again
-from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s
+from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s, state_copy_s
 from autopar.predicting.table import Part, Pass
 from autopar.predicting.work import Work
 from autopar.simulating.costs import CONTEXT, TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
@@ -82,6 +82,7 @@ class _StagePricer:
             reductions=self._reductions(chunks),
             tied_s=tied_s(job, self.stage),
             optimizer_s=optimizer_s(job, job.numbers(self.stage)),
+            state_copy_s=state_copy_s(job, job.numbers(self.stage)),
             returned_s=self._returned_s(),
             states_bytes=memory.total - memory.activations - memory.temporaries,
             temporaries_bytes=memory.temporaries,

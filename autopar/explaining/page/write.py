@@ -27,6 +27,7 @@ OPTIONAL = (
         "others",
         "shardings",
         "recomputed_ops",
+        "offloaded",
         "replicated_for_want_of_a_rule",
     ),
 )

@@ -222,7 +222,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
     }
     staged = plan.staged_data()
     return {
-        "autopar_plan": 3 if plan.decisions.offloaded else 1 if staged is None else 2,
+        "autopar_plan": 1 if staged is None and not plan.decisions.offloaded else 3,
         **({} if staged is None else {"staged": staged}),
         "torch_version": plan.torch_version,
         "graph_hash": plan.graph_hash,

@@ -107,7 +107,7 @@ def broken(**changes: Any) -> str:
         ({"others": [{"layout": {"tp": 1}, "step_time_s": "fast", "peak_bytes": 1}]}, "wrong type"),
         ({"counts": {"cells": "many"}}, "expected whole numbers"),
         ({"staged": []}, "wrong type"),
-        ({"autopar_plan": 3}, "newer autopar"),
+        ({"autopar_plan": 4}, "newer autopar"),
     ],
 )
 def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
@@ -205,3 +205,9 @@ def test_the_same_bytes_from_other_processors() -> None:
         texts.append(done.stdout)
     assert texts[0] == texts[1]
     assert isinstance(Plan.loads(texts[0]), StagedPlan)
+
+
+def test_files_of_version_2_are_read() -> None:
+    """Before layouts said what waits on the host."""
+    layout = {key: value for key, value in made().layout_keys.items() if key != "offload"}
+    assert Plan.loads(broken(autopar_plan=2, layout=layout)).named == made().named  # type: ignore[attr-defined]

@@ -57,7 +57,7 @@ def stages_by_blocks(trace: Trace, blocks: Sequence[int]) -> StageNodes:
     wanted = {n.name: stage_of_block.get(block_of(module_path(n))) for n in _ops(trace)}
     outer = {names[0]: 0, names[-1]: len(blocks) - 1}
     beside = {n.name: outer[b] for n in _ops(trace) if (b := block_of(module_path(n))) in outer}
-    return _settled(trace, wanted, len(blocks), beside)
+    return stages_near(trace, wanted, len(blocks), beside)
 
 
 def stages_by_cuts(trace: Trace, cuts: Sequence[str]) -> StageNodes:
@@ -77,19 +77,22 @@ def stages_by_cuts(trace: Trace, cuts: Sequence[str]) -> StageNodes:
             raise LayoutError(
                 f"no op runs in a module {cut!r}, at which a stage should begin; see model.named_modules()"
             )
-    return _settled(trace, wanted, len(cuts) + 1, {})
+    return stages_near(trace, wanted, len(cuts) + 1)
 
 
 def _ops(trace: Trace) -> list[fx.Node]:
     return [n for n in trace.graph_module.graph.nodes if n.op == "call_function"]
 
 
-def _settled(trace: Trace, wanted: Mapping[str, int | None], count: int, beside: Mapping[str, int]) -> StageNodes:
-    """Stages along the data flow, as near to the wanted ones as it allows.
+def stages_near(
+    trace: Trace, wanted: Mapping[str, int | None], count: int, beside: Mapping[str, int] | None = None
+) -> StageNodes:
+    """`count` stages along the data flow, as near to the wanted ones (by node name) as it allows.
 
     beside: the stage of what has no wish and lies beside these nodes: stages may hold no block but what comes before
         the first or after the last.
     """
+    beside = beside or {}
     ops = _ops(trace)
     of: dict[str, int | None] = dict.fromkeys(n.name for n in trace.graph_module.graph.nodes)
     everywhere = _everywhere(trace)

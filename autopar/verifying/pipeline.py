@@ -29,7 +29,7 @@ from autopar.verification import (
     run_reference,
     simulated_ranks,
 )
-from autopar.verifying.pipeline_case import StagedCase, Values
+from autopar.verifying.pipeline_case import StagedCase, Values, one_after_the_other
 from autopar.verifying.pipeline_run import PipelineRun, Runner, StageGraphs
 
 _SEED = 0
@@ -81,7 +81,9 @@ class _Verifier:
         """Loss and all gradients."""
         case = self.case
         drawn = self._drawn() if self.random else [{} for _ in case.batches]
-        loss, grads = self._together(drawn) if self.random else (case.loss, case.grads)
+        loss, grads = (case.loss, case.grads)
+        if self.random:
+            loss, grads = one_after_the_other(case.trace, case.batches, case.weights, drawn)
         tolerance = TOLERANCE.get(loss.dtype, 1e-2)
         try:
             found_loss, found = self._results(self.run(self.graphs))
@@ -114,15 +116,6 @@ class _Verifier:
 
         self.run(_NodeByNode(self, record))
         return list(found)
-
-    def _together(self, drawn: Sequence[Values]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and gradients of the single device, micro-batch after micro-batch, on given random numbers."""
-        trace = self.case.trace
-        runs = [run_reference(trace, v, d) for v, d in zip(self.case.batches, drawn, strict=True)]
-        assert trace.loss is not None
-        losses = [run[trace.loss] * w for run, w in zip(runs, self.case.weights, strict=True) if w]
-        grads = {f: torch.stack([run[node] for run in runs]).sum(0) for f, node in trace.grads.items()}
-        return torch.stack(losses).sum(), grads
 
     def _results(self, run: PipelineRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and gradients of the step, whole."""

@@ -96,14 +96,45 @@ def staged_case(
     if weigh is None:
         weigh = micro_batch_loss(whole, traced).weights if count > 1 else lambda _: [1.0]
     weights = weigh(batches)
-    (tangent,) = traced.tangents
-    started = [
-        {**values, tangent: torch.full_like(values[tangent], weight)}
-        for values, weight in zip(batches, weights, strict=True)
-    ]
     assert whole.loss is not None
     grads = {fqn: expected[node] for fqn, node in whole.grads.items()}
+    started = _started(traced, batches, weights)
     return StagedCase(traced, decisions, program, started, weights, expected[whole.loss], grads)
+
+
+def case_of_batches(
+    trace: Trace, decisions: Decisions, program: PipelineProgram, batches: Sequence[Values], weights: Sequence[float]
+) -> StagedCase:
+    """Any micro-batches by any weights: the single device runs one after the other.
+
+    batches: values of the placeholders of `trace`, but for the tangent.
+    """
+    started = _started(trace, batches, weights)
+    loss, grads = one_after_the_other(trace, started, weights, [{} for _ in batches])
+    return StagedCase(trace, decisions, program, started, weights, loss, grads)
+
+
+def one_after_the_other(
+    trace: Trace, batches: Sequence[Values], weights: Sequence[float], drawn: Sequence[Values]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of the single device, micro-batch after micro-batch, on given random numbers."""
+    assert trace.loss is not None
+    losses, grads = [], {fqn: torch.zeros(()) for fqn in trace.grads}
+    for values, weight, numbers in zip(batches, weights, drawn, strict=True):
+        run = run_reference(trace, values, numbers)
+        losses += [run[trace.loss] * weight] if weight else []
+        grads = {fqn: grads[fqn] + run[node] for fqn, node in trace.grads.items()}
+    return torch.stack(losses).sum(), grads
+
+
+def _started(trace: Trace, batches: Sequence[Values], weights: Sequence[float]) -> list[Values]:
+    """The values with the tangents from which the backward passes start."""
+    (tangent,) = trace.tangents
+    like = next(n.meta["val"] for n in trace.graph_module.graph.nodes if n.name == tangent)
+    return [
+        {**values, tangent: torch.full(like.shape, weight, dtype=like.dtype)}
+        for values, weight in zip(batches, weights, strict=True)
+    ]
 
 
 def micro_batches_of(whole: Trace, traced: Trace) -> int:
@@ -131,8 +162,6 @@ def _micro_batch(whole: Trace, traced: Trace, values: Values, index: int, count:
     for info, part in zip(whole.inputs, traced.inputs, strict=True):
         value = values[info.node]
         found[part.node] = value.chunk(count)[index] if info.batch_dim == 0 else value
-    for name, theirs in zip(whole.tangents, traced.tangents, strict=True):
-        found[theirs] = values[name]
     return found
 
 

@@ -123,7 +123,7 @@ def test_families(
         schedule, ranks = ("interleaved", 2) if stages == 4 else ("1f1b", 2)
     micro_batches = MICRO_BATCHES_OF[len(mesh)]
     cut = staged(whole(name, 4), [4 // stages] * stages, mesh, micro_batches, monkeypatch, time_limit_s=TIME_LIMIT_S)
-    assert all(len(s.sends_backward.values) <= 2 for s in cut.program.stages)
+    assert all(len(s.sends_backward.values) <= 3 for s in cut.program.stages)
     cut.verify(schedule, ranks)
 
 

@@ -1,7 +1,7 @@
 """Wherever a random program is cut, its pipeline computes the model's loss and gradients.
 
-Plans are random as in `tests/test_property.py`; unlike in `test_random.py` stages begin at random ops, and some ops, of the backward pass too,
-wish for a stage of their own: values then cross several stages, both ways.
+Plans are random as in `tests/test_property.py`. Unlike in `test_random.py` stages begin at random ops, and some ops, of
+the backward pass too, wish for a stage of their own: values then cross several stages, both ways.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ class StageProgram:
         the parameters are stored: the reductions over mesh axes that need not be made for each micro-batch.
     receives_forward / receives_backward: from the stage before / behind; sends_forward / sends_backward: to the stage
         behind / before.
+    gather: once a step, before all passes: what these take of parameters that are stored in parts, by the versions in
+        `gathered`; None where each micro-batch gathers what it needs.
     params: names of the parameters that its passes take. outputs: node names of model outputs and buffer updates made
         here, in the order in which `forward` returns them.
     """
@@ -68,6 +70,8 @@ class StageProgram:
     outputs: tuple[str, ...]
     grads_early: tuple[str, ...]
     grads_late: tuple[str, ...]
+    gather: StagePass | None = None
+    gathered: tuple[Version, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from autopar.codegen.inplace import reuse_in
 from autopar.codegen.overlap import overlap
 from autopar.codegen.stage_copy import GraphCopy, received
 from autopar.codegen.stage_demand import Demands, LocalStages, Side, Value, name_of
+from autopar.codegen.stage_gather import gather_once
 from autopar.codegen.stage_gradients import split_gradients, summed_first, write_reductions
 from autopar.codegen.stage_nodes import StageNodes
 from autopar.codegen.stage_split import Split
@@ -39,21 +40,29 @@ def emit_stages(
     stages: StageNodes,
     *,
     reduce_each: bool = False,
+    gather_each: bool = True,
 ) -> PipelineProgram:
     """The pipeline of a model, on one rank of each stage's mesh.
 
     trace: of one micro-batch (of all ranks of a stage together). stages: see `stages_by_blocks`, `stages_by_cuts`.
     reduce_each: reduce gradients over ranks after every micro-batch, for gradients that no rank can hold whole (ZeRO
         stages 2 and 3); by default once a step.
+    gather_each: gather parameters that are stored in parts for each micro-batch (ZeRO stage 3), else once a step.
     Raises PlanError as `emit` does.
     """
     with torch.no_grad():
         emitted = emit(trace, decisions, mesh, costs, bucket_bytes=0)
-        return cut_program(trace, decisions, emitted, stages, reduce_each=reduce_each)
+        return cut_program(trace, decisions, emitted, stages, reduce_each=reduce_each, gather_each=gather_each)
 
 
 def cut_program(
-    trace: Trace, decisions: Decisions, emitted: EmittedProgram, stages: StageNodes, *, reduce_each: bool = False
+    trace: Trace,
+    decisions: Decisions,
+    emitted: EmittedProgram,
+    stages: StageNodes,
+    *,
+    reduce_each: bool = False,
+    gather_each: bool = True,
 ) -> PipelineProgram:
     """The stages of an emitted program, which had its gradients reduced one by one; its backward graph is used up."""
     if trace.loss is None:
@@ -68,6 +77,9 @@ def cut_program(
     demands = Demands(local, outputs, [(f, s, summed[f, s]) for f, s, _ in gradients])
     cutter = _Cutter(trace, decisions, local, demands)
     written = cutter.write({(f, s): node for f, s, node in gradients})
+    if not gather_each:
+        params = {p.node for p in trace.params}
+        written = tuple(gather_once(stage, params) for stage in written)
     for stage in written:
         for graph in (stage.forward.graph, stage.backward.graph, stage.weights.graph, stage.reduce):
             overlap(graph)

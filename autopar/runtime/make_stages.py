@@ -83,8 +83,10 @@ def staged_program(
     decisions = Plan.loads(decided["plan"]).decisions
     loss = loss_weights(model, traced, parts[0], Weight(*decided["weight"]), trace_of)
     stages = stages_by_blocks(traced, blocks)
-    reduce_each = plan.named.zero >= 2
-    program = emit_stages(traced, decisions, mesh, CostModel(cluster, mesh), stages, reduce_each=reduce_each)
+    zero = plan.named.zero
+    program = emit_stages(
+        traced, decisions, mesh, CostModel(cluster, mesh), stages, reduce_each=zero >= 2, gather_each=zero == 3
+    )
     return StagedProgram(traced, decisions, program, orders, parts, loss)
 
 

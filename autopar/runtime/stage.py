@@ -68,6 +68,8 @@ class Stage:
         self._forward, self._backward, self._weights = (
             _Pass(one, group_names) for one in (program.forward, program.backward, program.weights)
         )
+        self._gather = None if program.gather is None else _Pass(program.gather, group_names)
+        self._gathered: Flying = {}
         self._reduce = _executable(program.reduce, group_names)
         self._for_weights = frozenset(program.weights.inputs)
         self._after_forward = self._for_weights | frozenset(program.backward.inputs)
@@ -86,12 +88,18 @@ class Stage:
         self._sends.clear()
         self._sums.clear()
         self._added.clear()
+        if self._gather is not None:
+            stored = [values.shared[name] for name, _ in self._gather.inputs]
+            self._gathered = dict(
+                zip(self.program.gathered, self._gather.run([*self._coordinates, *stored]), strict=True)
+            )
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The gradients of the step, by parameter, as the parameters are stored."""
         names = (*self.program.grads_early, *self.program.grads_late)
         summed = [self._sums.pop(name) for name in names]
         self.values = StepValues({}, ())
+        self._gathered = {}
         return dict(zip(names, self._reduce([*self._coordinates, *summed]), strict=True))
 
     # -- passes: called by torch's runtime ---------------------------------------------
@@ -124,8 +132,10 @@ class Stage:
         flying = self._flying[micro_batch]
         inputs: list[Any] = list(self._coordinates)
         for version in graph.inputs:
-            known = version in flying
-            inputs.append(flying[version] if known else self.values.take(micro_batch, version[0]))
+            if version in flying or version in self._gathered:
+                inputs.append(flying[version] if version in flying else self._gathered[version])
+            else:
+                inputs.append(self.values.take(micro_batch, version[0]))
         for version in [v for v in flying if v not in keep]:
             del flying[version]
         return list(graph.run(inputs))

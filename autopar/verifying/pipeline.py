@@ -55,6 +55,7 @@ def _match_collectives(case: StagedCase) -> int:
     count = 0
     for stage in case.program.stages:
         graphs = [stage.forward.graph, stage.backward.graph, stage.weights.graph, stage.reduce]
+        graphs += [] if stage.gather is None else [stage.gather.graph]
         count += match_graphs([graphs] * case.ranks, case.mesh)
     return count
 

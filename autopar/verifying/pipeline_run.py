@@ -20,7 +20,7 @@ from autopar.runtime.execute import bind_groups
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS, Action, Order
 from autopar.verifying.pipeline_case import Values
 
-# Runs the graph of a pass: (stage, micro-batch, "forward" | "backward" | "weights", inputs) -> results.
+# Runs the graph of a pass: (stage, micro-batch, "forward" | "backward" | "weights" | "gather", inputs) -> results.
 Runner = Callable[[int, int, str, list[Any]], Sequence[Any]]
 _DOWN, _UP = "forward", "backward"
 
@@ -45,6 +45,15 @@ class PipelineRun:
         self.outputs: list[dict[str, torch.Tensor]] = [{} for _ in batches]
         self.sums: list[dict[str, torch.Tensor]] = [{} for _ in program.stages]
         self._flying: dict[tuple[int, int], _InFlight] = {}
+        self._gathered = [self._gather(stage) for stage in program.stages]
+
+    def _gather(self, stage: StageProgram) -> dict[Version, torch.Tensor]:
+        """What all micro-batches take of the stage's parameters."""
+        if stage.gather is None:
+            return {}
+        with torch.no_grad():
+            made = self.run(stage.index, 0, "gather", [self.shared[name] for name, _ in stage.gather.inputs])
+        return dict(zip(stage.gathered, made, strict=True))
 
     def follow(self, orders: Sequence[Order]) -> None:
         """Run every rank's passes in its order; VerifyError where none can go on."""
@@ -118,6 +127,8 @@ class PipelineRun:
         for version in one.inputs:
             if version in versions:
                 inputs.append(versions[version])
+            elif version in self._gathered[stage]:
+                inputs.append(self._gathered[stage][version])
             else:
                 inputs.append(batch[version[0]] if version[0] in batch else self.shared[version[0]])
         with torch.no_grad():
@@ -150,7 +161,8 @@ class StageGraphs:
         self._passes = {
             (stage.index, name): fold(bind_groups(getattr(stage, name).graph, groups))
             for stage in program.stages
-            for name in ("forward", "backward", "weights")
+            for name in ("forward", "backward", "weights", "gather")
+            if getattr(stage, name) is not None
         }
         self._reduce = [fold(bind_groups(stage.reduce, groups)) for stage in program.stages]
 

@@ -11,9 +11,11 @@ import torch
 
 import autopar
 import autopar.api
+from autopar.codegen.builder import is_collective
 from autopar.errors import LayoutError, PlanMismatch, TraceError, VerifyError
 from autopar.loss_weights import LossWeights
 from autopar.plans import Plan
+from autopar.runtime.make_stages import staged_program
 from autopar.staged import StagedPlan
 from autopar.staging import micro_batches_of, op_options, orders_of, stage_blocks
 from autopar.trace import trace
@@ -62,6 +64,24 @@ def test_verify_runs_the_whole_schedule(devices: int, pin: dict[str, Any]) -> No
     report = autopar.verify(model, plan, example_inputs=call)
     assert report.ranks == devices
     assert max(report.loss_error, report.worst_gradient_error) <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "once"), [(1, True), (3, False)])
+def test_parameters_in_parts_are_gathered_once_a_step_but_for_zero_3(zero: int, once: bool) -> None:
+    model, call = llama()
+    plan = plan_of(4, pp=2, dp=2, zero=zero, micro_batch=1)
+    made = staged_program(
+        model, call, plan, lambda one: widened(trace(model, one)), autopar.api._plan_trace, lambda make: make()
+    )
+    for stage in made.program.stages:
+        assert (stage.gather is not None) is once
+        assert any(map(is_collective, stage.gather.graph.nodes)) if stage.gather else True
+        sources = [n for n in stage.forward.graph.nodes if is_collective(n) and "gather" in str(n.target)]
+        assert bool(sources) is not once
+    if once:
+        report = autopar.verify(model, plan, example_inputs=call)
+        assert max(report.loss_error, report.worst_gradient_error) <= 1e-9
 
 
 @pytest.mark.slow

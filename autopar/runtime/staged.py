@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from autopar._torch_compat import dtensor_maker
 from autopar.batch_parts import Call, split_call
 from autopar.drawing import random_nodes
 from autopar.loss_weights import LossWeights
@@ -27,7 +28,8 @@ class CompiledStages:
     """One plan with stages, for one shape of inputs and one mode.
 
     trace: of one micro-batch. params: how each parameter is stored on the mesh of its stage. loss: how
-    those of the micro-batches make that of the batch.
+    those of the micro-batches make that of the batch. makers: of gradients, by
+    name and layout.
     """
 
     trace: Trace
@@ -36,6 +38,7 @@ class CompiledStages:
     pipeline: RankPipeline
     meshes: StageMeshes
     loss: LossWeights
+    makers: dict[object, Callable[[torch.Tensor], DTensor]] = field(default_factory=dict)
 
     @property
     def mesh(self) -> object:
@@ -91,5 +94,11 @@ class CompiledStages:
         return found
 
     def _as_gradient(self, name: str, grad: torch.Tensor) -> DTensor:
+        layout = (name, grad.shape, grad.stride(), grad.dtype)
+        make = self.makers.get(layout)
+        if make is not None:
+            return make(grad)
         placements = torch_placements(self.params[name] or ("R",))
-        return DTensor.from_local(grad, self.meshes.mine, placements, run_check=False)
+        made = DTensor.from_local(grad, self.meshes.mine, placements, run_check=False)
+        self.makers[layout] = dtensor_maker(made)
+        return made

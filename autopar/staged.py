@@ -63,7 +63,7 @@ class StagedPlan(Plan):
         if layout.offload != "none":
             return (
                 f"a plan with the optimizer's state on the host (offload={layout.offload}) cannot be run yet, only "
-                "priced; plan with pin offload=none"
+                "priced; leave the pin offload out"
             )
         if layout.devices != self.cluster.devices:
             return (

@@ -22,7 +22,7 @@ from autopar.command_line import parse_pin
 
 STEPS, BATCH, SEQ, VOCAB = 5, 8, 32, 256
 PINS = {"pp": 2, "tp": 2, "micro_batch": 2, "schedule": "zero-bubble"}
-TOLERANCE = 1e-4  # float32: sums in another order, over a few steps of training
+TOLERANCE = 1e-3  # float32: Adam divides by the size of gradients, so that rounding in tiny ones grows
 
 
 def build_model() -> nn.Module:
@@ -82,7 +82,7 @@ def train_stages(program: autopar.Program) -> list[float]:
 
 def largest_difference(program: nn.Module, model: nn.Module) -> float:
     """Of the parameters that this rank's stage stores, relative to the largest element of each."""
-    expected = dict(model.named_parameters())
+    expected = {name: param.detach() for name, param in model.named_parameters()}
     worst = 0.0
     for name, param in program.named_parameters():
         assert isinstance(param, DTensor)

@@ -34,7 +34,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
+from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.distributed.distributed_c10d import _resolve_process_group as process_group
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, TupleStrategy
@@ -322,13 +325,6 @@ def local_detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def default_store() -> Any:
-    """The key-value store of the running process group."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
 def schedule_runtime() -> tuple[Any, Any, Any]:
     """torch's runtime of pipeline schedules: (its class, its actions, their kinds). What fails in it is raised, not
     logged as well."""
@@ -340,8 +336,6 @@ def schedule_runtime() -> tuple[Any, Any, Any]:
 
 def local_tensor(parts: dict[int, torch.Tensor]) -> torch.Tensor:
     """One tensor that stands for the local tensors of all simulated ranks."""
-    from torch.distributed._local_tensor import LocalTensor
-
     return LocalTensor(parts)
 
 
@@ -356,13 +350,11 @@ def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[
 
     Uses torch's LocalTensorMode on the "fake" backend; needs that no process group exists yet, and leaves none.
     """
-    import torch.distributed as dist
-    from torch.distributed._local_tensor import LocalIntNode, LocalTensorMode
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = math.prod(mesh)
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         with LocalTensorMode(world):
             names = tuple(f"x{i}" for i in range(len(mesh)))
@@ -375,7 +367,7 @@ def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[
             ]
             yield groups, coordinates
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def peak_bytes_by_device(step: Callable[[], object], externals: Sequence[object]) -> dict[torch.device, int]:
@@ -391,3 +383,18 @@ def peak_bytes_by_device(step: Callable[[], object], externals: Sequence[object]
     with tracker:
         step()
     return {device: snapshot["Total"] for device, snapshot in tracker.get_tracker_snapshot("peak").items()}
+
+
+def simulate_exchange(library: torch.library.Library, name: str, run: Callable[..., list[torch.Tensor]]) -> None:
+    """How simulated ranks exchange in a group, the last argument of an op: from its members' tensors, by argument."""
+
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        first, found = torch.distributed.get_process_group_ranks(process_group(args[-1])), dict[int, torch.Tensor]()
+        with mode.disable():
+            for base in (r for r in mode.ranks if r // (first[1] - first[0]) % len(first) == 0):
+                members = [base + rank - first[0] for rank in first]
+                tensors = ([a._local_tensors[m] for m in members] for a in args if isinstance(a, LocalTensor))
+                found |= zip(members, run(*tensors), strict=True)
+        return LocalTensor(found)
+
+    library._register_torch_dispatch_rule(name, LocalTensorMode, rule)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from autopar.dataflow import Dataflow, is_backward, resolve, result_metas
+from autopar.grouping import is_grouped_product
 from autopar.opcost import op_flops_of
 from autopar.pins import along_sequence, lead_of, weight_slots
 from autopar.placements import shard_dim
@@ -25,7 +26,7 @@ def axis_roles(trace: Trace, decisions: Decisions, mesh: tuple[int, ...]) -> tup
     flow, lead = Dataflow.of(trace), lead_of(trace)
     votes: list[dict[str, float]] = [{"dp": 0.0, "cp": 0.0, "tp": 0.0, "none": 0.0} for _ in mesh]
     for node in flow.ops:
-        slots = [] if is_backward(node) else weight_slots(node, trace)
+        slots = [] if is_backward(node) or is_grouped_product(node) else weight_slots(node, trace)
         if not slots:
             continue
         decision = decisions.nodes[node.name]
@@ -52,7 +53,7 @@ def layout_keys(trace: Trace, decisions: Decisions, mesh: tuple[int, ...], roles
     return {
         **degree,
         "pp": 1,
-        "ep": 1,
+        "ep": expert_degree(decisions, mesh),
         "vpp": 1,
         "micro_batch": max(1, _batch(trace) // max(1, degree["dp"])),
         "zero": _zero(trace, decisions, roles),
@@ -61,6 +62,14 @@ def layout_keys(trace: Trace, decisions: Decisions, mesh: tuple[int, ...], roles
         "schedule": "none",
         "grad_dtype": str(first.dtype).removeprefix("torch.") if first else None,
     }
+
+
+def expert_degree(decisions: Decisions, mesh: tuple[int, ...]) -> int:
+    """Over how many ranks experts are spread: by the axes that cut the groups of grouped products."""
+    axes = {
+        axis for d in decisions.nodes.values() for axis, rule in enumerate(d.rules) if rule.lowering == "expert_rows"
+    }
+    return math.prod(mesh[axis] for axis in axes)
 
 
 def _batch(trace: Trace) -> int:

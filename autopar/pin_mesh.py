@@ -3,7 +3,8 @@
 A degree is a number of ranks, {"tp": 4}, or the sizes of several axes of one role,
 {"tp": (2, 2)}: each is an axis of the mesh on which every op is decided by itself, so that
 rows, columns and contractions of a product may be cut by different ones (2D, 2.5D and 3D
-tensor parallelism).
+tensor parallelism). An axis of the role "ep" cuts the experts of mixture-of-experts layers;
+what else it cuts, tokens above all, is for the planner to decide.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from autopar.errors import PinError
 
-ROLES = ("dp", "cp", "tp")  # outer axes first
+ROLES = ("dp", "cp", "ep", "tp")  # outer axes first
 _FREE = ("dp", "tp")  # that take what devices the others leave
-UNSUPPORTED = ("pp", "ep", "vpp")
+UNSUPPORTED = ("pp", "vpp")
 MOST_AXES = 4  # of a mesh: the states of a tensor, and the choices of an op, grow with the power of it
 
 Sizes = tuple[int, ...]

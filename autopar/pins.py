@@ -23,15 +23,17 @@ from torch import fx
 from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
 from autopar.errors import PinError
+from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
-from autopar.placements import State, is_placement, shard_dim, shard_runs
+from autopar.placements import PARTIAL, State, in_groups, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
 from autopar.sharding import OpOption, Pins
 from autopar.trace import ParamInfo, Trace
 
 WAITING = ("keep", "recompute", "offload")  # what a module's activations may be pinned to
-_FLAGS = ("zero", "sp", "recompute", "mesh")
+_FLAGS = ("zero", "sp", "recompute", "mesh", "expert_dispatch")
+_DISPATCH = ("exchange", "local")  # how tokens come to experts on the axes "ep": by all-to-all, or they are there
 MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 
 
@@ -39,7 +41,7 @@ MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 class PinRequest:
     """A checked pin dict.
 
-    mesh: the mesh shape if it is fixed; roles: per axis "dp", "cp", "tp" or None.
+    mesh: the mesh shape if it is fixed; roles: per axis "dp", "cp", "ep", "tp" or None.
     """
 
     mesh: tuple[int, ...] | None
@@ -47,6 +49,7 @@ class PinRequest:
     zero: int | None = None
     sequence_parallel: bool | None = None
     recompute: str | None = None
+    expert_dispatch: str | None = None
     params: tuple[tuple[str, State], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
 
@@ -102,7 +105,10 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
         raise PinError(f"pin 'zero' must be 0, 1, 2 or 3, got {zero!r}")
     if recompute is not None and recompute not in ("none", "selective", "full"):
         raise PinError(f"pin 'recompute' must be none, selective or full, got {recompute!r}")
-    return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, tuple(params), tuple(modules))
+    dispatch = flags.get("expert_dispatch")
+    if dispatch is not None and (dispatch not in _DISPATCH or "ep" not in roles):
+        raise PinError(f"pin 'expert_dispatch' must be {' or '.join(_DISPATCH)}, beside a pinned ep, got {dispatch!r}")
+    return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, dispatch, tuple(params), tuple(modules))
 
 
 def _placements(key: str, value: Any) -> State:
@@ -112,8 +118,9 @@ def _placements(key: str, value: Any) -> State:
             f"pin {key!r}: expected a layout key ({', '.join((*ROLES, *_FLAGS))}), placements such as "
             f"('R', 'S(0)'), 'keep', 'recompute' or 'offload', got {value!r}"
         )
-    if "P" in items:
-        raise PinError(f"pin {key!r}: a parameter cannot be stored as 'P'")
+    for item in items:
+        if item == PARTIAL or in_groups(item):
+            raise PinError(f"pin {key!r}: a parameter cannot be stored as {item!r}")
     return tuple(items)
 
 
@@ -209,6 +216,7 @@ def _option_filter(
 ) -> Callable[[fx.Node, OpOption], bool] | None:
     if not any(request.roles):
         return None
+    _check_experts(request, trace, mesh)
     slots_of = {n: weight_slots(n, trace) for n in trace.graph_module.graph.nodes if n.op == "call_function"}
     lead = lead_of(trace)
 
@@ -220,9 +228,28 @@ def _option_filter(
                 return False
             if role == "cp" and not _allow_context(node, option, axis, slots_of.get(node, []), lead):
                 return False
+            if role == "ep" and not _allow_experts(node, option.rules[axis], request.expert_dispatch):
+                return False
         return True
 
     return allow
+
+
+def _check_experts(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> None:
+    """That there are experts, and as many for each rank as for any other."""
+    parts = math.prod(size for size, role in zip(mesh, request.roles, strict=True) if role == "ep")
+    if parts == 1:
+        return
+    products = [n for n in trace.graph_module.graph.nodes if n.op == "call_function" and is_grouped_product(n)]
+    if not products:
+        raise PinError(
+            f"pin ep={parts}: the model has no grouped products over experts; a model of transformers has them with "
+            'config._experts_implementation = "grouped_mm"'
+        )
+    for node in products:
+        experts = next(int(o.meta["val"].shape[0]) for o in operands(node) if o.meta["val"].dim() != 2)
+        if experts % parts:
+            raise PinError(f"pin ep={parts}: {experts} experts cannot be spread evenly; choose a divisor of {experts}")
 
 
 def _allow_tensor(
@@ -243,6 +270,15 @@ def _allow_tensor(
         if dim == 0 or (dim == 1 and request.sequence_parallel is False):
             return False
     return True
+
+
+def _allow_experts(node: fx.Node, rule: AxisRule, dispatch: str | None) -> bool:
+    """Expert parallel axis: products are of a rank's own experts; moves to them as asked for."""
+    if is_grouped_product(node):
+        return rule.lowering == "expert_rows"
+    if dispatch is None or node.target not in (TO_GROUPS, FROM_GROUPS):
+        return True
+    return (rule.inputs[2] == PARTIAL) == (dispatch == "exchange")
 
 
 def _allow_data(option: OpOption, axis: int, slots: list[int]) -> bool:

@@ -9,6 +9,12 @@ also what users write in pins and what plan files hold:
              cut into equal parts
     "P"      every rank holds a summand; the tensor is their sum
 
+Rows in groups (those that experts work on, `autopar.grouping`) can also be cut by what they are, in parts of
+sizes that only the run knows. Nothing is converted to or from these; the moves to groups and back make and take them.
+
+    "L(d)"   a rank has the rows of the tokens that it holds, and they stand in their groups' order among themselves
+    "E(d)"   a rank has the rows of its share of the groups, one share a rank, in rank order
+
 A *state* is a tuple with one placement per mesh axis. Where two axes cut the same
 dim, the earlier axis cuts first (it is the outer one). Shards are always even: a
 dim that does not divide is not cut.
@@ -28,7 +34,7 @@ State = tuple[Placement, ...]
 REPLICATE: Placement = "R"
 PARTIAL: Placement = "P"
 
-_SHARD = re.compile(r"S\((\d+)(?:/([1-9]\d*))?\)\Z")
+_SHARD = re.compile(r"[SLE]\((\d+)(?:/([1-9]\d*))?\)\Z")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,23 @@ def shard(dim: int, runs: int = 1) -> Placement:
     if dim < 0:
         raise ValueError(f"a shard dim counts from the front, got {dim}")
     return f"S({dim})" if runs == 1 else f"S({dim}/{runs})"
+
+
+@cache
+def own(dim: int) -> Placement:
+    """Rows along dim `dim` of the tokens that a rank holds."""
+    return f"L({dim})"
+
+
+@cache
+def experts(dim: int) -> Placement:
+    """Rows along dim `dim` of the groups that a rank holds."""
+    return f"E({dim})"
+
+
+def in_groups(placement: Placement) -> bool:
+    """Whether a placement cuts rows by what they are."""
+    return placement[0] in "LE"
 
 
 @cache
@@ -81,7 +104,7 @@ def runs_left(placement: Placement, state: State, mesh: Sequence[int]) -> int:
 
 
 def is_placement(text: str) -> bool:
-    """Whether `text` is one of "R", "P", "S(d)", "S(d/k)"."""
+    """Whether `text` is one of "R", "P", "S(d)", "S(d/k)", "L(d)", "E(d)"."""
     return text in (REPLICATE, PARTIAL) or shard_dim(text) is not None
 
 

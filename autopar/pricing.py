@@ -23,6 +23,7 @@ from autopar.dataflow import (
     result_metas,
     value_name,
 )
+from autopar.grouping import grouped_values
 from autopar.opcost import inner_steps, local_bytes, op_flops_of, op_seconds, work_share
 from autopar.placements import State, replicated
 from autopar.plan_types import Decisions, NodeDecision
@@ -111,6 +112,7 @@ class _Pricer:
         self.tables = ConversionTables(self.mesh, costs, fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
+        self.grouped = grouped_values(trace.graph_module.graph)
         self.nodes = {n.name: n for n in trace.graph_module.graph.nodes}
         self.param_of = {p.node: p.fqn for p in trace.params}
 
@@ -207,5 +209,8 @@ class _Pricer:
 
     def _table(self, operand: Operand) -> Conversions:
         return self.tables.of(
-            operand.base_tensor, bucketed=operand.value in self.gradients, summable=operand.value not in self.narrow
+            operand.base_tensor,
+            bucketed=operand.value in self.gradients,
+            summable=operand.value not in self.narrow,
+            grouped=operand.value in self.grouped,
         )

@@ -33,7 +33,10 @@ from autopar.placements import (
     Fold,
     Placement,
     State,
+    experts,
+    in_groups,
     local_shape,
+    own,
     runs_left,
     shard,
     shard_dim,
@@ -110,20 +113,32 @@ _KINDS = {
 }
 
 
+# Steps for tensors of which only the run knows how many rows a rank has.
+_OF_ANY_LENGTH = ("all_reduce", "all_gather", "slice")
+
+
 def step_kind(before: Placement, after: Placement) -> str | None:
     """The operation that turns one placement into another on one axis, None if there is none."""
     return _KINDS.get((before[0], after[0])) if before != after else None
 
 
 def enumerate_states(
-    shape: Sequence[int], mesh: Sequence[int], *, partial: bool, fold: Fold | None = None
+    shape: Sequence[int], mesh: Sequence[int], *, partial: bool, fold: Fold | None = None, grouped: bool = False
 ) -> tuple[State, ...]:
-    """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`; fold: see `Fold`."""
+    """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`; fold: see `Fold`; by its
+    groups only if `grouped` (then along dim 0, not together with equal parts of it, and by owners on one axis)."""
     options: list[Placement] = [REPLICATE, *(shard(d) for d in range(len(shape))), *([PARTIAL] if partial else [])]
     if fold is not None:
         options += [shard(d, fold.runs) for d, size in enumerate(shape) if size == fold.length]
+    if grouped and shape:
+        options += [own(0), experts(0)]
     states = itertools.product(options, repeat=len(mesh))
-    return tuple(state for state in states if local_shape(shape, state, mesh) is not None)
+    return tuple(state for state in states if _is_state(state) and local_shape(shape, state, mesh) is not None)
+
+
+def _is_state(state: State) -> bool:
+    grouped = [p for p in state if in_groups(p)]
+    return not grouped or (shard(0) not in state and grouped.count(experts(0)) <= 1)
 
 
 def step_s(step: Step, costs: StepCosts) -> float:
@@ -244,6 +259,8 @@ def _steps_from(
         touched = {state[axis], other[axis]} - {REPLICATE, PARTIAL}
         if kind is None or any(p in touched for p in state[axis + 1 :]):
             continue
+        if kind not in _OF_ANY_LENGTH and any(p[0] == "E" for p in (*state, *other)):
+            continue
         yield index, Step(kind, axis, state, other, max(nbytes[here], nbytes[index]), mesh[axis])
 
 
@@ -306,21 +323,24 @@ class ConversionTables:
     def __init__(self, mesh: Sequence[int], costs: StepCosts, fold: Fold | None = None) -> None:
         self.mesh, self.fold = tuple(mesh), fold
         self._costs = {False: costs, True: BucketedCosts(costs)}
-        self._tables: dict[tuple[tuple[int, ...], int, bool, bool, bool], Conversions] = {}
+        self._tables: dict[tuple[tuple[int, ...], int, bool, bool, bool, bool], Conversions] = {}
 
     def costs(self, *, bucketed: bool = False) -> StepCosts:
         """What prices a step of a conversion."""
         return self._costs[bucketed]
 
-    def of(self, tensor: torch.Tensor, *, bucketed: bool = False, summable: bool = True) -> Conversions:
+    def of(
+        self, tensor: torch.Tensor, *, bucketed: bool = False, summable: bool = True, grouped: bool = False
+    ) -> Conversions:
         """The table for tensors like this one; those of floating point may also be sums in pieces.
 
         summable: False for what must be widened before its summands are summed (`dataflow.narrow_gradients`).
+        grouped: what may be rows in groups, or count them (then integers are summed as well).
         """
-        shape, itemsize, partial = tensor.shape, tensor.element_size(), tensor.is_floating_point()
-        key = (tuple(shape), itemsize, partial, bucketed, summable)
+        shape, itemsize, partial = tensor.shape, tensor.element_size(), tensor.is_floating_point() or grouped
+        key = (tuple(shape), itemsize, partial, bucketed, summable, grouped)
         if key not in self._tables:
-            states = enumerate_states(shape, self.mesh, partial=partial, fold=self.fold)
+            states = enumerate_states(shape, self.mesh, partial=partial, fold=self.fold, grouped=grouped)
             priced = self._costs[bucketed]
             self._tables[key] = conversions(shape, itemsize, self.mesh, states, priced, summable=summable)
         return self._tables[key]

@@ -32,8 +32,9 @@ from autopar.dataflow import (
     value_name,
 )
 from autopar.errors import PinError
+from autopar.grouping import grouped_values
 from autopar.opcost import op_seconds
-from autopar.placements import State, can_be_held, local_shape, replicated
+from autopar.placements import State, can_be_held, replicated
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
@@ -145,6 +146,7 @@ class _Builder:
         self.tables = ConversionTables(self.mesh, costs, views.fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
+        self.grouped = grouped_values(trace.graph_module.graph)
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
         self._stored: dict[tuple[object, ...], tuple[Choice, ...]] = {}
@@ -195,7 +197,8 @@ class _Builder:
     # -- values ------------------------------------------------------------------
 
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
-        table = self.tables.of(tensor, bucketed=name in self.gradients, summable=name not in self.narrow)
+        kind = {"bucketed": name in self.gradients, "summable": name not in self.narrow}
+        table = self.tables.of(tensor, **kind, grouped=name in self.grouped)
         index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out, table.workspace_bytes))
         self.states.append(table.states)
@@ -328,8 +331,10 @@ class _Builder:
         if not all(r.known for r in rule_sets):
             self.unruled.append(node.name)
         preimages = [self._preimages(o, self.states[self.value_index[o.value]]) for o in operands]
-        tensors = result_metas(node)
-        found = []
+        tensors, found = result_metas(node), []
+        made = [
+            None if t is None else self.states[self.value_index[value_name(node, i)]] for i, t in enumerate(tensors)
+        ]
         for rules in itertools.product(*(r.rules for r in rule_sets)):
             if len(rules) > 1 and not compatible(rules, self.mesh):
                 continue
@@ -339,10 +344,7 @@ class _Builder:
             )
             if any(s not in p for s, p in zip(operand_states, preimages, strict=True)):
                 continue
-            if any(
-                t is not None and (s is None or local_shape(t.shape, s, self.mesh) is None)
-                for t, s in zip(tensors, result_states, strict=True)
-            ):
+            if any(states is not None and s not in states for states, s in zip(made, result_states, strict=True)):
                 continue
             base_states = tuple(p[s] for s, p in zip(operand_states, preimages, strict=True))
             found.append(OpOption(rules, operand_states, base_states, result_states))

@@ -19,6 +19,7 @@ from torch import fx
 
 from autopar._torch_compat import FakeTensorMode
 from autopar.codegen.exchange import start_permute
+from autopar.codegen.row_exchange import EXCHANGES
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
@@ -58,6 +59,7 @@ class GraphBuilder:
         self.origin: str | None = None
         self._last_placeholder: fx.Node | None = None
         self._input_names: dict[str, int] = {}
+        self._received: dict[tuple[fx.Node, int], fx.Node] = {}
         self._coords = [self.placeholder(f"coord{axis}", 0) for axis in range(len(self.mesh))]
 
     def placeholder(self, name: str, value: Any) -> fx.Node:
@@ -113,6 +115,17 @@ class GraphBuilder:
         """The blocks of all ranks of an axis, glued along dim 0."""
         return self._waited(c10d.all_gather_into_tensor.default, self.contiguous(x), self.mesh[axis], group_token(axis))
 
+    def group(self, axis: int) -> str:
+        """What stands for the process group of an axis."""
+        return group_token(axis)
+
+    def received_counts(self, ends: fx.Node, axis: int) -> fx.Node:
+        """[ranks, groups of this rank]: rows that each rank of an axis sends to this one; exchanged once a pass."""
+        if (ends, axis) not in self._received:
+            counts = self.call(torch.ops.autopar.exchange_counts.default, ends, self.mesh[axis], group_token(axis))
+            self._received[ends, axis] = counts
+        return self._received[ends, axis]
+
     def reduce_scatter(self, x: fx.Node, axis: int) -> fx.Node:
         """This rank's block along dim 0 of the sum over the ranks of an axis.
 
@@ -153,6 +166,11 @@ def is_collective(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is c10d.wait_tensor.default:
         return False
     return node.target is start_permute or getattr(node.target, "namespace", None) == "_c10d_functional"
+
+
+def is_exchange(node: fx.Node) -> bool:
+    """Whether a node exchanges rows with other ranks, and is done when it returns (`autopar.codegen.row_exchange`)."""
+    return node.target in EXCHANGES
 
 
 def nbytes(tensor: torch.Tensor) -> int:

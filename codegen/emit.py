@@ -31,6 +31,7 @@ from autopar.dataflow import (
     value_name,
 )
 from autopar.errors import PlanError
+from autopar.grouping import grouped_values
 from autopar.placements import State, local_shape, replicated
 from autopar.plan_types import Decisions
 from autopar.redistribute import Conversions, ConversionTables, Step, StepCosts
@@ -106,6 +107,7 @@ class _Emitter:
         self.tables = ConversionTables(mesh, costs, self.fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
+        self.grouped = grouped_values(trace.graph_module.graph)
 
     def emit(self) -> EmittedProgram:
         tangents = self.trace.tangents
@@ -185,7 +187,10 @@ class _Emitter:
     def table(self, operand: Operand) -> Conversions:
         """The conversions of an operand's base value."""
         return self.tables.of(
-            operand.base_tensor, bucketed=operand.value in self.gradients, summable=operand.value not in self.narrow
+            operand.base_tensor,
+            bucketed=operand.value in self.gradients,
+            summable=operand.value not in self.narrow,
+            grouped=operand.value in self.grouped,
         )
 
     def path(self, operand: Operand, state: State) -> tuple[Step, ...]:

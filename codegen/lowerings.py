@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from autopar.codegen.draws import draw
+from autopar.codegen.experts import expert_rows, from_groups, to_groups
 from autopar.codegen.ring import ring, ring_backward
 from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local
 from autopar.codegen.statistics import batch_norm, batch_norm_backward
@@ -241,6 +242,9 @@ LOWERINGS: dict[str, Lowering] = {
     "vocab_log_softmax_backward": _vocab_softmax_backward,
     "shared_bias": _shared_bias,
     "grouped_rows": _grouped_rows,
+    "expert_rows": expert_rows,
+    "to_groups": to_groups,
+    "from_groups": from_groups,
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,
     "nll_loss": _nll_loss,

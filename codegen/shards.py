@@ -15,7 +15,7 @@ from torch import fx
 from autopar._torch_compat import OpOverload
 from autopar.codegen.draws import drop_whole
 from autopar.errors import PlanError
-from autopar.placements import State, local_shape, shard
+from autopar.placements import State, local_shape, shard, shard_dim
 from autopar.rules import AxisRule
 from autopar.rules import operands as operands_of
 from autopar.rules import results as results_of
@@ -47,6 +47,12 @@ class LowerContext(Protocol):
 
     def permute(self, x: fx.Node, axis: int, destinations: Sequence[int]) -> fx.Node:
         """Append a message from every rank of an axis to one other and the wait for it."""
+
+    def group(self, axis: int) -> str:
+        """What stands for the process group of an axis."""
+
+    def received_counts(self, ends: fx.Node, axis: int) -> fx.Node:
+        """[ranks, groups of this rank]: rows that each rank of an axis sends to this one, by where its groups end."""
 
 
 Lowering = Callable[[LowerContext, fx.Node, tuple[AxisRule, ...], list[fx.Node]], Results]
@@ -106,6 +112,11 @@ class Shards:
         placements = tuple(rule.outputs[index] for rule in self.rules)
         assert tensor is not None
         return self._local(tensor, placements)
+
+    def result_sizes(self) -> list[int]:
+        """The same as a size argument: -1 for rows of which only the run knows how many there are."""
+        dims = {shard_dim(rule.outputs[0]) for rule in self.rules if rule.outputs[0] and rule.outputs[0][0] == "E"}
+        return [-1 if dim in dims else size for dim, size in enumerate(self.result_shape())]
 
     def operand_shape(self, slot: int) -> tuple[int, ...]:
         """The shape of an operand on a rank."""
@@ -171,11 +182,11 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
         return op.unpack(ctx.call(node.target, *args, **kwargs))
     name = str(node.target.overloadpacket)
     if name in _RESHAPES and node.target is not aten.view.dtype:
-        return (ctx.call(aten.reshape.default, operands[0], list(op.result_shape())),)
+        return (ctx.call(aten.reshape.default, operands[0], op.result_sizes()),)
     if name in ("aten.as_strided", "aten.native_dropout"):
         return _as_strided(op) if name == "aten.as_strided" else drop_whole(ctx, node, operands)
     if name in _SIZE_ARGUMENTS:
-        return op.call({_SIZE_ARGUMENTS[name]: list(op.result_shape())})
+        return op.call({_SIZE_ARGUMENTS[name]: op.result_sizes()})
     if name in _CONTIGUOUS:
         op = replace(op, operands=[ctx.call(aten.contiguous.default, x) for x in operands])
     if name.startswith("aten._scaled_dot_product"):

@@ -38,7 +38,8 @@ def _emit_step(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
     """One step. A dim that is cut run by run is seen as two, the number of the run and the place in it."""
     source, target, folded = step.source_dim, step.target_dim, step.folded_dim
     if folded is None:
-        return _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target))
+        ragged = any(p[0] == "E" for p in step.before)
+        return _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target, ragged))
     source, target = (_unfolded(step.before, step, source), _unfolded(step.after, step, target))
     shape = list(x.meta["val"].shape)
     runs = step.runs_of(step.before, builder.mesh)
@@ -62,6 +63,7 @@ class _Move:
     parts: int
     source_dim: int | None
     target_dim: int | None
+    ragged: bool = False  # only the run knows how many rows (dim 0) there are
 
 
 def _all_reduce(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
@@ -75,7 +77,7 @@ def _reduce_scatter(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
 
 def _all_gather(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
     dim = required(move.source_dim)
-    return blocks_from_front(builder, builder.all_gather(x, move.axis), dim, move.parts)
+    return blocks_from_front(builder, builder.all_gather(x, move.axis), dim, move.parts, ragged=move.ragged)
 
 
 def _all_to_all(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
@@ -117,12 +119,12 @@ def blocks_to_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> 
     return builder.reshape(front, [parts * shape[0], *shape[1:dim], block, *shape[dim + 1 :]])
 
 
-def blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int) -> fx.Node:
-    """The inverse: [parts * d0, .., d, ..] -> [d0, .., parts * d, ..]."""
+def blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int, *, ragged: bool = False) -> fx.Node:
+    """The inverse: [parts * d0, .., d, ..] -> [d0, .., parts * d, ..]. ragged: only the run knows d0."""
     if dim == 0:
         return x
     shape = list(x.meta["val"].shape)
-    rows = shape[0] // parts
+    rows = -1 if ragged else shape[0] // parts
     split = builder.reshape(x, [parts, rows, *shape[1:]])
     order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)]
     back = builder.call(aten.permute.default, split, order)

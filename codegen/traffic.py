@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from autopar.codegen.builder import GROUP_PREFIX, is_collective, nbytes
@@ -12,6 +13,7 @@ from autopar.codegen.emit import EmittedProgram
 from autopar.codegen.exchange import start_permute
 from autopar.traffic import Traffic, sent_bytes
 
+_EXCHANGES = (torch.ops.autopar.dispatch_rows.default, torch.ops.autopar.combine_rows.default)
 _KINDS = {
     "all_reduce": "all_reduce",
     "all_gather_into_tensor": "all_gather",
@@ -29,6 +31,10 @@ def graph_traffic(graph: fx.Graph, mesh: Sequence[int]) -> Traffic:
     """What one rank sends in one graph."""
     found: Traffic = Counter()
     for node in graph.nodes:
+        if node.target in _EXCHANGES:  # of as many rows as in a plan; the counts that go before them are not counted
+            axis = int(str(node.args[-1]).removeprefix(GROUP_PREFIX))
+            rows = node.args[0].meta["val"] if node.target is _EXCHANGES[1] else node.meta["val"]
+            found["all_to_all", axis] += sent_bytes("all_to_all", nbytes(rows), mesh[axis])  # type: ignore[assignment]
         if not is_collective(node):
             continue
         kind = _kind(node)

@@ -13,6 +13,7 @@ import torch
 
 from autopar.placements import PARTIAL, REPLICATE, Placement, shard
 from autopar.rules.attention import ATTENTION
+from autopar.rules.groups import GROUPS
 from autopar.rules.images import IMAGES
 from autopar.rules.indexing import INDEXING
 from autopar.rules.normalization import NORMALIZATION
@@ -301,6 +302,7 @@ CUSTOM: dict[str, RuleFunction] = {
     **IMAGES,
     **NORMALIZATION,
     **INDEXING,
+    **GROUPS,
     **{f"aten.{n}": factory for n in ("full", "zeros", "ones", "empty", "scalar_tensor")},
     **{f"aten.{n}_like": factory_like for n in ("full", "zeros", "ones", "empty")},
     **{f"aten.new_{n}": factory_like for n in ("full", "zeros", "ones", "empty")},

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload, dtensor_rules, static_size
+from autopar.grouping import grouped_nodes
 from autopar.placements import PARTIAL, REPLICATE, Fold, Placement, local_shape
 from autopar.rules.admitted import is_admitted
 from autopar.rules.custom import CUSTOM, elementwise
 from autopar.rules.folds import folded_rules
+from autopar.rules.groups import grouped_rules
 from autopar.rules.linear import linear_rules, shared_bias_rules
 from autopar.rules.random import random_rules
 from autopar.rules.ring import ONE_AXIS, ring_rules
@@ -35,9 +37,10 @@ def axis_rules(node: fx.Node, axis_size: int, fold: Fold | None = None) -> RuleS
     """
     if not isinstance(node.target, OpOverload):
         return RuleSet((_replicated(len(operands(node)), results(node)),), known=False)
-    key = (node.target, axis_size, fold, tuple((name, _signature(value)) for name, value in bind(node)))
+    grouped = node in grouped_nodes(node.graph)
+    key = (node.target, axis_size, fold, grouped, tuple((name, _signature(value)) for name, value in bind(node)))
     if key not in _MEMO:
-        found = _find(op_call(node), axis_size)
+        found = _find(op_call(node), axis_size, grouped)
         _MEMO[key] = found if fold is None else _with_folds(found, op_call(node), axis_size, fold)
     return _MEMO[key]
 
@@ -73,7 +76,7 @@ def _replicated(inputs: int, outputs: Sequence[torch.Tensor | None]) -> AxisRule
     return AxisRule((REPLICATE,) * inputs, tuple(None if t is None else REPLICATE for t in outputs))
 
 
-def _find(call: OpCall, axis_size: int) -> RuleSet:
+def _find(call: OpCall, axis_size: int, grouped: bool) -> RuleSet:
     replicated = _replicated(len(call.inputs), call.outputs)
     if is_random(call):
         parts = random_rules(call) if axis_size > 1 else []
@@ -86,7 +89,10 @@ def _find(call: OpCall, axis_size: int) -> RuleSet:
     rules = dict.fromkeys([replicated])
     if axis_size > 1:
         summing = (*linear_rules(call), *shared_bias_rules(call), *ring_rules(call, axis_size))
-        rules |= dict.fromkeys(r for r in (*own, *summing) if _is_legal(r, call, axis_size))
+        rules |= dict.fromkeys(r for r in (*own, *summing) if _is_legal(r, call, axis_size, grouped))
+        if grouped:
+            more = grouped_rules(call, tuple(rules))
+            rules |= dict.fromkeys(r for r in more if _is_legal(r, call, axis_size, grouped))
     return RuleSet(tuple(rules), known=True)
 
 
@@ -121,15 +127,15 @@ def _from_dtensor(taken: tuple[Placement, ...], made: tuple[Placement | None, ..
     return AxisRule(taken, made)
 
 
-def _is_legal(rule: AxisRule, call: OpCall, axis_size: int) -> bool:
-    """Every result that exists has a placement, shards divide, and summands are floating."""
+def _is_legal(rule: AxisRule, call: OpCall, axis_size: int, counts: bool = False) -> bool:
+    """Every result that exists has a placement, shards divide, and summands are floating (or `counts`)."""
     pairs = [*zip(call.inputs, rule.inputs, strict=True), *zip(call.outputs, rule.outputs, strict=True)]
     for tensor, placement in pairs:
         if tensor is None or placement is None:
             if tensor is not None or placement is not None:
                 return False
             continue
-        if placement == PARTIAL and not tensor.is_floating_point():
+        if placement == PARTIAL and not (tensor.is_floating_point() or counts):
             return False
         if local_shape(tensor.shape, (placement,), (axis_size,)) is None:
             return False

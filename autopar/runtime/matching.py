@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from autopar.codegen.builder import GROUP_PREFIX, is_collective
+from autopar.codegen.builder import GROUP_PREFIX, is_collective, is_exchange
 from autopar.codegen.emit import EmittedProgram
 from autopar.compare import coordinates_of
 from autopar.errors import VerifyError
@@ -61,8 +61,9 @@ def _collectives(
     found = []
     for graph in program:
         for node in graph.nodes:
-            if is_collective(node):
-                _check_waited(node)
+            if is_collective(node) or is_exchange(node):
+                if is_collective(node):
+                    _check_waited(node)
                 token = next(a for a in node.args if isinstance(a, str) and a.startswith(GROUP_PREFIX))
                 members = _members(rank, int(token.removeprefix(GROUP_PREFIX)), mesh)
                 tensors = [i.meta["val"] for i in node.all_input_nodes if isinstance(i.meta["val"], torch.Tensor)]

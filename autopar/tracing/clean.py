@@ -17,6 +17,7 @@ from torch import fx
 
 from autopar._torch_compat import OpOverload
 from autopar.tracing.causal import use_causal_attention
+from autopar.tracing.groups import use_groups
 from autopar.tracing.rewrites import rewrite
 
 aten = torch.ops.aten
@@ -33,6 +34,8 @@ def clean(graph: fx.Graph) -> None:
         drop_dead(graph)
         if not rewrite(graph):
             break
+    use_groups(graph)
+    drop_dead(graph)
 
 
 def drop_dead(graph: fx.Graph) -> None:

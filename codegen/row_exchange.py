@@ -1,0 +1,154 @@
+"""Exchanges of rows whose number only the run knows, as ops, so that graphs around them keep static shapes.
+
+A rank's rows stand in the order of the groups; `ends` says where its own part of each group
+ends. Of G groups, rank i of n holds groups i * G / n and on. First the ranks tell each other
+how many rows of each group they will send (`exchange_counts`), then each sends the rows
+(`dispatch_rows`) and gets results back (`combine_rows`); no row is dropped, none is padded.
+A rank puts what it received in the order of its groups, and within a group in the order of
+the ranks. `declared` is the number of rows that a rank gets if all groups are alike: the
+size in plans and memory simulations.
+
+Simulated ranks (`autopar.verification`) exchange the same blocks within one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from autopar._torch_compat import process_group, simulate_exchange
+
+Tensor = torch.Tensor
+
+_library = torch.library.Library("autopar", "FRAGMENT")
+_library.define("exchange_counts(Tensor ends, int parts, str group) -> Tensor")
+_library.define("dispatch_rows(Tensor rows, Tensor ends, Tensor received, int declared, str group) -> Tensor")
+_library.define("combine_rows(Tensor rows, Tensor ends, Tensor received, int count, str group) -> Tensor")
+_library.define("own_rows(Tensor x, Tensor source, Tensor ends, int parts, SymInt part, int declared) -> Tensor")
+_library.define("add_own_rows(Tensor rows, Tensor target, Tensor ends, int size, int parts, SymInt part) -> Tensor")
+
+
+# -- what is sent, and how it is put in order ---------------------------------------------------
+
+
+def counts_of(ends: Tensor, parts: int) -> Tensor:
+    """[parts, groups of one rank]: how many of a rank's rows belong to each group."""
+    return torch.diff(ends, prepend=ends.new_zeros(1)).to(torch.int64).view(parts, -1)
+
+
+def by_group(received: Tensor) -> Tensor:
+    """The order in which rows that came rank by rank stand group by group. received: [ranks, groups] counts."""
+    groups = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
+    return torch.argsort(torch.repeat_interleave(groups, received.reshape(-1)), stable=True)
+
+
+def sizes(counts: Tensor) -> list[int]:
+    """Rows for or from each rank."""
+    found: list[int] = counts.sum(1).tolist()
+    return found
+
+
+def in_order(blocks: Sequence[Tensor], received: Tensor) -> Tensor:
+    """Received blocks, one a rank, in the order of the groups."""
+    return torch.cat(list(blocks))[by_group(received)]
+
+
+def by_rank(rows: Tensor, received: Tensor) -> Tensor:
+    """The inverse: rows in the order of the groups, as they came, rank by rank."""
+    back = torch.empty_like(rows)
+    back[by_group(received)] = rows
+    return back
+
+
+# -- between processes ----------------------------------------------------------------------------
+
+
+def _exchanged(rows: Tensor, sent: list[int], got: list[int], group: str) -> Tensor:
+    out = rows.new_empty([sum(got), *rows.shape[1:]])
+    dist.all_to_all_single(out, rows.contiguous(), got, sent, group=process_group(group))  # type: ignore[arg-type]
+    return out
+
+
+def _exchange_counts(ends: Tensor, parts: int, group: str) -> Tensor:
+    sent = counts_of(ends, parts).contiguous()
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=process_group(group))  # type: ignore[arg-type]
+    return got
+
+
+def _dispatch_rows(rows: Tensor, ends: Tensor, received: Tensor, declared: int, group: str) -> Tensor:
+    sent = sizes(counts_of(ends, received.shape[0]))
+    return _exchanged(rows, sent, sizes(received), group)[by_group(received)]
+
+
+def _combine_rows(rows: Tensor, ends: Tensor, received: Tensor, count: int, group: str) -> Tensor:
+    sent = sizes(counts_of(ends, received.shape[0]))
+    return _exchanged(by_rank(rows, received), sizes(received), sent, group)
+
+
+# -- between simulated ranks: one list entry per member of a group, in order ------------------------
+
+
+def _simulated_counts(ends: list[Tensor]) -> list[Tensor]:
+    sent = [counts_of(e, len(ends)) for e in ends]
+    return [torch.stack([s[i] for s in sent]) for i in range(len(ends))]
+
+
+def _simulated_dispatch(rows: list[Tensor], ends: list[Tensor], received: list[Tensor]) -> list[Tensor]:
+    blocks = [r.split(sizes(counts_of(e, len(rows)))) for r, e in zip(rows, ends, strict=True)]
+    return [in_order([b[i] for b in blocks], got) for i, got in enumerate(received)]
+
+
+def _simulated_combine(rows: list[Tensor], ends: list[Tensor], received: list[Tensor]) -> list[Tensor]:
+    blocks = [by_rank(r, got).split(sizes(got)) for r, got in zip(rows, received, strict=True)]
+    return [torch.cat([b[i] for b in blocks]) for i in range(len(rows))]
+
+
+# -- without an exchange: every rank has all rows, and takes those of its groups --------------------
+
+
+def _own(ends: Tensor, parts: int, part: int) -> slice:
+    groups, limits = ends.shape[0] // parts, [0, *ends.tolist()]
+    return slice(limits[part * groups], limits[(part + 1) * groups])
+
+
+def _own_rows(x: Tensor, source: Tensor, ends: Tensor, parts: int, part: int, declared: int) -> Tensor:
+    return x[source[_own(ends, parts, int(part))]]
+
+
+def _add_own_rows(rows: Tensor, target: Tensor, ends: Tensor, size: int, parts: int, part: int) -> Tensor:
+    made = rows.new_zeros([size, *rows.shape[1:]])
+    return made.index_add(0, target[_own(ends, parts, int(part))], rows)
+
+
+def _fake_counts(ends: Tensor, parts: int, group: str) -> Tensor:
+    return ends.new_empty([parts, ends.shape[0] // parts], dtype=torch.int64)
+
+
+def _fake_rows(x: Tensor, count: int) -> Tensor:
+    return x.new_empty([count, *x.shape[1:]])
+
+
+for _name, _kernel, _fake in (
+    ("exchange_counts", _exchange_counts, _fake_counts),
+    ("dispatch_rows", _dispatch_rows, lambda rows, ends, received, declared, group: _fake_rows(rows, declared)),
+    ("combine_rows", _combine_rows, lambda rows, ends, received, count, group: _fake_rows(rows, count)),
+    ("own_rows", _own_rows, lambda x, source, ends, parts, part, declared: _fake_rows(x, declared)),
+    ("add_own_rows", _add_own_rows, lambda rows, target, ends, size, parts, part: _fake_rows(rows, size)),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"autopar::{_name}", _fake, lib=_library)
+
+simulate_exchange(_library, "exchange_counts", _simulated_counts)
+simulate_exchange(_library, "dispatch_rows", _simulated_dispatch)
+simulate_exchange(_library, "combine_rows", _simulated_combine)
+
+EXCHANGES = frozenset(
+    {
+        torch.ops.autopar.exchange_counts.default,
+        torch.ops.autopar.dispatch_rows.default,
+        torch.ops.autopar.combine_rows.default,
+    }
+)

@@ -36,8 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.distributed._local_tensor import LocalIntNode, LocalTensor, LocalTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store as default_store
-from torch.distributed.distributed_c10d import _resolve_process_group as process_group
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, TupleStrategy
@@ -48,6 +47,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytree = _torch_pytree  # registered by transformers for its outputs
+process_group = _resolve_process_group  # of a name
+default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
 
 # ---------------------------------------------------------------------------
 # Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.

@@ -102,10 +102,8 @@ class ShardingProblem:
         params = {
             fqn: states[solution.choices[self.op_index[f"param:{fqn}"]]] for fqn, states in self.param_states.items()
         }
-        outputs = {
-            name: states[solution.choices[self.op_index[f"output:{name}"]]]
-            for name, states in self.output_states.items()
-        }
+        at = {name: solution.choices[self.op_index[f"output:{name}"]] for name in self.output_states}
+        outputs = {name: states[at[name]] for name, states in self.output_states.items()}
         kept = frozenset(names[v] for v in solution.kept)
         copies = frozenset((names[v], self.states[v][s]) for v, s in solution.kept_copies)
         return Decisions(nodes, params, outputs, kept, copies, frozenset(names[v] for v in solution.offloaded))
@@ -197,8 +195,8 @@ class _Builder:
     # -- values ------------------------------------------------------------------
 
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
-        kind = {"bucketed": name in self.gradients, "summable": name not in self.narrow}
-        table = self.tables.of(tensor, **kind, grouped=name in self.grouped)
+        kind = (name in self.gradients, name not in self.narrow, name in self.grouped)
+        table = self.tables.of(tensor, bucketed=kind[0], summable=kind[1], grouped=kind[2])
         index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out, table.workspace_bytes))
         self.states.append(table.states)

@@ -47,7 +47,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytree = _torch_pytree  # registered by transformers for its outputs
-process_group = _resolve_process_group  # of a name
+resolve_process_group = _resolve_process_group
 default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
 
 # ---------------------------------------------------------------------------
@@ -327,8 +327,7 @@ def local_detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def schedule_runtime() -> tuple[Any, Any, Any]:
-    """torch's runtime of pipeline schedules: (its class, its actions, their kinds). What fails in it is raised, not
-    logged as well."""
+    """torch's runtime of pipeline schedules: (its class, its actions, their kinds). What fails is raised, not logged."""
     from torch.distributed.pipelining import schedules
 
     schedules.logger.setLevel(logging.CRITICAL)
@@ -390,12 +389,15 @@ def simulate_exchange(library: torch.library.Library, name: str, run: Callable[.
     """How simulated ranks exchange in a group, the last argument of an op: from its members' tensors, by argument."""
 
     def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        first, found = torch.distributed.get_process_group_ranks(process_group(args[-1])), dict[int, torch.Tensor]()
+        first, found = (
+            torch.distributed.get_process_group_ranks(_resolve_process_group(args[-1])),
+            dict[int, torch.Tensor](),
+        )
         with mode.disable():
             for base in (r for r in mode.ranks if r // (first[1] - first[0]) % len(first) == 0):
-                members = [base + rank - first[0] for rank in first]
-                tensors = ([a._local_tensors[m] for m in members] for a in args if isinstance(a, LocalTensor))
-                found |= zip(members, run(*tensors), strict=True)
+                group = [base + rank - first[0] for rank in first]
+                given = ([a._local_tensors[rank] for rank in group] for a in args if isinstance(a, LocalTensor))
+                found |= zip(group, run(*given), strict=True)
         return LocalTensor(found)
 
     library._register_torch_dispatch_rule(name, LocalTensorMode, rule)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from autopar._torch_compat import process_group, simulate_exchange
+from autopar._torch_compat import resolve_process_group, simulate_exchange
 
 Tensor = torch.Tensor
 
@@ -67,14 +67,14 @@ def by_rank(rows: Tensor, received: Tensor) -> Tensor:
 
 def _exchanged(rows: Tensor, sent: list[int], got: list[int], group: str) -> Tensor:
     out = rows.new_empty([sum(got), *rows.shape[1:]])
-    dist.all_to_all_single(out, rows.contiguous(), got, sent, group=process_group(group))  # type: ignore[arg-type]
+    dist.all_to_all_single(out, rows.contiguous(), got, sent, group=resolve_process_group(group))  # type: ignore[arg-type]
     return out
 
 
 def _exchange_counts(ends: Tensor, parts: int, group: str) -> Tensor:
     sent = counts_of(ends, parts).contiguous()
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=process_group(group))  # type: ignore[arg-type]
+    dist.all_to_all_single(got, sent, group=resolve_process_group(group))  # type: ignore[arg-type]
     return got
 
 

@@ -327,7 +327,7 @@ def local_detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def schedule_runtime() -> tuple[Any, Any, Any]:
-    """torch's runtime of pipeline schedules: (its class, its actions, their kinds). What fails is raised, not logged."""
+    """torch's runtime of pipeline schedules: (its class, actions, their kinds). What fails is raised, not logged."""
     from torch.distributed.pipelining import schedules
 
     schedules.logger.setLevel(logging.CRITICAL)
@@ -389,10 +389,8 @@ def simulate_exchange(library: torch.library.Library, name: str, run: Callable[.
     """How simulated ranks exchange in a group, the last argument of an op: from its members' tensors, by argument."""
 
     def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        first, found = (
-            torch.distributed.get_process_group_ranks(_resolve_process_group(args[-1])),
-            dict[int, torch.Tensor](),
-        )
+        first = torch.distributed.get_process_group_ranks(resolve_process_group(args[-1]))
+        found: dict[int, torch.Tensor] = {}
         with mode.disable():
             for base in (r for r in mode.ranks if r // (first[1] - first[0]) % len(first) == 0):
                 group = [base + rank - first[0] for rank in first]

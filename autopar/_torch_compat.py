@@ -357,8 +357,7 @@ def simulated_mesh(mesh: tuple[int, ...]) -> Iterator[tuple[Sequence[str], list[
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         with LocalTensorMode(world):
-            names = tuple(f"x{i}" for i in range(len(mesh)))
-            device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+            device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=tuple(f"x{i}" for i in range(len(mesh))))
             groups = [device_mesh.get_group(axis).group_name for axis in range(len(mesh))]
             strides = [math.prod(mesh[axis + 1 :]) for axis in range(len(mesh))]
             coordinates = [
@@ -389,10 +388,10 @@ def simulate_exchange(library: torch.library.Library, name: str, run: Callable[.
     """How simulated ranks exchange in a group, the last argument of an op: from its members' tensors, by argument."""
 
     def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        first = torch.distributed.get_process_group_ranks(resolve_process_group(args[-1]))
         found: dict[int, torch.Tensor] = {}
-        with mode.disable():
-            for base in (r for r in mode.ranks if r // (first[1] - first[0]) % len(first) == 0):
+        first = torch.distributed.get_process_group_ranks(resolve_process_group(args[-1]))
+        for base in (r for r in mode.ranks if r // (first[1] - first[0]) % len(first) == 0):
+            with mode.disable():
                 group = [base + rank - first[0] for rank in first]
                 given = ([a._local_tensors[rank] for rank in group] for a in args if isinstance(a, LocalTensor))
                 found |= zip(group, run(*given), strict=True)

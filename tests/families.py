@@ -200,10 +200,6 @@ OTHERS: dict[str, Family] = {
         "Qwen2MoeForCausalLM", **_TEXT, num_key_value_heads=HEADS, num_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=32, shared_expert_intermediate_size=64, output_router_logits=True, **_EXPERTS,
     ),
-    "qwen3_moe": causal(
-        "Qwen3MoeForCausalLM", **_TEXT, num_key_value_heads=HEADS, head_dim=8, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=32, output_router_logits=True, norm_topk_prob=True, **_EXPERTS,
-    ),
     "deepseek_v3": causal(
         "DeepseekV3ForCausalLM", **_TEXT, num_key_value_heads=HEADS, q_lora_rank=16, kv_lora_rank=16,
         qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
@@ -271,7 +267,6 @@ _BATCHED = '`experts_implementation="batched_mm"` or `"grouped_mm"`: which rows 
 REMARKS: dict[str, str] = {
     "mixtral": _BATCHED,
     "qwen2_moe": _BATCHED,
-    "qwen3_moe": _BATCHED,
     "deepseek_v3": _BATCHED,
     "gpt_oss": _BATCHED,
     "lstm": "unrolled over the sequence",

@@ -26,14 +26,21 @@ from autopar.sample import sample_values
 from autopar.trace import trace
 from autopar.traffic import planned_traffic
 from autopar.verification import emit_for, match_collectives, verify_program
-from tests.families import FAMILIES
+from tests.families import FAMILIES, causal
 from tests.launch import torchrun
-from tests.models import tiny_mlp
+from tests.models import HIDDEN, VOCAB, tiny_mlp
 from tests.parity.simulate import TOLERANCE, Case, assert_equal_to_eager, make_case, planned
 from tests.widen import widened
 
 ops = torch.ops.autopar
 ROOT = Path(__file__).resolve().parents[2]
+
+
+qwen3_moe = causal(
+    "Qwen3MoeForCausalLM", vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=1,
+    num_attention_heads=8, num_key_value_heads=8, head_dim=8, num_experts=8, num_experts_per_tok=2,
+    moe_intermediate_size=32, output_router_logits=True, norm_topk_prob=True, experts_implementation="batched_mm",
+)  # fmt: skip
 
 
 @cache
@@ -42,7 +49,7 @@ def case(name: str) -> Case:
 
     (In float64 the grouped product has no kernel outside of a capture, so it cannot be its own reference.)
     """
-    batched = make_case(*FAMILIES[name]())
+    batched = make_case(*(qwen3_moe() if name == "qwen3_moe" else FAMILIES[name]()))
     model = copy.deepcopy(batched.model)
     model.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     traced = widened(trace(model, batched.call))

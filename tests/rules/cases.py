@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from autopar.grouping import FROM_GROUPS, TO_GROUPS
 from tests.rules.attention_cases import ATTENTION_GROUPS
 from tests.rules.harness import case
 from tests.rules.image_cases import IMAGE_GROUPS
@@ -336,6 +337,14 @@ def randoms() -> Iterator[fx.Node]:
     yield case(aten.multinomial.default, torch.rand(4, 8), 2)
 
 
+def moves_to_groups() -> Iterator[fx.Node]:
+    source, ends = ints(8, 16), torch.tensor([2, 2, 9, 16])
+    for x in (randn(8, 4), randn(8)):
+        yield case(TO_GROUPS, x, source, ends)
+    for rows in (randn(16, 4), randn(16)):
+        yield case(FROM_GROUPS, rows, source, ends, 8)
+
+
 GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = (
     {
         group.__name__: group
@@ -349,6 +358,7 @@ GROUPS: dict[str, Callable[[], Iterator[fx.Node]]] = (
             indexing,
             reductions,
             products,
+            moves_to_groups,
             normalizations,
             softmaxes,
             losses,

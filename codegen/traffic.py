@@ -49,4 +49,5 @@ def graph_traffic(graph: fx.Graph, mesh: Sequence[int]) -> Traffic:
 def _kind(node: fx.Node) -> str:
     if node.target is start_permute:
         return "permute"
-    return _KINDS[str(node.target.overloadpacket).removeprefix("_c10d_functional.")]  # type: ignore[union-attr]
+    name = str(node.target.overloadpacket).removeprefix("_c10d_functional.")  # type: ignore[union-attr]
+    return _KINDS[name.removesuffix("_")]  # the same in place

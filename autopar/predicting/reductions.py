@@ -38,16 +38,29 @@ def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     seconds = _in_messages(job, reduction(job), numbers * job.precision.gradient, bucket)
     if job.run.overlap:
         hidden = work.whole_backward.seconds
-        seconds = max(seconds - hidden, seconds / max(1, stage.blocks + 1))
-    count, each_s = returned(job, stage)
+        seconds = max(seconds - hidden, seconds * _first(stage))
+    count, each_s = returned(job, stage, work)
     return seconds + count * each_s + exchange_s
 
 
-def returned(job: Job, stage: Stage) -> tuple[int, float]:
+def _first(stage: Stage) -> float:
+    """The share of a stage's messages that nothing can hide: those of its first, or last, block."""
+    return 1 / max(1, stage.blocks + 1)
+
+
+def returned(job: Job, stage: Stage, work: StageWork) -> tuple[int, float]:
     """With ZeRO stage 1 and 2, the parameters' way from the ranks that updated them to the others.
 
-    (number of messages, seconds of each).
+    (number of messages, seconds of each), or one message of as long as is left where the next forward pass runs beside.
     """
+    count, seconds = _sent_back(job, stage)
+    if not job.run.gathers_ahead:
+        return count, seconds
+    whole_s = count * seconds
+    return min(count, 1), max(whole_s - work.forward.seconds, whole_s * _first(stage))
+
+
+def _sent_back(job: Job, stage: Stage) -> tuple[int, float]:
     if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
         return 0, 0.0
     nbytes = job.numbers(stage) * job.precision.parameter
@@ -74,7 +87,6 @@ def zero3_s(job: Job, stage: Stage, work: StageWork) -> float:
     gathered, scattered = numbers * job.precision.parameter, numbers * job.precision.gradient
     gather_s = _in_messages(job, "all_gather", gathered, gathered / blocks)
     scatter_s = _in_messages(job, "reduce_scatter", scattered, scattered / blocks)
-    first = 1 / max(1, stage.blocks + 1)
-    forward = max(gather_s - work.forward.seconds, gather_s * first)
-    backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * first)
+    forward = max(gather_s - work.forward.seconds, gather_s * _first(stage))
+    backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * _first(stage))
     return forward + backward

@@ -18,6 +18,7 @@ class Run:
     selective: what `recompute=selective` runs again: the core of "attention" (Korthikanti et al. 2022), or all but
         attention and every other of the "products" (torchtitan's "op").
     overlap: gradient reductions run beside the last backward pass (with ZeRO stage 3 they always do).
+    gathers_ahead: with ZeRO stage 1 and 2, parameters come back beside the next forward pass (FSDP, Megatron-Core).
     overlaps_sends: interleaved stages compute while activations are on their way, as in Megatron-Core; that of 2021 and
         2022 waited.
     reduces_whole: with ZeRO stage 1 and 2, gradients are all-reduced, not reduce-scattered.
@@ -42,6 +43,7 @@ class Run:
     cut: str = "balanced"
     selective: str = "attention"
     overlap: bool = False
+    gathers_ahead: bool = False
     overlaps_sends: bool = True
     reduces_whole: bool = False
     bucket_bytes: int = 100 << 20

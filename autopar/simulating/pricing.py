@@ -14,7 +14,7 @@ from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, returned, tied_s
-from autopar.predicting.stages import Stage, again_work, kept_of, run_again
+from autopar.predicting.stages import Stage, again_work, kept_of, run_again, stage_work
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s, state_copy_s
 from autopar.predicting.table import Part, Pass
 from autopar.predicting.work import Work
@@ -201,7 +201,9 @@ class _StagePricer:
         return found
 
     def _returned_s(self) -> tuple[float, ...]:
-        count, seconds = returned(self.job, self.stage)
+        job = self.job
+        work = stage_work(job.table, self.stage, job.layout, job.pricer, job.shape)
+        count, seconds = returned(job, self.stage, work)
         return (seconds,) * count
 
     # -- memory -----------------------------------------------------------------------------

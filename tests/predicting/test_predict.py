@@ -247,7 +247,7 @@ def test_owners_of_whole_parameters_broadcast_them_one_by_one() -> None:
     layout = Layout(dp=8, zero=1)
     job, stage = made.job(layout), made.stages(layout)[0]
     assert job.tensors(stage) == len(list(llama().parameters()))
-    count, seconds = returned(job, stage)
+    count, seconds = returned(job, stage, stage_work(job.table, stage, layout, job.pricer, job.shape))
     assert count == 8
     assert seconds == collective_time_s("broadcast", 2 * job.numbers(stage) / 8, job.zero_axis, job.cluster)
 
@@ -301,6 +301,8 @@ def test_habits_of_frameworks_change_what_they_should() -> None:
     assert with_run(zero_ranks=2).breakdown["memory_bytes"]["optimizer"] == pytest.approx(
         4 * usual.breakdown["memory_bytes"]["optimizer"], abs=8
     )
+    ahead = with_run(gathers_ahead=True).breakdown["gradients_s"]
+    assert usual.breakdown["gradients_s"] / 2 < ahead < usual.breakdown["gradients_s"]
     assert with_run(owners=True).breakdown["gradients_s"] > usual.breakdown["gradients_s"]
     slow, fast = (Pricer(CLUSTER, Run(attention_factor=f)).work(block("llama").forward, Shape(4)) for f in (2.0, 1.0))
     assert slow.kernels_s > fast.kernels_s

@@ -19,6 +19,12 @@ from autopar.codegen.draws import draw
 from autopar.codegen.experts import expert_rows, from_groups, to_groups
 from autopar.codegen.ring import ring, ring_backward
 from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local
+from autopar.codegen.shared_heads import (
+    SHARED_HEADS,
+    SHARED_HEADS_BACKWARD,
+    shared_heads,
+    shared_heads_backward,
+)
 from autopar.codegen.statistics import batch_norm, batch_norm_backward
 from autopar.errors import PlanError
 from autopar.placements import shard, shard_dim
@@ -249,6 +255,8 @@ LOWERINGS: dict[str, Lowering] = {
     "batch_norm_backward": batch_norm_backward,
     "nll_loss": _nll_loss,
     "nll_loss_backward": _nll_loss_backward,
+    SHARED_HEADS: shared_heads,
+    SHARED_HEADS_BACKWARD: shared_heads_backward,
     RING: ring,
     RING_BACKWARD: ring_backward,
 }

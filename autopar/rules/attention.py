@@ -22,7 +22,7 @@ _MASK = ("attn_mask", "attn_bias")
 _EXACT_LOGSUMEXP = frozenset({"aten._scaled_dot_product_flash_attention_for_cpu"})
 
 
-def _mask_cut(mask: torch.Tensor | None, dim: int, like: torch.Tensor) -> Placement:
+def mask_cut(mask: torch.Tensor | None, dim: int, like: torch.Tensor) -> Placement:
     """How a mask that broadcasts to [batch, head, query, key] is cut where the scores are cut along `dim`."""
     if mask is None:
         return REPLICATE
@@ -30,7 +30,7 @@ def _mask_cut(mask: torch.Tensor | None, dim: int, like: torch.Tensor) -> Placem
     return shard(own) if own >= 0 and mask.shape[own] == like.shape[dim] and like.shape[dim] > 1 else REPLICATE
 
 
-def _mask_of(call: OpCall) -> torch.Tensor | None:
+def mask_of(call: OpCall) -> torch.Tensor | None:
     return next((call.tensor(name) for name in _MASK if call.tensor(name) is not None), None)
 
 
@@ -40,7 +40,7 @@ def _operands(call: OpCall, dim: int) -> dict[str, Placement | None]:
     cut: dict[str, Placement | None] = {name: shard(dim) for name in _QUERY}
     if dim < 2:
         cut |= {name: shard(dim) for name in _KEY}
-    return cut | {name: _mask_cut(_mask_of(call), dim, query) for name in _MASK}
+    return cut | {name: mask_cut(mask_of(call), dim, query) for name in _MASK}
 
 
 def _dims(call: OpCall) -> list[int]:
@@ -66,7 +66,7 @@ def attention_backward(call: OpCall) -> list[AxisRule]:
         if len(call.outputs) > 3:
             query = call.tensor("query")
             assert query is not None
-            mask = _mask_cut(_mask_of(call), dim, query)
+            mask = mask_cut(mask_of(call), dim, query)
             made = (*made, PARTIAL if mask == REPLICATE else mask)
         rules.append(call.rule(_operands(call, dim), made))
     return rules

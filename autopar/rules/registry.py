@@ -20,6 +20,7 @@ from autopar.rules.linear import linear_rules, shared_bias_rules
 from autopar.rules.random import random_rules
 from autopar.rules.ring import ONE_AXIS, ring_rules
 from autopar.rules.schema import OpCall, bind, is_random, op_call, operands, results
+from autopar.rules.shared_heads import shared_head_rules
 from autopar.rules.types import AxisRule, RuleSet
 
 _MEMO: dict[Hashable, RuleSet] = {}
@@ -89,6 +90,7 @@ def _find(call: OpCall, axis_size: int, grouped: bool) -> RuleSet:
     rules = dict.fromkeys([replicated])
     if axis_size > 1:
         summing = (*linear_rules(call), *shared_bias_rules(call), *ring_rules(call, axis_size))
+        summing = (*summing, *shared_head_rules(call, axis_size))
         rules |= dict.fromkeys(r for r in (*own, *summing) if _is_legal(r, call, axis_size, grouped))
         if grouped:
             more = grouped_rules(call, tuple(rules))

@@ -17,6 +17,7 @@ from torch import fx
 
 from autopar._torch_compat import OpOverload
 from autopar.tracing.causal import use_causal_attention
+from autopar.tracing.grouped import use_grouped_keys
 from autopar.tracing.groups import use_groups
 from autopar.tracing.rewrites import rewrite
 
@@ -32,7 +33,7 @@ def clean(graph: fx.Graph) -> None:
         drop_noops(graph)
         share_repeated(graph)
         drop_dead(graph)
-        if not rewrite(graph):
+        if not (rewrite(graph) or use_grouped_keys(graph)):
             break
     use_groups(graph)
     drop_dead(graph)

@@ -54,6 +54,8 @@ def long_attention() -> Iterator[fx.Node]:
         yield from fused(queries, keys, mask=mask)
     yield from fused(queries, keys, causal=True)
     yield from fused(queries, (2, 2, 8, 4))
+    for heads in (1, 2):  # of keys, for 8 of queries
+        yield from fused((1, 8, 4, 4), (1, heads, 4, 4), mask=_hidden(1, 8, 4, 4))
 
 
 def windows() -> Iterator[fx.Node]:

@@ -66,7 +66,7 @@ def whole(tensor: Any) -> torch.Tensor:
 def main() -> int:
     """Train both, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="length of the sequence")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the sequence")
     parser.add_argument("--ring", type=int, help="ranks that share the sequence; all if not given")
     options = parser.parse_args()
 
@@ -86,7 +86,7 @@ def main() -> int:
         plan = program.plan
         assert plan is not None
         lowerings = {rule.lowering for decision in plan.decisions.nodes.values() for rule in decision.rules}
-        how = "around a ring" if "ring" in lowerings else "by heads"
+        how = "goes around a ring" if "ring" in lowerings else "needs no ring here: heads or whole copies are cheaper"
         print(f"{options.tokens} tokens on {cluster.devices} ranks, {plan.layout()}: attention {how}")
         print(
             f"long_sequence: {'ok' if agree else 'FAILED'}: largest difference from one device after {STEPS} steps "

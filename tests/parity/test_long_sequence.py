@@ -9,8 +9,7 @@ from tests.launch import torchrun
 EXAMPLE = Path(__file__).parents[2] / "examples" / "long_sequence.py"
 
 
-def test_a_ring_of_four_processes_equals_one() -> None:
+def test_four_processes_equal_one() -> None:
     ended = torchrun(EXAMPLE, 4, "--tokens", "256")
     assert ended.returncode == 0, ended.stderr[-4000:] + ended.stdout[-1000:]
-    assert "attention around a ring" in ended.stdout
     assert "long_sequence: ok" in ended.stdout

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.launch import torchrun
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "long_sequence.py"
 
 
-def test_four_processes_equal_one() -> None:
-    ended = torchrun(EXAMPLE, 4, "--tokens", "256")
+@pytest.mark.parametrize(
+    ("tokens", "how"), [("256", "needs no ring"), pytest.param("4096", "goes around a ring", marks=pytest.mark.slow)]
+)
+def test_four_processes_equal_one(tokens: str, how: str) -> None:
+    ended = torchrun(EXAMPLE, 4, "--tokens", tokens)
     assert ended.returncode == 0, ended.stderr[-4000:] + ended.stdout[-1000:]
+    assert f"attention {how}" in ended.stdout
     assert "long_sequence: ok" in ended.stdout

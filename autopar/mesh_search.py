@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -76,7 +75,7 @@ class MeshSearch:
         self.costs = CostModel(settings.cluster, mesh)
         pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        views = ViewMaps(mesh, trace.fold if request.cuts_sequences or _few_samples(trace, mesh) else None)
+        views = ViewMaps(mesh, trace.fold if request.cuts_sequences else None)
         self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, views=views)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
@@ -219,11 +218,6 @@ class MeshSearch:
         self.needed_account, self.needed_bound = least.needed_bytes, least.bound_bytes
         if least.bound_bytes <= self.capacity:
             self._take_bound(least.bound_s)  # none was found, but there may be one: the gap has to count it
-
-
-def _few_samples(trace: Trace, mesh: tuple[int, ...]) -> bool:
-    """Whether the batch alone cannot keep all ranks busy: then it may pay to cut sequences of several samples."""
-    return trace.fold is not None and trace.fold.runs % math.prod(mesh) != 0
 
 
 def _with_fixed(pins: Pins, fixed: Mapping[str, State] | None) -> Pins:

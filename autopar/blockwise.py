@@ -233,7 +233,11 @@ def _attend_backward(
 
 
 def _fake_gradients(*like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = (x.new_empty(x.shape, dtype=kernels.wide(x.dtype)) for x in like)
+    """Laid out as torch's kernels do: the sequence before the heads."""
+    query, key, value = (
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype=kernels.wide(x.dtype)).transpose(1, 2)
+        for x in like
+    )
     return query, key, value
 
 

@@ -201,10 +201,8 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
 def _with_dense_rows(op: Shards) -> Shards:
     """The same op on copies of those operands whose rows are not side by side (what is glued along its last dim)."""
     slots = {op.slot(name) for name in _DENSE_ROWS if name in op.traced.slots}
-    operands = [
-        op.ctx.call(aten.contiguous.default, x) if slot in slots and x.meta["val"].stride(-1) != 1 else x
-        for slot, x in enumerate(op.operands)
-    ]
+    apart = {slot for slot in slots if op.operands[slot].meta["val"].stride(-1) != 1}
+    operands = [op.ctx.call(aten.contiguous.default, x) if i in apart else x for i, x in enumerate(op.operands)]
     return replace(op, operands=operands)
 
 

@@ -246,6 +246,13 @@ def matrix_vector(call: OpCall) -> list[AxisRule]:
     return [call.rule({"self": shard(0)}, shard(0)), call.rule({"self": shard(1), "vec": shard(0)}, PARTIAL)]
 
 
+def _row_units(call: OpCall, size: int) -> int:
+    """Of how many units the rows of a grouped product's operand consist: torch's kernel takes whole 16 bytes."""
+    if call.name != "aten._grouped_mm":
+        return 0
+    return max(1, size * call.inputs[0].element_size() // 16)
+
+
 def grouped_product(call: OpCall) -> list[AxisRule]:
     """Products with a matrix per group of rows, offs [G] being where the groups end.
 
@@ -257,14 +264,14 @@ def grouped_product(call: OpCall) -> list[AxisRule]:
         return []
     if left.dim() == 2 and right.dim() == 3:
         return [
-            call.rule({right_name: shard(2)}, shard(1)),
-            call.rule({left_name: shard(1), right_name: shard(1)}, PARTIAL),
+            call.rule({right_name: shard(2)}, shard(1), units=_row_units(call, right.shape[2])),
+            call.rule({left_name: shard(1), right_name: shard(1)}, PARTIAL, units=_row_units(call, left.shape[1])),
             call.rule({left_name: shard(0)}, shard(0), "grouped_rows"),
         ]
     if left.dim() == right.dim() == 2:
         return [
-            call.rule({left_name: shard(0)}, shard(1)),
-            call.rule({right_name: shard(1)}, shard(2)),
+            call.rule({left_name: shard(0)}, shard(1), units=_row_units(call, left.shape[0])),
+            call.rule({right_name: shard(1)}, shard(2), units=_row_units(call, right.shape[1])),
             call.rule({left_name: shard(1), right_name: shard(0)}, PARTIAL, "grouped_rows"),
         ]
     return []

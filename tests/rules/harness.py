@@ -135,6 +135,8 @@ def cut(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> list[torch.T
 
 def _split(tensor: torch.Tensor, size: int, dim: int, runs: int) -> list[torch.Tensor]:
     """Equal parts of every run of a dim, by rank."""
+    if runs == 1:
+        return list(tensor.tensor_split(size, dim))
     by_run = [run.tensor_split(size, dim) for run in tensor.chunk(runs, dim)]
     return [torch.cat(part, dim) for part in zip(*by_run, strict=True)]
 
@@ -192,10 +194,11 @@ def check(node: fx.Node, rules: tuple[AxisRule, ...], mesh: tuple[int, ...]) -> 
     ctx = Context(mesh)
     sources = operands(node)
     local = [ctx.graph.placeholder("x") for _ in sources]
-    made = lower(ctx, node, rules, local)
     inputs: list[list[Any]] = [[c[axis] for c in ranks(mesh)] for axis in range(len(mesh))]
     for slot, source in enumerate(sources):
         inputs.append(cut(source.meta["val"], tuple(r.inputs[slot] for r in rules), mesh))
+        local[slot].meta["val"] = inputs[-1][0]
+    made = lower(ctx, node, rules, local)
     values = run_ranks(ctx.graph, inputs, made, mesh)
     expected = results(node)
     tolerance = _tolerance([*(source.meta["val"] for source in sources), *expected])

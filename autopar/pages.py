@@ -27,10 +27,10 @@ def templates(package: str) -> Environment:
     return environment
 
 
-def save_page(path: str | PathLike[str], page: str) -> None:
-    """Write a page to a file, whole or not at all; AutoparError where it cannot be written."""
+def save_page(path: str | PathLike[str], page: str, what: str) -> None:
+    """Write the page of `what` to a file, whole or not at all; AutoparError where it cannot be written."""
     try:
         write_atomically(path, page)
     except OSError as error:
         reason = error.strerror or error
-        raise AutoparError(f"cannot write page {fspath(path)}: {reason}; nothing was changed") from error
+        raise AutoparError(f"cannot write {what} {fspath(path)}: {reason}; nothing was changed") from error

@@ -18,7 +18,7 @@ from torch import fx
 from autopar.codegen.draws import draw
 from autopar.codegen.experts import expert_rows, from_groups, to_groups
 from autopar.codegen.ring import ring, ring_backward
-from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local
+from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local, with_dense_rows
 from autopar.codegen.shared_heads import (
     SHARED_HEADS,
     SHARED_HEADS_BACKWARD,
@@ -55,7 +55,7 @@ def lower(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
     name = names[0] if names else "local"
     if name not in LOWERINGS:
         raise PlanError(f"{node.name} ({node.target}): no lowering is called {name!r}; plan again with this autopar")
-    return LOWERINGS[name](ctx, node, rules, operands)
+    return LOWERINGS[name](ctx, node, rules, with_dense_rows(ctx, node, operands))
 
 
 # -- averages ----------------------------------------------------------------------------------

@@ -189,8 +189,6 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
         return op.call({_SIZE_ARGUMENTS[name]: op.result_sizes()})
     if name in _CONTIGUOUS:
         op = replace(op, operands=[ctx.call(aten.contiguous.default, x) for x in operands])
-    if name.startswith("aten._scaled_dot_product"):
-        op = _with_dense_rows(op)
     if name in _GROUP_NORMS:
         return op.call(_group_norm_sizes(op))
     if name in _CONVOLUTIONS:
@@ -198,12 +196,14 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
     return op.call({})
 
 
-def _with_dense_rows(op: Shards) -> Shards:
-    """The same op on copies of those operands whose rows are not side by side (what is glued along its last dim)."""
-    slots = {op.slot(name) for name in _DENSE_ROWS if name in op.traced.slots}
-    apart = {slot for slot in slots if op.operands[slot].meta["val"].stride(-1) != 1}
-    operands = [op.ctx.call(aten.contiguous.default, x) if i in apart else x for i, x in enumerate(op.operands)]
-    return replace(op, operands=operands)
+def with_dense_rows(ctx: LowerContext, node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
+    """Operands of fused attention, copied where rows are not side by side (as of what is glued along its last dim)."""
+    if not str(node.target).startswith("aten._scaled_dot_product"):
+        return operands
+    slots = op_call(node).slots
+    apart = {slots[name][0] for name in _DENSE_ROWS if name in slots}
+    apart = {slot for slot in apart if operands[slot].meta["val"].stride(-1) != 1}
+    return [ctx.call(aten.contiguous.default, x) if i in apart else x for i, x in enumerate(operands)]
 
 
 def _group_norm_sizes(op: Shards) -> dict[str, int]:

@@ -54,7 +54,7 @@ def train(model: nn.Module) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -88,6 +88,7 @@ def main() -> None:
         mesh = "x".join(map(str, plan.mesh))
         print(f"mesh {mesh}, experts over {plan.layout_keys['ep']} ranks; losses {[round(x, 6) for x in mine]}")
         print(f"largest difference from one device: {worst:.1e}")
+    dist.barrier()  # nobody leaves while another one still listens
     dist.destroy_process_group()
 
 

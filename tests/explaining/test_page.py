@@ -200,7 +200,7 @@ def test_the_page_is_one_file_and_always_the_same(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(autopar.AutoparError, match=r"cannot write page .*; nothing was changed"):
+    with pytest.raises(autopar.AutoparError, match=r"cannot write report .*; nothing was changed"):
         report().to_html(tmp_path / "no-such-folder" / "plan.html")
 
 

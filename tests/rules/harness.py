@@ -217,7 +217,7 @@ def check(node: fx.Node, rules: tuple[AxisRule, ...], mesh: tuple[int, ...]) -> 
 
 
 def by_groups(rule: AxisRule) -> bool:
-    """Whether a rule cuts rows by what they are, which takes more than one op (`tests/parity/test_experts.py`)."""
+    """Whether a rule cuts rows by what they are, which takes several ops (`tests/parity/test_expert_parallel.py`)."""
     return any(p is not None and in_groups(p) for p in (*rule.inputs, *rule.outputs))
 
 

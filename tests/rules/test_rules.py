@@ -236,7 +236,7 @@ def test_as_strided_reads_only_its_operand() -> None:
 def test_every_lowering_named_by_a_rule_exists_and_is_named() -> None:
     groups = (*GROUPS.values(), randoms)
     named = {rule.lowering for group in groups for node in group() for rule in axis_rules(node, 2).rules}
-    named.add("expert_rows")  # of ops between moves to groups and back: tests/parity/test_experts.py
+    named.add("expert_rows")  # of ops between moves to groups and back: tests/parity/test_expert_parallel.py
     assert named == set(LOWERINGS)
 
 

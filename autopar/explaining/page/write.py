@@ -35,7 +35,7 @@ OPTIONAL = (
 
 def write_page(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write the page of a report; AutoparError where it cannot be written."""
-    save_page(path, render(data))
+    save_page(path, render(data), "report")
 
 
 def render(data: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from autopar.units import span_text, usd_text
 
 def write_page(sizing: Sizing, path: str | PathLike[str]) -> None:
     """Write the page; AutoparError where it cannot be written."""
-    save_page(path, render(sizing))
+    save_page(path, render(sizing), "sizing")
 
 
 def render(sizing: Sizing) -> str:

@@ -88,7 +88,7 @@ def main() -> None:
         mesh = "x".join(map(str, plan.mesh))
         print(f"mesh {mesh}, experts over {plan.layout_keys['ep']} ranks; losses {[round(x, 6) for x in mine]}")
         print(f"largest difference from one device: {worst:.1e}")
-    dist.barrier()  # nobody leaves while another one still listens
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
 
 

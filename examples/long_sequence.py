@@ -92,6 +92,7 @@ def main() -> int:
             f"long_sequence: {'ok' if agree else 'FAILED'}: largest difference from one device after {STEPS} steps "
             f"{differences[worst]:.1e} ({worst})"
         )
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
     return 0 if agree else 1
 

@@ -113,6 +113,7 @@ def main() -> None:
         print(f"layout: {plan.layout()}")
         print(f"loss {found[0]:.4f} -> {found[-1]:.4f}, on one device {expected[0]:.4f} -> {expected[-1]:.4f}")
         print(f"largest difference from one device: losses {losses:.1e}, parameters {params:.1e}")
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
     if max(losses, params) > TOLERANCE:
         raise SystemExit(1)

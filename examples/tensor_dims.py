@@ -87,6 +87,7 @@ def main() -> None:
         name, state = next((n, s) for n, s in plan.decisions.params.items() if "up_proj" in n)
         print(f"mesh {'x'.join(map(str, plan.mesh))}: {', '.join(plan.roles)}; {name} is stored as {', '.join(state)}")
         print(f"largest difference from one device: {worst:.1e}")
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
 
 

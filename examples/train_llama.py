@@ -112,6 +112,7 @@ def train_parallel(args: argparse.Namespace) -> dict[str, Any]:
     result = train(program, args)
     peaks: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, result["peak_bytes"])
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
     return {
         **result,

@@ -122,6 +122,7 @@ def main() -> None:
     autopar.api.trace = lambda model, call: widened(trace(model, call))  # type: ignore[assignment]
     facts = {name: trained_both(name, folder) for name in sys.argv[2:]}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(facts))
+    dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()
 
 

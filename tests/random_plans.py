@@ -13,6 +13,9 @@ from autopar.sharding import ShardingProblem
 from autopar.solver import Solution
 from autopar.trace import Trace
 
+# Chances that an op runs again and that a copy is kept: nothing, some of both, all, most.
+RECOMPUTE_AND_COPIES = ((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0))
+
 
 def random_decisions(
     trace: Trace,

@@ -19,7 +19,7 @@ from autopar.sharding import build_problem
 from autopar.trace import trace
 from autopar.verification import verify_program
 from tests.graphs import random_model
-from tests.random_plans import random_decisions
+from tests.random_plans import RECOMPUTE_AND_COPIES, random_decisions
 
 MESHES = ((2,), (4,), (2, 2))
 CASES_PER_MODEL = 6
@@ -38,7 +38,7 @@ def check_model(seed: int) -> int:
         costs = CostModel(ClusterSpec.preset("h100-sxm", gpus=ranks), mesh)
         stated = build_problem(traced, costs, OptimizerSpec("adamw"))
         for _ in range(CASES_PER_MODEL // len(MESHES)):
-            recompute, copies = rng.choice(((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0)))
+            recompute, copies = rng.choice(RECOMPUTE_AND_COPIES)
             shares = {"recompute": recompute, "keep_copies": copies, "offload": rng.choice((0.0, 0.5, 1.0))}
             decisions = random_decisions(traced, stated, rng, **shares)
             program = emit(traced, decisions, mesh, costs, bucket_bytes=rng.choice((0, 300, costs.bucket_bytes)))

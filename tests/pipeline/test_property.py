@@ -24,7 +24,7 @@ from autopar.trace import Trace, trace
 from autopar.verifying.pipeline import verify_pipeline
 from autopar.verifying.pipeline_case import case_of_batches
 from tests.graphs import random_model
-from tests.random_plans import random_decisions
+from tests.random_plans import RECOMPUTE_AND_COPIES, random_decisions
 
 MESHES = ((), (2,), (2, 2))
 CASES_PER_MESH = 2
@@ -61,7 +61,7 @@ def check_model(seed: int) -> int:
         costs = CostModel(ClusterSpec.preset("h100-sxm", gpus=ranks), mesh)
         stated = build_problem(traced, costs, OptimizerSpec("adamw"))
         for _ in range(CASES_PER_MESH):
-            recompute, copies = rng.choice(((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0)))
+            recompute, copies = rng.choice(RECOMPUTE_AND_COPIES)
             decisions = random_decisions(traced, stated, rng, recompute=recompute, keep_copies=copies)
             count = rng.choice((2, 3, 4))
             nodes = random_stages(traced, count, rng)

@@ -21,7 +21,7 @@ from autopar.trace import Trace, trace
 from autopar.verifying.pipeline import verify_pipeline
 from autopar.verifying.pipeline_case import staged_case
 from tests.pipeline.random_models import random_blocks
-from tests.random_plans import random_decisions
+from tests.random_plans import RECOMPUTE_AND_COPIES, random_decisions
 
 MESHES: tuple[tuple[int, ...], ...] = ((), (2,), (4,), (2, 2))
 CASES_PER_MODEL = 12  # three of each mesh
@@ -59,7 +59,7 @@ def check_model(seed: int, cases: int = CASES_PER_MODEL) -> int:
     for case in range(cases):
         mesh = MESHES[case % len(MESHES)]
         costs, stated = on[mesh], problems[mesh]
-        recompute, copies = rng.choice(((0.0, 0.0), (0.3, 0.5), (1.0, 0.0), (0.7, 1.0)))
+        recompute, copies = rng.choice(RECOMPUTE_AND_COPIES)
         decisions = random_decisions(traced, stated, rng, recompute=recompute, keep_copies=copies)
         schedule, ranks, chunks = random_schedule(rng, count)
         stages = random_stages(rng, traced, blocks, ranks * chunks)

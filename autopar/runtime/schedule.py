@@ -11,9 +11,17 @@ from typing import Any
 
 from autopar._torch_compat import schedule_runtime
 from autopar.runtime.stage import Stage
+from autopar.simulating.replay import RECEIVE_BACKWARD, RECEIVE_FORWARD, SEND_BACKWARD, SEND_FORWARD, Step
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS, Order
 
 _KINDS = {FORWARD: "FORWARD", BACKWARD: "FULL_BACKWARD", INPUTS: "BACKWARD_INPUT", WEIGHTS: "BACKWARD_WEIGHT"}
+_MESSAGES = {
+    SEND_FORWARD: "SEND_F",
+    RECEIVE_FORWARD: "RECV_F",
+    SEND_BACKWARD: "SEND_B",
+    RECEIVE_BACKWARD: "RECV_B",
+}
+_WORDS = {theirs: ours for ours, theirs in {**_KINDS, **_MESSAGES}.items()}
 
 
 class Schedule:
@@ -38,6 +46,13 @@ class Schedule:
         )
         # torch would ask the stages for shapes by running them; ours know theirs.
         self._runtime._initialize_stages = _nothing_to_ask
+
+    @property
+    def steps(self) -> tuple[tuple[Step, ...], ...]:
+        """What every pipeline rank executes: the passes of `orders`, and the messages that torch put between them."""
+        lowered = self._runtime.pipeline_order_with_comms
+        found = [[(_WORDS.get(a.computation_type.name), a) for a in lowered[rank]] for rank in sorted(lowered)]
+        return tuple(tuple(Step(word, a.stage_index, a.microbatch_index) for word, a in rank if word) for rank in found)
 
     def run(self) -> None:
         """Run every pass of this rank once."""

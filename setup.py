@@ -46,7 +46,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={"plots": PLOTS, "hf": HF, "dev": DEV + HF + PLOTS},
-    entry_points={"console_scripts": ["autopar=autopar.cli:main"]},
+    entry_points={"console_scripts": ["autopar=autopar.cli:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

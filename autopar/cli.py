@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from autopar import command_line
 from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
@@ -70,7 +70,9 @@ def _no_garbage() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # else the first small object after this starts a search through all of them
         gc.enable()
+        gc.unfreeze()
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -387,5 +389,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def run() -> NoReturn:
+    """`autopar` as a process: `main`, and then the end, at once.
+
+    Python would take a tenth of a plan's time to tear down torch and the millions of objects of a plan, one by one;
+    nothing is left to be written or joined by then but the two streams.
+    """
+    code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
+        code = code or EXIT_ERROR
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

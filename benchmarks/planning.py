@@ -37,14 +37,13 @@ RUNS = (
     Run("llama3-405b", 16384, 8192, 2048, most_cpu_s=30.0, most_gib=2.0, most_gap=0.01),  # by degrees
     Run("tiny-llama", 8, 256, 32),
 )
-PLAN = "import sys; from autopar.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def measure(run: Run) -> bool:
     """Plan in a process of its own and print its figures; whether they stay within the run's limits."""
     options = ["plan", "--model", run.model, "--cluster", "h100-sxm", "--gpus", str(run.gpus), "--seq", str(run.seq)]
     options += [word for pin in run.pins for word in ("--pin", pin)]
-    command = [sys.executable, "-c", PLAN, *options, "--global-batch", str(run.global_batch), "--json"]
+    command = [sys.executable, "-m", "autopar.cli", *options, "--global-batch", str(run.global_batch), "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)

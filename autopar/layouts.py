@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ class Layout:
     offload: "optimizer" keeps the optimizer's state, and a master copy of the parameters, on the host: fetched for the
         optimizer's step, a block at a time, and brought back.
     grad_dtype: in which gradients are kept and summed; None: that of the parameters.
+    expert_load: with ep, how many times its even share of rows the busiest expert rank gets, at least 1; or how many
+        rows go to each expert (a measured histogram, in any unit), of which the busiest rank's share follows. By
+        default experts are loaded alike, which is what balancing aims at.
     """
 
     dp: int = 1
@@ -58,6 +61,7 @@ class Layout:
     grad_dtype: str | None = "float32"
     recompute_blocks: int | None = None
     offload: str = "none"
+    expert_load: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
         for key in (*DEGREES, "micro_batch"):
@@ -81,6 +85,7 @@ class Layout:
             _check_word("schedule", self.schedule, SCHEDULES)
         object.__setattr__(self, "sp", self.tp > 1 and sp is not False)  # one rank has nothing to share
         object.__setattr__(self, "schedule", self._schedule())
+        object.__setattr__(self, "expert_load", _checked_load(self.expert_load, self.ep))
         if (self.dp * self.cp) % self.ep:
             raise LayoutError(
                 f"layout: ep={self.ep} does not divide dp * cp = {self.dp * self.cp}, from whose ranks those of the "
@@ -107,6 +112,17 @@ class Layout:
         """How many devices the layout takes."""
         return self.dp * self.tp * self.pp * self.cp
 
+    @property
+    def busiest_share(self) -> float:
+        """How many times its even share of rows the busiest expert rank works on; 1 without expert ranks."""
+        load = self.expert_load
+        if self.ep == 1:
+            return 1.0
+        if not isinstance(load, tuple):
+            return load
+        each = len(load) // self.ep
+        return max(sum(load[at : at + each]) for at in range(0, len(load), each)) * self.ep / sum(load)
+
     def micro_batches(self, global_batch: int) -> int:
         """Micro-batches of a step on each data-parallel rank; LayoutError if the batch does not divide."""
         share = self.dp * self.micro_batch
@@ -119,7 +135,8 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """The layout in the keys of the command line."""
-        return dataclasses.asdict(self)
+        load = self.expert_load
+        return {**dataclasses.asdict(self), "expert_load": list(load) if isinstance(load, tuple) else load}
 
     def __str__(self) -> str:
         """As the command line takes it."""
@@ -159,10 +176,12 @@ def check_layout(
     heads: int | None = None,
     kv_heads: int | None = None,
     seq: int | None = None,
+    experts: int | None = None,
 ) -> None:
     """Refuse a layout that a model cannot be cut by; LayoutError names what to change.
 
-    blocks: repeated layers of the model; heads, kv_heads: of attention, where known; seq: tokens in a sequence.
+    blocks: repeated layers of the model; heads, kv_heads: of attention, where known; seq: tokens in a sequence;
+    experts: of a layer, 0 where none can be spread, None where that is not known.
     """
     count = layout.micro_batches(global_batch)
     if layout.pp * layout.vpp > blocks:
@@ -182,10 +201,48 @@ def check_layout(
             f"layout: tp={layout.tp} neither divides the {kv_heads} key-value heads nor is a multiple of them; "
             "change tp"
         )
+    if experts is not None and layout.ep > 1:
+        _check_experts(layout, experts)
     parts = layout.cp * (layout.tp if layout.sp else 1)
     if seq is not None and seq % parts:
         names = "cp * tp (sp=true)" if layout.sp else "cp"
         raise LayoutError(f"layout: {seq} tokens do not divide by {names} = {parts}; change cp, or set sp=false")
+
+
+def _check_experts(layout: Layout, experts: int) -> None:
+    if not experts:
+        raise LayoutError(
+            f"layout: ep={layout.ep}, but the model has no grouped products over experts; leave ep out (a model of "
+            'transformers has them with config._experts_implementation = "grouped_mm")'
+        )
+    if experts % layout.ep:
+        raise LayoutError(
+            f"layout: {experts} experts cannot be spread evenly over ep={layout.ep} ranks; choose a divisor of "
+            f"{experts}"
+        )
+    load = layout.expert_load
+    if isinstance(load, tuple) and len(load) != experts:
+        raise LayoutError(
+            f"layout: expert_load gives the rows of {len(load)} experts, but a layer has {experts}; give a number for "
+            "each"
+        )
+
+
+def _checked_load(load: Any, ep: int) -> float | tuple[float, ...]:
+    """A factor, or the rows of each expert."""
+    if isinstance(load, Sequence) and not isinstance(load, str):
+        rows = tuple(load)
+        numbers = all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 <= r < float("inf") for r in rows)
+        if not (numbers and any(rows)):
+            raise LayoutError(f"layout: expert_load={load} must be rows of each expert, none negative and not all 0")
+        if len(rows) % ep:
+            raise LayoutError(f"layout: expert_load gives the rows of {len(rows)} experts, not a multiple of ep={ep}")
+        return tuple(map(float, rows))
+    if not isinstance(load, (int, float)) or isinstance(load, bool) or not 1 <= load < float("inf"):
+        raise LayoutError(
+            f"layout: expert_load={load} must be a factor of at least 1 (1.2), or the rows of each expert (90:110:...)"
+        )
+    return float(load)
 
 
 def _check_product(layout: Layout, devices: int) -> Layout:
@@ -240,16 +297,28 @@ def _read_count(text: str) -> int | str | None:
     return None if text.lower() == "none" else _read_integer(text)
 
 
+def _read_load(text: str) -> Any:
+    """1.2, or rows of each expert: 90:110:100:100."""
+    try:
+        rows = [float(part) for part in text.split(":")]
+    except ValueError:
+        return text
+    return rows[0] if len(rows) == 1 else rows
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "sp": _read_bool,
     "recompute": str.lower,
     "schedule": str.lower,
     "grad_dtype": _read_dtype,
     "recompute_blocks": _read_count,
+    "expert_load": _read_load,
 }
 
 
 def written(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ":".join(f"{one:g}" for one in value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

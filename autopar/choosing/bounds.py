@@ -34,7 +34,7 @@ class GroupCosts:
     def of(predictor: Predictor, group: Group) -> GroupCosts:
         """As if the pipeline were on one node, which is never slower."""
         table = predictor.table
-        shape = Shape(group.micro_batch, group.tp, group.cp, group.sp and table.tokens > 1)
+        shape = predictor.shape(group.layout(1, group.least_dp))
         forward, backward = Work(), Work()
         for part, times in Stage(table.blocks, True, True).parts(table):
             forward += predictor.pricer.work(part.forward, shape) * times

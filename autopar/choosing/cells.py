@@ -55,7 +55,7 @@ class Cells:
                 bounds.append(cell_bounds_s(costs_of(group), space.blocks, pp, micro_batches, schedule))
                 rows.append(np.stack([np.full_like(pp, at), pp, dp]))
         bound_s, row = _floored(np.concatenate(bounds)), np.concatenate(rows, axis=1)
-        degrees = np.array([(g.tp > 1) + (g.cp > 1) for g in groups], np.int64)
+        degrees = np.array([(g.tp > 1) + (g.cp > 1) + (g.ep > 1) for g in groups], np.int64)
         plainness = (degrees[row[0]] if groups else np.zeros(0)) + (row[1] > 1)
         order = np.lexsort((row[2], plainness, bound_s))
         return Cells(groups, bound_s[order], row[:, order])

@@ -51,7 +51,7 @@ class _Finder:
         """One of each kind that helps."""
         rows: list[Iterable[Layout]] = [
             self._micro_batches(), self._selective(), self._blocks(), self._zero(), self._offload(), self._sequence(),
-            self._schedules(),
+            self._schedules(), self._experts(),
             *(self._degree(name) for name in _DEGREES[1:]),
         ]  # fmt: skip
         for row in rows:
@@ -104,11 +104,18 @@ class _Finder:
         if layout.schedule not in ("none", "1f1b"):
             yield replace(layout, vpp=1, schedule="1f1b")
 
+    def _experts(self) -> Iterator[Layout]:
+        """On more of the data ranks."""
+        for more in divisors(self.predictor.table.experts) if self.predictor.table.experts else ():
+            if more > self.layout.ep and (self.layout.dp * self.layout.cp) % more == 0:
+                yield replace(self.layout, ep=more)
+
     def _degree(self, name: str) -> Iterator[Layout]:
         """More of one degree and less data parallelism."""
         degree, ranks = getattr(self.layout, name), self.layout.dp * getattr(self.layout, name)
         for more in self._degrees(name):
-            if degree < more <= ranks and ranks % more == 0:
+            replicas = ranks // more * (more if name == "cp" else self.layout.cp)
+            if degree < more <= ranks and ranks % more == 0 and replicas % self.layout.ep == 0:
                 yield self._with(**{name: more, "dp": ranks // more})
 
     def _degrees(self, name: str) -> list[int]:

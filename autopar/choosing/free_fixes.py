@@ -159,6 +159,7 @@ def _values(predictor: Predictor, key: str) -> list[Any]:
         "dp": batch, "micro_batch": batch, "pp": blocks, "vpp": blocks, "recompute_blocks": blocks,
         "tp": inside if predictor.heads is None else divisors(predictor.heads),
         "cp": powers_of_two(predictor.cluster.devices), "zero": [0, 1, 2, 3], "sp": [False, True],
+        "ep": divisors(predictor.table.experts) if predictor.table.experts else [1],
         "recompute": list(RECOMPUTE), "schedule": list(SCHEDULES), "offload": list(OFFLOAD),
     }  # fmt: skip
     return known.get(key, [])

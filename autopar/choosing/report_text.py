@@ -24,7 +24,8 @@ ASSUMPTIONS = (
 _MODEL = "why not something else, and what binds: plan.explain(model) or `autopar explain FILE --again`"
 _PARTS = {
     "forward_s": "forward", "backward_s": "backward", "recompute_s": "recomputation",
-    "tensor_messages_s": "tensor-parallel messages", "bubble_s": "pipeline bubble", "send_s": "sends between stages",
+    "tensor_messages_s": "tensor-parallel messages", "expert_messages_s": "exchanges with experts",
+    "bubble_s": "pipeline bubble", "send_s": "sends between stages",
     "gradients_s": "gradients' reduction", "gathers_s": "parameters' gathers", "optimizer_s": "optimizer",
 }  # fmt: skip
 

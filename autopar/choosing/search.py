@@ -99,7 +99,7 @@ class LayoutSearch:
 
         States, and what the allocator adds, depend on the other degrees and are left out.
         """
-        layout = Layout(1, group.tp, 1, group.cp, micro_batch=group.micro_batch, sp=group.sp, recompute="full")
+        layout = group.layout(1, group.least_dp, recompute="full")
         stages = [Stage(0, False, True)] + ([Stage(1, False, False)] if self.predictor.table.block else [])
         held = [self.predictor.stage_memory(layout, stage, 0) for stage in stages]
         return all(m.activations + m.temporaries <= self.predictor.limit_bytes for m in held)

@@ -1,6 +1,6 @@
 """Which layouts there are to choose from.
 
-    group   tensor and context degree, sequence parallelism, micro-batch: what one micro-batch looks like on a rank
+    group   tensor, context and expert degree, sequence parallelism, micro-batch: what one looks like on a rank
     cell    a group with a pipeline and a data degree: which devices do what
     leaf    a cell with ZeRO stage, schedule and interleaving; recomputation is what the memory asks for
 
@@ -10,8 +10,9 @@ mesh). Nodes that work are used whole, so that the links of the rest are those o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from autopar.cluster import ClusterSpec
 from autopar.errors import PinError
-from autopar.layouts import KEYS, RECOMPUTE, Layout
+from autopar.layouts import KEYS, RECOMPUTE, Layout, check_layout
 from autopar.predicting.predict import Predictor
 
 Ints = npt.NDArray[np.int64]
@@ -35,6 +36,19 @@ class Group:
     cp: int
     sp: bool
     micro_batch: int
+    ep: int = 1
+    load: float | tuple[float, ...] = 1.0
+
+    def layout(self, pp: int, dp: int, **keys: Any) -> Layout:
+        """A layout of this group."""
+        return Layout(
+            dp, self.tp, pp, self.cp, self.ep, micro_batch=self.micro_batch, sp=self.sp, expert_load=self.load, **keys
+        )
+
+    @property
+    def least_dp(self) -> int:
+        """The smallest data degree that it goes with."""
+        return self.ep // math.gcd(self.ep, self.cp)
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Space:
     """All layouts of a model on at most the devices of a cluster.
 
     blocks: repeated layers, at least 1. heads, kv_heads: of attention, None where there is none. tokens: of a sequence.
-    selective: whether there is a core of attention to run again. pin: layout keys that are fixed.
+    selective: whether there is a core of attention to run again. pin: layout keys that are fixed. experts: of a layer.
     """
 
     cluster: ClusterSpec
@@ -53,15 +67,16 @@ class Space:
     tokens: int
     selective: bool
     pin: Mapping[str, Any]
+    experts: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.pin) - LAYOUT_KEYS
         if unknown:
             raise PinError(f"pin {sorted(unknown)[0]!r} is no key of a layout; the keys are {', '.join(KEYS)}")
-        if self.pin.get("ep", 1) != 1:
-            raise PinError(f"pin ep={self.pin['ep']}: experts cannot be spread yet; leave ep out")
         for key, value in self.pin.items():  # each by itself
             Layout(**{key: value, **_company(key, value)})  # LayoutError where it cannot be
+        ep, load = self.pin.get("ep", 1), self.pin.get("expert_load", 1.0)
+        check_layout(Layout(dp=ep, ep=ep, expert_load=load), global_batch=ep, blocks=1, experts=self.experts)
 
     @staticmethod
     def of(predictor: Predictor, pin: Mapping[str, Any]) -> Space:
@@ -70,7 +85,7 @@ class Space:
         cores = table.block is not None and bool((table.block.kept != table.block.kept_selective).any())
         return Space(
             predictor.cluster, predictor.global_batch, max(1, table.blocks), predictor.heads, predictor.kv_heads,
-            table.tokens, cores, pin,
+            table.tokens, cores, pin, table.experts,
         )  # fmt: skip
 
     def groups(self) -> Iterator[Group]:
@@ -81,7 +96,15 @@ class Space:
                     if self.tokens % (cp * (tp if sp else 1)) == 0:
                         for size in self._micro_batches(cp):
                             if tp * cp <= self.cluster.devices and self.global_batch % size == 0:
-                                yield Group(tp, cp, sp and tp > 1, size)
+                                yield from self._by_experts(Group(tp, cp, sp and tp > 1, size))
+
+    def _by_experts(self, group: Group) -> Iterator[Group]:
+        """The same with each expert degree that there are ranks and experts for."""
+        degrees = self._allowed("ep", divisors(self.experts) if self.experts else [1])
+        most, load = self.cluster.devices // group.tp, Layout(expert_load=self.pin.get("expert_load", 1.0)).expert_load
+        for ep in degrees:
+            if ep <= most:
+                yield replace(group, ep=ep, load=load if ep > 1 else 1.0)
 
     def cells(self, group: Group) -> tuple[Ints, Ints]:
         """Pipeline and data degrees of all cells of a group."""
@@ -92,6 +115,7 @@ class Space:
         pp, dp = (a.ravel() for a in np.meshgrid(np.array(stages, np.int64), np.array(replicas, np.int64)))
         devices, per_node = ranks * pp * dp, self.cluster.devices_per_node
         usable = (devices <= self.cluster.devices) & ((devices < per_node) | (devices % per_node == 0))
+        usable &= dp * group.cp % group.ep == 0
         return pp[usable], dp[usable]
 
     def leaves(self, group: Group, pp: int, dp: int) -> Iterator[Layout]:
@@ -99,10 +123,9 @@ class Space:
         micro_batches = self.global_batch // (dp * group.micro_batch)
         for zero in self._allowed("zero", self._zero_stages(dp * group.cp, micro_batches)):
             for schedule, vpp in self.schedules(pp, micro_batches):
-                yield Layout(
-                    dp, group.tp, pp, group.cp, vpp=vpp, micro_batch=group.micro_batch, zero=zero, sp=group.sp,
-                    schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload,
-                )  # fmt: skip
+                yield group.layout(
+                    pp, dp, vpp=vpp, zero=zero, schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload
+                )
 
     def schedules(self, pp: int, micro_batches: int) -> list[tuple[str, int]]:
         """(schedule, stages per rank). GPipe takes as long as 1F1B and holds more: only where it is pinned."""
@@ -140,6 +163,8 @@ class Space:
             return f": {' and '.join(f'{k}={pin[k]}' for k in ('pp', 'vpp') if k in pin)}, but the model has {blocks}"
         if not self._tensor_degrees():
             return f": tp={pin.get('tp')} does not go with {self.heads} heads on {self.cluster.devices} devices"
+        if pin.get("ep", 1) > 1 and (pin.get("dp", pin["ep"]) * pin.get("cp", pin["ep"])) % pin["ep"]:
+            return f": ep={pin['ep']} does not divide dp * cp, from whose ranks those of the experts are taken"
         share = pin.get("dp", 1) * pin.get("micro_batch", 1)
         if self.global_batch % share:
             return f": the global batch of {self.global_batch} does not divide by dp and micro_batch"

@@ -16,17 +16,19 @@ from torch import fx
 
 from autopar.cost.compute import OpClass, op_class, op_name
 from autopar.dataflow import Dataflow, Operand, is_backward, resolve, result_metas, value_name
+from autopar.grouping import FROM_GROUPS, TO_GROUPS
 from autopar.opcost import compute_dtype, op_flops_of
 from autopar.placements import PARTIAL, Placement, shard_dim
 from autopar.predicting.fusing import groups, is_fusable
 from autopar.predicting.reading import Reading
 from autopar.predicting.segments import AFTER, BEFORE, BLOCK
-from autopar.predicting.sizes import ACT, ACT_CUT, FIXED, FIXED_CUT, Floats, share
+from autopar.predicting.sizes import ACT, FIXED, KINDS, Floats, share
 from autopar.predicting.table import Kernel, Message, ModelTable, Part, Pass, total
 from autopar.predicting.tensor_axis import TensorAxis, is_cut
 from autopar.trace import Sample
 
 aten = torch.ops.aten
+_COUNT_BYTES = 8  # of how many rows of an expert come: an int64
 _PRODUCTS = {
     aten.mm.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -74,6 +76,7 @@ class _Builder(Reading):
             itemsize=dtype.itemsize,
             dtype=str(dtype).removeprefix("torch."),
             flops=flops / self.batch,
+            experts=self.experts.count,
         )
 
     # -- kernels --------------------------------------------------------------------------
@@ -87,9 +90,9 @@ class _Builder(Reading):
             seq = self._runs_by_sequence(node)
             for operand, placement in zip(self.flow.operands_of[node], self.axis.rules[node.name].inputs, strict=True):
                 if operand.value not in inside and not (looks_up and operand.node.name in self.params):
-                    read[operand.value, placement] = self._size(operand.tensor, placement, seq)
+                    read[operand.value, placement] = self._size(operand.value, operand.tensor, placement, seq)
         written = [
-            self._size(t, p, self._runs_by_sequence(node))
+            self._size(value_name(node, i), t, p, self._runs_by_sequence(node))
             for node in members
             for i, (t, p) in enumerate(zip(result_metas(node), self.axis.rules[node.name].outputs, strict=True))
             if t is not None and not self._is_internal(value_name(node, i), members)
@@ -117,10 +120,10 @@ class _Builder(Reading):
         cut = any(is_cut(p) for p in (*rule.inputs, *rule.outputs))
         grows = self._node_grows(node) or any(self._grows(o.tensor) for o in self.flow.operands_of[node])
         flops = op_flops_of(node) / (self.batch if grows else 1)
-        return share(flops, (ACT_CUT if cut else ACT) if grows else (FIXED_CUT if cut else FIXED))
+        return share(flops, self._kind(grows, cut, False, value_name(node) in self.experts.values))
 
     def _dims(self, node: fx.Node) -> Floats | None:
-        """[4, 5] batch, rows, columns, contracted dim."""
+        """[4, 10] batch, rows, columns, contracted dim."""
         target: Any = node.target
         slots = _PRODUCTS.get(target)
         if slots is None:
@@ -141,7 +144,7 @@ class _Builder(Reading):
     def _dim(self, size: int, cut: bool) -> Floats:
         grows = size % self.batch == 0
         amount = size / (self.batch if grows else 1)
-        return share(amount, (ACT_CUT if cut else ACT) if grows else (FIXED_CUT if cut else FIXED))
+        return share(amount, self._kind(grows, cut, False, False))
 
     # -- messages ---------------------------------------------------------------------------
 
@@ -150,10 +153,11 @@ class _Builder(Reading):
         for node in ops:
             found += [m for i in range(len(result_metas(node))) for m in self._summed(value_name(node, i), backward)]
             found += self._inner(node)
+            found += self._exchanged(node)
         gathered = {o.value: o for n in ops for o in self._gathered_operands(n)}
         for value, operand in gathered.items():
             kind = "gather" if is_backward(self.made_by[value]) == backward else "regather"
-            found.append(Message(kind, self._size(operand.base_tensor, "R", False)))
+            found.append(Message(kind, self._size(operand.value, operand.base_tensor, "R", False)))
         return tuple(found)
 
     def _summed(self, value: str, backward: bool) -> list[Message]:
@@ -164,7 +168,7 @@ class _Builder(Reading):
         if not any(self.axis.taken[u.user.name][u.slot] == "R" for u in uses):
             return []
         tensor = uses[0].operand.base_tensor
-        return [Message("sum" if self._grows(tensor) else "reduce", self._size(tensor, "R", False))]
+        return [Message("sum" if self._grows(tensor) else "reduce", self._size(value, tensor, "R", False))]
 
     def _gathered_operands(self, node: fx.Node) -> list[Operand]:
         """What sequence parallelism cuts and this op wants whole. Token ids and masks are whole everywhere."""
@@ -194,9 +198,24 @@ class _Builder(Reading):
             found.append(Message("reduce", share(nbytes / (self.batch if grows else 1), ACT if grows else FIXED)))
         return found
 
+    def _exchanged(self, node: fx.Node) -> list[Message]:
+        """The rows on their way to experts or back; forward and there, first how many of them come."""
+        if node.target not in (TO_GROUPS, FROM_GROUPS):
+            return []
+        operand, rule = self.flow.operands_of[node][0], self.axis.rules[node.name]
+        seq = self._runs_by_sequence(node)
+        if node.target is FROM_GROUPS:
+            return [Message("exchange", self._size(operand.value, operand.tensor, rule.inputs[0], seq))]
+        (made,) = result_metas(node)
+        assert made is not None
+        rows = Message("exchange", self._size(value_name(node), made, rule.outputs[0], seq))
+        ends = self.flow.operands_of[node][2].tensor
+        first = not is_backward(node) and made.dim() > 1
+        return [Message("exchange", share(ends.numel() * _COUNT_BYTES, FIXED)), rows] if first else [rows]
+
     def _alive(self, kernels: list[list[fx.Node]], kept: dict[str, Floats], *, backward: bool) -> Floats:
-        """[kernels, 5]: what the pass made and still needs, while each kernel runs; backward also what was kept."""
-        steps = np.zeros((len(kernels) + 1, 5))
+        """[kernels, 10]: what the pass made and still needs, while each kernel runs; backward also what was kept."""
+        steps = np.zeros((len(kernels) + 1, KINDS))
         place = {n: i for i, kernel in enumerate(kernels) for n in kernel}
         last: dict[str, int] = defaultdict(int)
         for i, kernel in enumerate(kernels):
@@ -225,10 +244,10 @@ class _Builder(Reading):
             for value, size in kept.items():
                 steps[0] += size
                 steps[min(last.get(value, 0), len(kernels) - 1) + 1] -= size
-        return np.cumsum(steps, axis=0)[:-1] if len(kernels) else np.zeros((1, 5))
+        return np.cumsum(steps, axis=0)[:-1] if len(kernels) else np.zeros((1, KINDS))
 
     def _dying(self, kernel: list[fx.Node], at: int, last: dict[str, int]) -> list[Floats]:
-        """[5] each: operands that a kernel can write over: hand-written losses and activations do that backward."""
+        """[10] each: operands that a kernel can write over: hand-written losses and activations do that backward."""
         if not self.fuse or not all(is_fusable(node) for node in kernel):
             return []
         values = {o.value for node in kernel for o in self.flow.operands_of[node] if o.value in self.tensors}
@@ -294,16 +313,16 @@ class _Builder(Reading):
         ops = [n for n in forward if n in needed]
         kernels = groups(self.flow, ops, self._node_grows, self.fusion, self._alike)
         return Pass(
-            tuple(self._kernel(k) for k in kernels), (), np.zeros((1, 5)), self._views(ops), False, self._shown(ops)
+            tuple(self._kernel(k) for k in kernels), (), np.zeros((1, KINDS)), self._views(ops), False, self._shown(ops)
         )
 
     def _shown(self, ops: list[fx.Node]) -> Floats:
-        """[5] bytes of the keys and values that attention in these forward ops reads, each head of them once."""
+        """[10] bytes of the keys and values that attention in these forward ops reads, each head of them once."""
         found = []
         for node in ops:
             operands, rule = self.flow.operands_of[node], self.axis.rules[node.name]
             for slot in self._key_slots(node):
-                size = self._size(operands[slot].tensor, rule.inputs[slot], False)
+                size = self._size(operands[slot].value, operands[slot].tensor, rule.inputs[slot], False)
                 found.append(size * self.kv_share if op_class(node.target) is OpClass.ATTENTION else size)
         return total(found)
 
@@ -346,4 +365,5 @@ class _Builder(Reading):
 
     def _numbers(self, node: str) -> Floats:
         param = self.params[node]
-        return share(math.prod(param.shape), FIXED_CUT if is_cut(self.axis.params[param.fqn]) else FIXED)
+        cut = is_cut(self.axis.params[param.fqn])
+        return share(math.prod(param.shape), self._kind(False, cut, False, node in self.experts.values))

@@ -5,15 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from autopar.cluster import ClusterSpec
 from autopar.cost.collectives import MeshAxis
 from autopar.layouts import Layout
 from autopar.predicting.precision import Precision
 from autopar.predicting.run import Run
-from autopar.predicting.sizes import Floats, Shape
+from autopar.predicting.sizes import KINDS, Floats, Shape, of_experts
 from autopar.predicting.stages import Stage
 from autopar.predicting.table import ModelTable
 from autopar.predicting.work import Pricer
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Parameters of one rank that the same ranks have: how many numbers, who has them, who shares their state."""
+
+    numbers: float
+    axis: MeshAxis
+    zero_axis: MeshAxis
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Job:
 
     @cached_property
     def weights(self) -> Floats:
-        """[5]: what a share of each kind counts."""
+        """[10]: what a share of each kind counts."""
         return self.shape.weights
 
     @property
@@ -42,7 +53,15 @@ class Job:
     @property
     def zero_axis(self) -> MeshAxis:
         """Those among them that share the optimizer's state."""
-        return MeshAxis(min(self.run.zero_ranks or self.data_axis.size, self.data_axis.size), self.layout.tp)
+        return self._sharing(self.data_axis)
+
+    @property
+    def expert_axis(self) -> MeshAxis:
+        """The ranks that share the weights of the same experts: one of each group of expert ranks."""
+        return MeshAxis(self.data_axis.size // self.layout.ep, self.layout.tp * self.layout.ep)
+
+    def _sharing(self, axis: MeshAxis) -> MeshAxis:
+        return MeshAxis(min(self.run.zero_ranks or axis.size, axis.size), axis.stride)
 
     @property
     def pipeline_axis(self) -> MeshAxis:
@@ -51,21 +70,38 @@ class Job:
 
     def numbers(self, stage: Stage) -> float:
         """Parameters that one rank of the stage computes with; tied ones once where one stage has both uses."""
-        weights = self.weights
-        numbers = sum(times * float(part.parameters @ weights) for part, times in stage.parts(self.table))
-        if stage.first and stage.last:
-            numbers -= float(self.table.after.tied @ weights)
-        return numbers
+        return float(self.parameters(stage) @ self.weights)
+
+    def parameters(self, stage: Stage) -> Floats:
+        """[10] the same, of all ranks."""
+        made: Floats = np.zeros(KINDS)
+        for part, times in stage.parts(self.table):
+            made = made + times * part.parameters
+        return made - self.table.after.tied if stage.first and stage.last else made
+
+    def replicas(self, parameters: Floats) -> tuple[Replicas, ...]:
+        """[10] parameters, by who else has them: those of experts apart where several ranks hold experts."""
+        if self.layout.ep == 1:
+            return (Replicas(float(parameters @ self.weights), self.data_axis, self.zero_axis),)
+        experts = of_experts(parameters)
+        return (
+            Replicas(float((parameters - experts) @ self.weights), self.data_axis, self.zero_axis),
+            Replicas(float(experts @ self.weights), self.expert_axis, self._sharing(self.expert_axis)),
+        )
+
+    def owned(self, parameters: Floats) -> float:
+        """Of these, how many numbers a rank keeps the optimizer's state of."""
+        return sum(r.numbers / (r.zero_axis.size if self.layout.zero else 1) for r in self.replicas(parameters))
 
     def tensors(self, stage: Stage) -> int:
         """Parameters of one rank of the stage, by the piece."""
         return sum(times * part.tensors for part, times in stage.parts(self.table))
 
-    def host_bytes(self, numbers: float) -> float:
-        """What a rank with so many parameters keeps on its host."""
+    def host_bytes(self, stage: Stage) -> float:
+        """What a rank of the stage keeps on its host."""
         if self.layout.offload != "optimizer":
             return 0.0
-        return numbers * self.precision.state / (self.zero_axis.size if self.layout.zero >= 1 else 1)
+        return self.owned(self.parameters(stage)) * self.precision.state
 
     def streaming_s(self, nbytes: float) -> float:
         """Seconds to read and write that much memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from autopar.layouts import Layout
-from autopar.predicting.job import Job
+from autopar.predicting.job import Job, Replicas
 from autopar.predicting.stages import Stage, kept_of, kept_on
 from autopar.predicting.table import Part
 from autopar.predicting.work import Work
@@ -63,20 +63,17 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
 def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     """The peak on the ranks of stage `at`."""
     table, layout, precision, run = job.table, job.layout, job.precision, job.run
-    weights, numbers, replicas = job.weights, job.numbers(stage), job.data_axis.size
+    weights, held = job.weights, job.replicas(job.parameters(stage))
     kept = float(kept_on(stage, table, layout, run) @ weights)
     extra = max((rise for part, _ in stage.parts(table) for rise in (0.0, *rises(part, job))), default=0.0)
     gathered = 0.0
     if layout.zero == 3 and table.block is not None:
         gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
-    beside = 0.0
-    if run.accumulates_apart and precision.gradient > precision.parameter:
-        beside = precision.parameter * (_AT_PEAK + _copied(layout.zero) * (replicas > 1))
     flights = in_flight(layout, job.micro_batches, at)
     found = StageMemory(
-        parameters=numbers * precision.parameter / (replicas if layout.zero == 3 else 1) + gathered,
-        gradients=numbers * (precision.gradient + beside) / (replicas if layout.zero >= 2 else 1),
-        optimizer=_state_numbers(job, stage) * precision.state / (job.zero_axis.size if layout.zero >= 1 else 1),
+        parameters=_own(held, layout.zero == 3) * precision.parameter + gathered,
+        gradients=sum(_gradients(job, one) for one in held),
+        optimizer=_state_numbers(job, stage) * precision.state,
         activations=kept * flights,
         temporaries=extra,
         allocator=_WORKSPACES + _FRAGMENTATION * kept * flights,
@@ -84,11 +81,24 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     return replace(found, allocator=found.allocator + _buffers(job, stage, flights, found.total))
 
 
+def _own(held: tuple[Replicas, ...], parted: bool) -> float:
+    """Numbers that a rank has. parted: each of those that could have all has a part."""
+    return sum(one.numbers / (one.axis.size if parted else 1) for one in held)
+
+
+def _gradients(job: Job, of: Replicas) -> float:
+    """Bytes of gradients on a rank."""
+    precision, zero, beside = job.precision, job.layout.zero, 0.0
+    if job.run.accumulates_apart and precision.gradient > precision.parameter:
+        beside = precision.parameter * (_AT_PEAK + _copied(zero) * (of.axis.size > 1))
+    return _own((of,), zero >= 2) * (precision.gradient + beside)
+
+
 def _state_numbers(job: Job, stage: Stage) -> float:
     """Parameters whose state is on the device at once: all, or, offloaded, those of one part of the model."""
     if job.layout.offload != "optimizer":
-        return job.numbers(stage)
-    return max((float(part.parameters @ job.weights) for part, times in stage.parts(job.table) if times), default=0.0)
+        return job.owned(job.parameters(stage))
+    return max((job.owned(part.parameters) for part, times in stage.parts(job.table) if times), default=0.0)
 
 
 def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:

@@ -163,7 +163,7 @@ class Predictor:
     def shape(self, layout: Layout) -> Shape:
         """What the sizes of a layout depend on."""
         by_sequence, far = layout.sp and self.table.tokens > 1, layout.pp > 1 and self.cluster.nodes > 1
-        return Shape(layout.micro_batch, layout.tp, layout.cp, by_sequence, far)
+        return Shape(layout.micro_batch, layout.tp, layout.cp, by_sequence, far, layout.ep, layout.busiest_share)
 
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
         """What each pipeline rank holds."""
@@ -182,14 +182,13 @@ class Predictor:
             heads=self.heads,
             kv_heads=self.kv_heads,
             seq=self.table.tokens if self.table.tokens > 1 else None,
+            experts=self.table.experts,
         )
         if not self.host_holds(layout):
             raise LayoutError(
                 f"layout: offload={layout.offload} needs a link to the host (device.host_link_bytes_per_s) and memory "
                 f"there, and a device of {self.cluster.name!r} has not enough; leave offload out, or raise zero"
             )
-        if layout.ep > 1:
-            raise LayoutError("layout: ep > 1 cannot be predicted yet; leave ep out")
 
     def host_holds(self, layout: Layout) -> bool:
         """Whether a rank's share of its host has a link and room for what the layout keeps there."""
@@ -197,7 +196,7 @@ class Predictor:
             return True
         job = self.job(layout)
         room = self.cluster.host_memory_bytes / self.cluster.devices_per_node
-        most = max(job.host_bytes(job.numbers(stage)) for stage in self.stages(layout))
+        most = max(job.host_bytes(stage) for stage in self.stages(layout))
         return self.cluster.device.host_link_bytes_per_s > 0 and most <= room
 
     def fixes(self, prediction: Prediction) -> tuple[Fix, ...]:
@@ -230,6 +229,7 @@ class Predictor:
                 **{name: seconds for name, seconds in vars(time).items() if name.endswith("_s")},
                 "memory_bytes": {k: round(v) for k, v in vars(memory).items()},
                 "blocks_per_stage": [s.blocks for s in stages],
+                **({"busiest_share": layout.busiest_share} if layout.ep > 1 else {}),
             },
         )
 

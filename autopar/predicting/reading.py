@@ -14,9 +14,10 @@ from torch import fx
 from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Dataflow, is_backward, module_path, result_metas, value_name
 from autopar.placements import PARTIAL, Placement
+from autopar.predicting.experts import ExpertSide
 from autopar.predicting.fusing import is_fusable
 from autopar.predicting.segments import leaf_modules, parts
-from autopar.predicting.sizes import ACT, ACT_CUT, ACT_SEQ, FIXED, FIXED_CUT, Floats, share
+from autopar.predicting.sizes import ACT, EXPERT, FIXED, ROWS, Floats, share
 from autopar.predicting.table import total
 from autopar.predicting.tensor_axis import TensorAxis, is_cut
 from autopar.trace import Sample
@@ -34,6 +35,7 @@ class Reading:
         self.flow = Dataflow.of(self.trace)
         self.parts = parts(sample)
         self.leaves = leaf_modules(self.flow)
+        self.experts = ExpertSide.of(self.trace)
         self.params = {p.node: p for p in self.trace.params}
         self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}
@@ -43,18 +45,18 @@ class Reading:
 
     # -- sizes ---------------------------------------------------------------------------
 
-    def _kind(self, grows: bool, placement: Placement | None, seq: bool) -> int:
+    def _kind(self, grows: bool, cut: bool, seq: bool, experts: bool) -> int:
+        """seq: whether sequence parallelism cuts it."""
         if not grows:
-            return FIXED_CUT if is_cut(placement) else FIXED
-        if is_cut(placement):
-            return ACT_CUT
-        return ACT_SEQ if seq and placement != PARTIAL else ACT
+            return (EXPERT if experts else FIXED) + cut
+        return (ROWS if experts else ACT) + (1 if cut else 2 if seq else 0)
 
-    def _size(self, tensor: torch.Tensor, placement: Placement | None, seq: bool) -> Floats:
-        """[5] bytes of a tensor in a placement."""
+    def _size(self, value: str, tensor: torch.Tensor, placement: Placement | None, seq: bool) -> Floats:
+        """[10] bytes of a value, or a view of it, in a placement."""
         grows = self._grows(tensor)
         nbytes = tensor.numel() * tensor.element_size() / (self.batch if grows else 1)
-        return share(nbytes, self._kind(grows, placement, seq))
+        kind = self._kind(grows, is_cut(placement), seq and placement != PARTIAL, value in self.experts.values)
+        return share(nbytes, kind)
 
     def _grows(self, tensor: torch.Tensor) -> bool:
         return any(int(d) % self.batch == 0 for d in tensor.shape if int(d))
@@ -72,10 +74,10 @@ class Reading:
         return plain and op_class(node.target) not in (OpClass.MATMUL, OpClass.ATTENTION, OpClass.CONVOLUTION)
 
     def _value_size(self, value: str) -> Floats:
-        """[5] bytes of a base value as it is held: after its summands are summed."""
+        """[10] bytes of a base value as it is held: after its summands are summed."""
         placement = self.axis.made[value]
         return self._size(
-            self.tensors[value], "R" if placement == PARTIAL else placement, self._is_held_by_sequence(value)
+            value, self.tensors[value], "R" if placement == PARTIAL else placement, self._is_held_by_sequence(value)
         )
 
     def _is_held_by_sequence(self, value: str) -> bool:
@@ -129,13 +131,13 @@ class Reading:
         return found
 
     def _gathered(self, kept: dict[str, Floats]) -> Floats:
-        """[5] the copies that sequence parallelism gathers for the forward pass and wants again in the backward."""
+        """[10] the copies that sequence parallelism gathers for the forward pass and wants again in the backward."""
         again = total([])
         for value in kept:
             users = [u for u in self.flow.uses.get(value, ()) if not self._runs_by_sequence(u.user)]
             wanted = {is_backward(u.user) for u in users}
             if wanted == {False, True} and self._is_held_by_sequence(value):
-                again = again + self._size(self.tensors[value], "R", False)
+                again = again + self._size(value, self.tensors[value], "R", False)
         return again
 
     def _is_kept(self, value: str) -> bool:

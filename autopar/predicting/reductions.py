@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autopar.cost.collectives import MeshAxis, collective_time_s
-from autopar.predicting.job import Job
+from autopar.predicting.job import Job, Replicas
 from autopar.predicting.stages import Stage, StageWork
 
 
@@ -34,13 +34,13 @@ def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     exchange_s = tied_s(job, stage)
     if job.data_axis.size == 1 or job.layout.zero == 3:
         return exchange_s
-    numbers, bucket = job.numbers(stage), job.run.bucket_bytes
-    seconds = _in_messages(job, reduction(job), numbers * job.precision.gradient, bucket)
+    seconds, bucket = 0.0, job.run.bucket_bytes
+    for one in job.replicas(job.parameters(stage)):
+        seconds += _in_messages(job, reduction(job), one.numbers * job.precision.gradient, bucket, one.axis)
     if job.run.overlap:
         hidden = work.whole_backward.seconds
         seconds = max(seconds - hidden, seconds * _first(stage))
-    count, each_s = returned(job, stage, work)
-    return seconds + count * each_s + exchange_s
+    return seconds + sum(count * each_s for count, each_s in returned(job, stage, work)) + exchange_s
 
 
 def _first(stage: Stage) -> float:
@@ -48,26 +48,27 @@ def _first(stage: Stage) -> float:
     return 1 / max(1, stage.blocks + 1)
 
 
-def returned(job: Job, stage: Stage, work: StageWork) -> tuple[int, float]:
+def returned(job: Job, stage: Stage, work: StageWork) -> tuple[tuple[int, float], ...]:
     """With ZeRO stage 1 and 2, the parameters' way from the ranks that updated them to the others.
 
-    (number of messages, seconds of each), or one message of as long as is left where the next forward pass runs beside.
+    (number of messages, seconds of each) for those that the same ranks have, or one message of as long as is left where
+    the next forward pass runs beside.
     """
-    count, seconds = _sent_back(job, stage)
-    if not job.run.gathers_ahead:
-        return count, seconds
-    whole_s = count * seconds
-    return min(count, 1), max(whole_s - work.forward.seconds, whole_s * _first(stage))
-
-
-def _sent_back(job: Job, stage: Stage) -> tuple[int, float]:
     if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
-        return 0, 0.0
-    nbytes = job.numbers(stage) * job.precision.parameter
+        return ()
+    found = tuple(_sent_back(job, stage, one) for one in job.replicas(job.parameters(stage)))
+    if not job.run.gathers_ahead:
+        return found
+    whole_s = sum(count * seconds for count, seconds in found)
+    return ((1, max(whole_s - work.forward.seconds, whole_s * _first(stage))),)
+
+
+def _sent_back(job: Job, stage: Stage, of: Replicas) -> tuple[int, float]:
+    nbytes = of.numbers * job.precision.parameter
     if not job.run.owners:
-        return messages(job, "all_gather", nbytes, job.run.bucket_bytes, job.zero_axis)
-    owners = min(job.zero_axis.size, job.tensors(stage))
-    return owners, collective_time_s("broadcast", nbytes / owners, job.zero_axis, job.cluster)
+        return messages(job, "all_gather", nbytes, job.run.bucket_bytes, of.zero_axis)
+    owners = min(of.zero_axis.size, job.tensors(stage))
+    return owners, collective_time_s("broadcast", nbytes / owners, of.zero_axis, job.cluster)
 
 
 def tied_s(job: Job, stage: Stage) -> float:
@@ -82,11 +83,12 @@ def zero3_s(job: Job, stage: Stage, work: StageWork) -> float:
     """Per micro-batch: to gather parameters twice and scatter gradients (FSDP)."""
     if job.layout.zero != 3 or job.data_axis.size == 1:
         return 0.0
-    numbers = job.numbers(stage)
+    gather_s = scatter_s = 0.0
     blocks = max(1, stage.blocks)  # one message each (FSDP)
-    gathered, scattered = numbers * job.precision.parameter, numbers * job.precision.gradient
-    gather_s = _in_messages(job, "all_gather", gathered, gathered / blocks)
-    scatter_s = _in_messages(job, "reduce_scatter", scattered, scattered / blocks)
+    for one in job.replicas(job.parameters(stage)):
+        gathered, scattered = one.numbers * job.precision.parameter, one.numbers * job.precision.gradient
+        gather_s += _in_messages(job, "all_gather", gathered, gathered / blocks, one.axis)
+        scatter_s += _in_messages(job, "reduce_scatter", scattered, scattered / blocks, one.axis)
     forward = max(gather_s - work.forward.seconds, gather_s * _first(stage))
     backward = max(gather_s + scatter_s - work.whole_backward.seconds, (gather_s + scatter_s) * _first(stage))
     return forward + backward

@@ -27,12 +27,21 @@ class StepTime:
     flops: float
     again_flops: float
     offload_s: float = 0.0
+    expert_messages_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """All of it."""
         parts = (self.forward_s, self.backward_s, self.recompute_s, self.tensor_messages_s, self.bubble_s)
-        return sum(parts) + self.send_s + self.gradients_s + self.gathers_s + self.optimizer_s + self.offload_s
+        return (
+            sum(parts)
+            + self.expert_messages_s
+            + self.send_s
+            + self.gradients_s
+            + self.gathers_s
+            + self.optimizer_s
+            + self.offload_s
+        )
 
 
 def step_time(job: Job, stages: list[Stage]) -> StepTime:
@@ -44,19 +53,22 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
     slow = max(stages, key=lambda s: _seconds(work_of[s]) + gathers_s[s])
     worst, n = work_of[slow], job.micro_batches
     send_s = sum(send_parts_s(job))
+    passes = (worst.forward, worst.backward, worst.again)
+    expert_s = sum(work.expert_s for work in passes)
     return StepTime(
         forward_s=n * _own(worst.forward),
         backward_s=n * _own(worst.backward),
         recompute_s=n * _own(worst.again),
-        tensor_messages_s=n * (worst.forward.messages_s + worst.backward.messages_s + worst.again.messages_s),
+        tensor_messages_s=n * (sum(work.messages_s for work in passes) - expert_s),
+        expert_messages_s=n * expert_s,
         bubble_s=_bubble_s(job, stages, slow, {s: _around_s(job, s, w) for s, w in work_of.items()}, send_s),
         send_s=_sends_s(job, worst, send_s),
         gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
         gathers_s=n * gathers_s[slow],
-        optimizer_s=optimizer_s(job, max(map(job.numbers, work_of))),
+        optimizer_s=max(optimizer_s(job, s) for s in work_of),
         flops=n * (worst.forward.flops + worst.backward.flops),
         again_flops=n * worst.again.flops,
-        offload_s=2 * state_copy_s(job, max(map(job.numbers, work_of))),
+        offload_s=2 * max(state_copy_s(job, s) for s in work_of),
     )
 
 
@@ -140,21 +152,20 @@ def send_parts_s(job: Job) -> tuple[float, float]:
     return collective_time_s("permute", nbytes / layout.tp, job.pipeline_axis, cluster), gather_s
 
 
-def optimizer_s(job: Job, numbers: float) -> float:
+def optimizer_s(job: Job, stage: Stage) -> float:
     """Every pass of the optimizer over its share reads and writes memory, and nothing else counts.
 
     Gradients: read for their norm, read and written to clip them, read by the update; in float16 read and written once
     more to take the loss scale out. State: read and written. A master copy is read again to write the parameter.
     """
-    own = numbers / (job.zero_axis.size if job.layout.zero else 1)
     gradient_passes = 4 + (2 if job.table.dtype == "float16" else 0)
     copied, precision = 4 if job.table.itemsize < 4 else 0, job.precision
     nbytes = gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter
-    return job.streaming_s(own * nbytes)
+    return job.streaming_s(job.owned(job.parameters(stage)) * nbytes)
 
 
-def state_copy_s(job: Job, numbers: float) -> float:
-    """The state of so many parameters over the link to the host, one way; nothing else is done meanwhile."""
+def state_copy_s(job: Job, stage: Stage) -> float:
+    """The optimizer's state of a stage over the link to the host, one way; nothing else is done meanwhile."""
     if job.layout.offload != "optimizer":
         return 0.0
-    return job.host_bytes(numbers) / job.cluster.device.host_link_bytes_per_s
+    return job.host_bytes(stage) / job.cluster.device.host_link_bytes_per_s

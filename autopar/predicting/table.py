@@ -16,8 +16,8 @@ from autopar.predicting.sizes import ACT, KINDS, Floats
 class Kernel:
     """One kernel of one pass.
 
-    dims: [4, 5] batch, rows, columns and contracted dim of a matrix product, None for others.
-    flops, bytes: [5] per sequence.
+    dims: [4, 10] batch, rows, columns and contracted dim of a matrix product, None for others.
+    flops, bytes: [10] per sequence.
     """
 
     name: str
@@ -38,10 +38,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Message:
-    """One collective on the tensor axis. size: [5] bytes of the whole tensor on a rank.
+    """One collective on the tensor axis, or that of experts. size: [10] bytes of the whole tensor on a rank.
 
     kind: "sum" (all-reduce; reduce-scatter with sequence parallelism), "gather" (with sequence parallelism only),
-        "regather" (the same of what was kept for the backward pass, which can overlap), "reduce" (always all-reduce).
+        "regather" (the same of what was kept for the backward pass, which can overlap), "reduce" (always all-reduce);
+        or, on the expert axis, "exchange" (all-to-all).
     """
 
     kind: str
@@ -50,8 +51,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward or backward pass of one part. alive: [kernels, 5] bytes that exist while each kernel runs, of what the
-    pass makes itself, and (backward) of what was kept for it. views: that eager execution makes. shown: [5] bytes of
+    """Forward or backward pass of one part. alive: [kernels, 10] bytes that exist while each kernel runs, of what the
+    pass makes itself, and (backward) of what was kept for it. views: that eager execution makes. shown: [10] bytes of
     keys and values, which every rank of the context axis has to see.
     """
 
@@ -77,7 +78,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Part:
-    """Before the blocks, a block, or after them. Sizes are vectors of five shares (`autopar.predicting.sizes`).
+    """Before the blocks, a block, or after them. Sizes are vectors of ten shares (`autopar.predicting.sizes`).
 
     kept: bytes from forward to backward. kept_selective: without what only the attention core needs, which `again`
         makes once more. kept_products: only what attention and every other product made; `again_products` makes the
@@ -104,7 +105,7 @@ class Part:
 class ModelTable:
     """Everything `predict` knows of a model. tokens: of one sequence. itemsize, dtype: of a parameter.
 
-    flops: of one sequence, forward and backward, each counted once.
+    flops: of one sequence, forward and backward, each counted once. experts: of a layer, in grouped products.
     """
 
     before: Part
@@ -116,6 +117,7 @@ class ModelTable:
     itemsize: int
     dtype: str
     flops: float
+    experts: int = 0
 
     @cached_property
     def compute_dtype(self) -> str:
@@ -128,5 +130,5 @@ class ModelTable:
 
 
 def total(vectors: list[Floats]) -> Floats:
-    """[5] their sum."""
-    return np.sum(vectors, axis=0) if vectors else np.zeros(5)
+    """[10] their sum."""
+    return np.sum(vectors, axis=0) if vectors else np.zeros(KINDS)

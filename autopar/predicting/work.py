@@ -1,4 +1,4 @@
-"""Seconds of one pass of one part on one rank: kernels, collectives of the tensor axis, and what the host needs."""
+"""Seconds of one pass of one part on one rank: kernels, collectives inside it, and what the host needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autopar.predicting.run import Run
 from autopar.predicting.sizes import KINDS, Floats, Shape
 from autopar.predicting.table import Pass
 
-# What a collective of the tensor axis costs the host, in ops of the forward pass: the framework's autograd function,
+# What a collective inside a pass costs the host, in ops of the forward pass: the framework's autograd function,
 # the buffer, contiguity, the stream's events, the work object, the wait, and Python around all of them. From the floor
 # of 4.4 ms a layer and micro-batch that eager tensor parallelism shows at any degree on one node of H100.
 _COLLECTIVE_OPS = 28
@@ -26,7 +26,8 @@ _COLLECTIVE_OPS = 28
 class Work:
     """Seconds. kernels: the device computes. messages: collectives it waits for. host: to launch it all.
 
-    flops: of one rank. context_s: of the messages, those on the context axis; the others are on the tensor axis.
+    flops: of one rank. context_s, expert_s: of the messages, those on the context axis and between experts; the others
+    are on the tensor axis.
     """
 
     kernels_s: float = 0.0
@@ -34,6 +35,7 @@ class Work:
     host_s: float = 0.0
     flops: float = 0.0
     context_s: float = 0.0
+    expert_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -47,6 +49,7 @@ class Work:
             self.host_s + other.host_s,
             self.flops + other.flops,
             self.context_s + other.context_s,
+            self.expert_s + other.expert_s,
         )
 
     def __mul__(self, times: float) -> Work:
@@ -56,6 +59,7 @@ class Work:
             self.host_s * times,
             self.flops * times,
             self.context_s * times,
+            self.expert_s * times,
         )
 
 
@@ -113,15 +117,18 @@ class Pricer:
                     attention_s += kernel_s
                 seconds += kernel_s
         seconds = seconds / self.device.step_fraction + len(of.kernels) * self.device.kernel_gap_s
-        messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in of.messages)
-        messages = len(of.messages) if shape.tensor > 1 else 0
+        tensor = [m for m in of.messages if m.kind != "exchange"]
+        exchanged = [float(m.size @ weights) for m in of.messages if m.kind == "exchange"]
+        messages_s = sum(self._message_s(m.kind, float(m.size @ weights), shape) for m in tensor)
+        expert_s = sum(self._exchange_s(nbytes, shape) for nbytes in exchanged)
+        messages = len(tensor) if shape.tensor > 1 else 0
         far_s = self.run.far_tensor_s * shape.tensor if shape.tensor > self.cluster.devices_per_node else 0.0
         stall_s = self.run.pipeline_stall_s * shape.tensor + far_s if shape.far_pipeline else 0.0
-        host_s = self._host_s(of, messages) + messages * stall_s
-        messages_s += messages * far_s
+        host_s = self._host_s(of, messages + (len(exchanged) if shape.expert > 1 else 0)) + messages * stall_s
+        messages_s += messages * far_s + expert_s
         shown_s = max(0.0, self._ring_s(of, shape) - attention_s / self.device.step_fraction)
         shown_s *= (shape.context - 1) / shape.context
-        return Work(seconds, messages_s + shown_s, host_s, float(works.sum()), shown_s)
+        return Work(seconds, messages_s + shown_s, host_s, float(works.sum()), shown_s, expert_s)
 
     def _arrays(self, of: Pass) -> _Arrays:
         if id(of) not in self._stacked:
@@ -158,6 +165,11 @@ class Pricer:
         return collective_time_s(
             done.get(kind, "all_reduce"), nbytes, MeshAxis(shape.tensor, 1), self._fitting(shape.tensor)
         )
+
+    def _exchange_s(self, nbytes: float, shape: Shape) -> float:
+        """Rows of so many bytes, from a rank's tokens to those that hold their experts, or back."""
+        axis = MeshAxis(shape.expert, shape.tensor)
+        return collective_time_s("all_to_all", nbytes, axis, self._fitting(shape.tensor * shape.expert))
 
     def _fitting(self, group: int) -> ClusterSpec:
         """The cluster, or as many of its nodes as can be filled with groups of so many ranks."""

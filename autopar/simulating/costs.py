@@ -12,12 +12,13 @@ from dataclasses import dataclass
 COMPUTE = "compute"
 TENSOR = "tensor axis"
 CONTEXT = "context axis"
+EXPERT = "expert axis"
 DATA = "data axis"
 PIPELINE = "pipeline axis"
 HOST_LINK = "host link"
 DISK = "disk"
 HOST = "host"
-LANES = (COMPUTE, TENSOR, CONTEXT, DATA, PIPELINE, HOST_LINK, DISK, HOST)
+LANES = (COMPUTE, TENSOR, CONTEXT, EXPERT, DATA, PIPELINE, HOST_LINK, DISK, HOST)
 
 
 @dataclass(frozen=True)

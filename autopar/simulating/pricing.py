@@ -6,6 +6,7 @@ is left to the engine; the seconds of every kernel and message are the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,21 +15,22 @@ from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, returned, tied_s
+from autopar.predicting.sizes import Floats
 from autopar.predicting.stages import Stage, again_work, kept_of, run_again, stage_work
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s, state_copy_s
 from autopar.predicting.table import Part, Pass
 from autopar.predicting.work import Work
-from autopar.simulating.costs import CONTEXT, TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
+from autopar.simulating.costs import CONTEXT, EXPERT, TENSOR, ChunkCost, PassCost, Piece, Reduction, StageCost, StepCost
 from autopar.simulating.schedules import BACKWARD, FORWARD, INPUTS, WEIGHTS
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One part of the model on one stage. numbers: parameters that are there for it alone. again: it recomputes."""
+    """One part of the model on one stage. parameters: [10] that are there for it alone. again: it recomputes."""
 
     name: str
     part: Part
-    numbers: float
+    parameters: Floats
     again: bool
 
 
@@ -81,8 +83,8 @@ class _StagePricer:
             chunks=chunks,
             reductions=self._reductions(chunks),
             tied_s=tied_s(job, self.stage),
-            optimizer_s=optimizer_s(job, job.numbers(self.stage)),
-            state_copy_s=state_copy_s(job, job.numbers(self.stage)),
+            optimizer_s=optimizer_s(job, self.stage),
+            state_copy_s=state_copy_s(job, self.stage),
             returned_s=self._returned_s(),
             states_bytes=memory.total - memory.activations - memory.temporaries,
             temporaries_bytes=memory.temporaries,
@@ -106,11 +108,12 @@ class _StagePricer:
         return chunks
 
     def _slice(self, name: str, part: Part, again: bool = False) -> Slice:
-        weights = self.job.shape.weights
-        numbers = float(part.parameters @ weights)
-        if part is self.job.table.after and self.stage.first:
-            numbers -= float(part.tied @ weights)
-        return Slice(name, part, numbers, again)
+        tied = part is self.job.table.after and self.stage.first
+        return Slice(name, part, part.parameters - part.tied if tied else part.parameters, again)
+
+    def _numbers(self, one: Slice) -> float:
+        """Parameters of a rank."""
+        return float(one.parameters @ self.job.weights)
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class _StagePricer:
             work = self._work(of)
             scatter = one if which != "inputs" else None
             if scatter is not None:
-                work += Work(kernels_s=accumulation_s(self.job, one.numbers))
+                work += Work(kernels_s=accumulation_s(self.job, self._numbers(one)))
             pieces.append(self._piece(one.name, work, gather=gather, scatter=scatter))
             host_s += work.host_s
         return PassCost(tuple(pieces), host_s)
@@ -157,18 +160,21 @@ class _StagePricer:
     def _piece(self, name: str, work: Work, *, gather: Slice | None = None, scatter: Slice | None = None) -> Piece:
         """gather, scatter: whose parameters come before it and whose gradients go after it, with ZeRO stage 3."""
         gather_s = scatter_s = 0.0
-        tensor_s = work.messages_s - work.context_s
+        tensor_s = work.messages_s - work.context_s - work.expert_s
         if self.job.layout.zero == 3 and self.job.data_axis.size > 1:
             precision = self.job.precision
-            if gather is not None and gather.numbers:
-                gather_s = self._in_one("all_gather", gather.numbers * precision.parameter)
-            if scatter is not None and scatter.numbers:
-                scatter_s = self._in_one("reduce_scatter", scatter.numbers * precision.gradient)
-        waits = tuple((lane, s) for lane, s in ((CONTEXT, work.context_s), (TENSOR, tensor_s)) if s > 0)
+            if gather is not None:
+                gather_s = self._in_one("all_gather", gather.parameters, precision.parameter)
+            if scatter is not None:
+                scatter_s = self._in_one("reduce_scatter", scatter.parameters, precision.gradient)
+        lanes = ((CONTEXT, work.context_s), (EXPERT, work.expert_s), (TENSOR, tensor_s))
+        waits = tuple((lane, s) for lane, s in lanes if s > 0)
         return Piece(name, work.kernels_s, waits, gather_s, scatter_s)
 
-    def _in_one(self, kind: str, nbytes: float) -> float:
-        return messages(self.job, kind, nbytes, nbytes)[1]
+    def _in_one(self, kind: str, parameters: Floats, itemsize: float) -> float:
+        """Seconds of [10] numbers in one message, or in two where experts are shared by other ranks."""
+        sizes = [(one.numbers * itemsize, one.axis) for one in self.job.replicas(parameters) if one.numbers]
+        return sum(messages(self.job, kind, nbytes, nbytes, axis)[1] for nbytes, axis in sizes)
 
     # -- the end of a step ------------------------------------------------------------------
 
@@ -177,25 +183,38 @@ class _StagePricer:
         job = self.job
         if job.data_axis.size == 1 or job.layout.zero == 3:
             return ()
-        numbers = job.numbers(self.stage)
-        count, seconds = messages(job, reduction(job), numbers * job.precision.gradient, job.run.bucket_bytes)
-        if not job.run.overlap:
-            return (Reduction(seconds),) * count
-        ready = self._gradients_ready(chunks)
-        found, filled = [], 0.0
+        found: list[Reduction] = []
+        for at, one in enumerate(job.replicas(job.parameters(self.stage))):
+            nbytes = one.numbers * job.precision.gradient
+            count, seconds = messages(job, reduction(job), nbytes, job.run.bucket_bytes, one.axis)
+            if job.run.overlap:
+                found += self._buckets(chunks, at, one.numbers, count, seconds)
+            else:
+                found += [Reduction(seconds)] * count
+        # those that are ready first; chunks run backward last to first, the pieces of one in their order
+        return tuple(sorted(found, key=lambda r: (-r.after[0], r.after[1]) if r.after else (0, 0)))
+
+    def _buckets(
+        self, chunks: tuple[ChunkCost, ...], at: int, numbers: float, count: int, seconds: float
+    ) -> Iterator[Reduction]:
+        """Of the `at`-th of those that the same ranks have."""
+        ready, filled = self._gradients_ready(chunks, at), 0.0
+        piece: tuple[int, int] | None = None
         for bucket in range(1, count + 1):
             while ready and filled < numbers * bucket / count * (1 - 1e-9):
                 piece, new = ready.pop(0)
                 filled += new
-            found.append(Reduction(seconds, piece))
-        return tuple(found)
+            yield Reduction(seconds, piece)
 
-    def _gradients_ready(self, chunks: tuple[ChunkCost, ...]) -> list[tuple[tuple[int, int], float]]:
-        """((chunk, piece), parameters whose gradients are there after it) in the order of the last backward passes."""
+    def _gradients_ready(self, chunks: tuple[ChunkCost, ...], at: int) -> list[tuple[tuple[int, int], float]]:
+        """((chunk, piece), parameters whose gradients are there after it) in the order of the last backward passes.
+
+        at: which of those that the same ranks have.
+        """
         kind = WEIGHTS if self.job.layout.schedule == "zero-bubble" else BACKWARD
         found = []
         for chunk in reversed(range(len(chunks))):
-            numbers = {one.name: one.numbers for one in self._chunks[chunk]}
+            numbers = {s.name: self.job.replicas(s.parameters)[at].numbers for s in self._chunks[chunk]}
             pieces = chunks[chunk].passes[kind].pieces
             found += [((chunk, index), numbers.get(piece.name, 0.0)) for index, piece in enumerate(pieces)]
         return found
@@ -203,8 +222,7 @@ class _StagePricer:
     def _returned_s(self) -> tuple[float, ...]:
         job = self.job
         work = stage_work(job.table, self.stage, job.layout, job.pricer, job.shape)
-        count, seconds = returned(job, self.stage, work)
-        return (seconds,) * count
+        return tuple(seconds for count, seconds in returned(job, self.stage, work) for _ in range(count))
 
     # -- memory -----------------------------------------------------------------------------
 

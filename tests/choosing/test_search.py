@@ -164,7 +164,7 @@ def test_devices_may_stay_idle() -> None:
         ({"tp": 3}, Infeasible, "no layout satisfies the pins"),
         ({"pp": 7}, Infeasible, "no layout satisfies the pins"),
         ({"schedule": "2f2b"}, LayoutError, "unknown schedule"),
-        ({"ep": 2}, PinError, "experts cannot be spread yet"),
+        ({"ep": 2}, LayoutError, "ep=2, but the model has no grouped products over experts"),
         ({"pp": 4, "vpp": 3}, Infeasible, "pp=4 and vpp=3, but the model has 6 blocks"),
     ],
 )

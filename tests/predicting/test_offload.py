@@ -23,7 +23,7 @@ def test_time_and_memory_follow_from_the_state(text: str) -> None:
     of = predictor(8, batch=24)
     kept, away = (of.predict(parse_layout(f"{text},{more}", 8)) for more in ("offload=none", "offload=optimizer"))
     job = of.job(away.layout)
-    on_host = max(job.host_bytes(job.numbers(stage)) for stage in of.stages(away.layout))
+    on_host = max(job.host_bytes(stage) for stage in of.stages(away.layout))
     link = of.cluster.device.host_link_bytes_per_s
     assert away.step_time_s - kept.step_time_s == pytest.approx(2 * on_host / link, rel=1e-9)
     assert away.breakdown["offload_s"] == pytest.approx(2 * on_host / link, rel=1e-12)

@@ -247,7 +247,7 @@ def test_owners_of_whole_parameters_broadcast_them_one_by_one() -> None:
     layout = Layout(dp=8, zero=1)
     job, stage = made.job(layout), made.stages(layout)[0]
     assert job.tensors(stage) == len(list(llama().parameters()))
-    count, seconds = returned(job, stage, stage_work(job.table, stage, layout, job.pricer, job.shape))
+    ((count, seconds),) = returned(job, stage, stage_work(job.table, stage, layout, job.pricer, job.shape))
     assert count == 8
     assert seconds == collective_time_s("broadcast", 2 * job.numbers(stage) / 8, job.zero_axis, job.cluster)
 

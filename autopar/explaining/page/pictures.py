@@ -159,6 +159,7 @@ ORDER = (
         "offload_s",
         "communication_s",
         "tensor_messages_s",
+        "expert_messages_s",
         "gathers_s",
         "bubble_s",
     ),

@@ -71,7 +71,8 @@ NETWORK_HELP = "network between the nodes of a preset, per device and direction,
 
 LAYOUT_HELP = (
     "dp, tp, pp, cp, ep, vpp, micro_batch, zero (0 to 3), sp (true, false), recompute (none, selective, full), "
-    "schedule (gpipe, 1f1b, interleaved, zero-bubble), grad_dtype; what is left out has the usual default; repeated: "
+    "schedule (gpipe, 1f1b, interleaved, zero-bubble), grad_dtype, cut (where stages "
+    "begin, cut=layers.2/layers.5, or blocks of each, cut=3/1); what is left out has the usual default; repeated: "
     "each is priced, with one trace"
 )
 

@@ -45,6 +45,8 @@ class Layout:
     expert_load: with ep, how many times its even share of rows the busiest expert rank gets, at least 1; or how many
         rows go to each expert (a measured histogram, in any unit), of which the busiest rank's share follows. By
         default experts are loaded alike, which is what balancing aims at.
+    cut: where the stages of a pipeline begin, the first excepted, by module paths ("decoder.block.0", for four stages
+        "layers.2/layers.5/layers.7" or a tuple of them), or how many blocks each holds ("3/1"); None: balanced.
     """
 
     dp: int = 1
@@ -62,6 +64,7 @@ class Layout:
     recompute_blocks: int | None = None
     offload: str = "none"
     expert_load: float | tuple[float, ...] = 1.0
+    cut: str | None = None
 
     def __post_init__(self) -> None:
         for key in (*DEGREES, "micro_batch"):
@@ -86,6 +89,7 @@ class Layout:
         object.__setattr__(self, "sp", self.tp > 1 and sp is not False)  # one rank has nothing to share
         object.__setattr__(self, "schedule", self._schedule())
         object.__setattr__(self, "expert_load", _checked_load(self.expert_load, self.ep))
+        object.__setattr__(self, "cut", self._cut())
         if (self.dp * self.cp) % self.ep:
             raise LayoutError(
                 f"layout: ep={self.ep} does not divide dp * cp = {self.dp * self.cp}, from whose ranks those of the "
@@ -106,6 +110,28 @@ class Layout:
             remedy = "give vpp of at least 2" if self.vpp == 1 else "use schedule=interleaved, or leave vpp out"
             raise LayoutError(f"layout: schedule={wanted} does not go with vpp={self.vpp}; {remedy}")
         return wanted
+
+    def _cut(self) -> str | None:
+        """As text, whether it was given so or as a tuple of paths or numbers."""
+        given: Any = self.cut
+        if given is None:
+            return None
+        items = given.split("/") if isinstance(given, str) else given if isinstance(given, (tuple, list)) else [given]
+        parts = [str(item).strip() for item in items]
+        cut = "/".join(parts)
+        if self.pp == 1:
+            raise LayoutError(f"layout: cut={cut} needs a pipeline; give pp of at least 2, or leave cut out")
+        if self.vpp > 1:
+            raise LayoutError(
+                f"layout: cut={cut} does not go with vpp={self.vpp}: chunks hold as many blocks each; leave one out"
+            )
+        counts = len(parts) == self.pp and all(part.isdigit() for part in parts)
+        if not counts and (len(parts) != self.pp - 1 or not all(parts)):
+            raise LayoutError(
+                f"layout: cut={cut} does not make pp={self.pp} stages; name the {self.pp - 1} "
+                f"module{'s' if self.pp > 2 else ''} at which stages begin, or give {self.pp} numbers of blocks"
+            )
+        return cut
 
     @property
     def devices(self) -> int:
@@ -173,6 +199,7 @@ def check_layout(
     *,
     global_batch: int,
     blocks: int,
+    names: tuple[str, ...] = (),
     heads: int | None = None,
     kv_heads: int | None = None,
     seq: int | None = None,
@@ -180,14 +207,15 @@ def check_layout(
 ) -> None:
     """Refuse a layout that a model cannot be cut by; LayoutError names what to change.
 
-    blocks: repeated layers of the model; heads, kv_heads: of attention, where known; seq: tokens in a sequence;
-    experts: of a layer, 0 where none can be spread, None where that is not known.
+    blocks, names: that the model may be cut between. heads, kv_heads: of attention, where known. seq: tokens in a
+    sequence. experts: of a layer, 0 where none can be spread, None where that is not known.
     """
     count = layout.micro_batches(global_batch)
     if layout.pp * layout.vpp > blocks:
+        shown = f" ({names[0]} to {names[-1]})" if names else ""
         raise LayoutError(
             f"layout: pp * vpp = {layout.pp} * {layout.vpp} = {layout.pp * layout.vpp} stages, but the model has "
-            f"{blocks} blocks; lower pp or vpp"
+            f"{blocks} blocks{shown}; lower pp or vpp"
         )
     if layout.schedule == "interleaved" and count % layout.pp:
         raise LayoutError(
@@ -205,8 +233,8 @@ def check_layout(
         _check_experts(layout, experts)
     parts = layout.cp * (layout.tp if layout.sp else 1)
     if seq is not None and seq % parts:
-        names = "cp * tp (sp=true)" if layout.sp else "cp"
-        raise LayoutError(f"layout: {seq} tokens do not divide by {names} = {parts}; change cp, or set sp=false")
+        degrees = "cp * tp (sp=true)" if layout.sp else "cp"
+        raise LayoutError(f"layout: {seq} tokens do not divide by {degrees} = {parts}; change cp, or set sp=false")
 
 
 def _check_experts(layout: Layout, experts: int) -> None:
@@ -313,6 +341,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "grad_dtype": _read_dtype,
     "recompute_blocks": _read_count,
     "expert_load": _read_load,
+    "cut": _read_dtype,
 }
 
 

@@ -8,7 +8,7 @@ the model as a whole is asked about here, of which a rank will hold one stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from autopar.cluster import ClusterSpec
 from autopar.dataflow import is_backward, module_path, result_metas
 from autopar.errors import AutoparError, LayoutError, PlanMismatch
 from autopar.plans import PlanOptions
-from autopar.segments import block_of
+from autopar.predicting.stages import per_chunk
 from autopar.simulating.schedules import Order, schedule_orders
 from autopar.staged import StagedPlan
 from autopar.trace import Trace
@@ -73,13 +73,13 @@ def stage_blocks(plan: StagedPlan) -> tuple[int, ...]:
             f"layout: pipeline rank {poor[0]} has {plan.blocks[poor[0]]} blocks for vpp={chunks} chunks; change vpp or "
             "pp: a chunk needs a block"
         )
-    return tuple(blocks // chunks + (chunk < blocks % chunks) for chunk in range(chunks) for blocks in plan.blocks)
+    return tuple(of_rank[chunk] for chunk in range(chunks) for of_rank in per_chunk(plan.blocks, chunks))
 
 
-def op_options(plan: StagedPlan, trace: Trace) -> PlanOptions:
-    """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch."""
-    layout = plan.named
-    pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **_recompute_pins(plan, trace)}
+def op_options(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> PlanOptions:
+    """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch. blocks: paths of all blocks."""
+    layout, again = plan.named, _recompute_pins(plan, trace, blocks)
+    pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **again}
     if layout.cp > 1:
         pins["cp"] = layout.cp
     if layout.tp > 1:
@@ -88,12 +88,12 @@ def op_options(plan: StagedPlan, trace: Trace) -> PlanOptions:
     return replace(plan.options, global_batch=batch, memory_limit_bytes=_NO_LIMIT_BYTES, pin=pins)
 
 
-def _recompute_pins(plan: StagedPlan, trace: Trace) -> Mapping[str, str]:
+def _recompute_pins(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> Mapping[str, str]:
     layout = plan.named
     if layout.recompute == "selective":
         return _selective(trace)
     if layout.recompute == "full" and layout.recompute_blocks is not None:
-        return _some_blocks(plan, trace, layout.recompute_blocks)
+        return _some_blocks(plan, blocks, layout.recompute_blocks)
     return {"recompute": layout.recompute}
 
 
@@ -102,9 +102,8 @@ def _forward_paths(trace: Trace) -> list[str]:
     return list(dict.fromkeys(path for n in nodes if (path := module_path(n))))
 
 
-def _some_blocks(plan: StagedPlan, trace: Trace, count: int) -> Mapping[str, str]:
+def _some_blocks(plan: StagedPlan, blocks: Sequence[str], count: int) -> Mapping[str, str]:
     """The first blocks of every pipeline rank run again, so many a rank; nothing else does."""
-    blocks = list(dict.fromkeys(block for path in _forward_paths(trace) if (block := block_of(path))))
     left, pins, at = [count] * plan.named.pp, {}, 0
     for stage, size in enumerate(stage_blocks(plan)):
         rank = stage % plan.named.pp

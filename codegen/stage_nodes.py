@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopar._torch_compat import OpOverload
+from autopar.blocks import BlockIndex, traced_blocks
 from autopar.dataflow import is_backward, is_view_node, module_path
 from autopar.errors import LayoutError
 from autopar.rules import is_random, may_be_random
 from autopar.rules.schema import op_call
-from autopar.segments import block_of
 from autopar.trace import Trace
 
 _COPIES = frozenset({"aten._to_copy", "aten.clone", "prims.convert_element_type"})
@@ -43,9 +43,12 @@ class StageNodes:
         return min(self.modules.get(path, ()), default=default)
 
 
-def stages_by_blocks(trace: Trace, blocks: Sequence[int]) -> StageNodes:
-    """Stages of so many repeated blocks each, first to last; LayoutError if the model has not as many."""
-    names = list(dict.fromkeys(b for n in _ops(trace) if not is_backward(n) and (b := block_of(module_path(n)))))
+def stages_by_blocks(trace: Trace, blocks: Sequence[int], names: Sequence[str] | None = None) -> StageNodes:
+    """Stages of so many blocks each, first to last; LayoutError if the model has not as many.
+
+    names: the module paths of all blocks, first to last; those that the trace shows if not given.
+    """
+    names = traced_blocks(trace) if names is None else names
     if sum(blocks) != len(names) or min(blocks, default=0) < 0 or not blocks:
         listed = f" ({names[0]} to {names[-1]})" if names else ""
         raise LayoutError(
@@ -53,10 +56,11 @@ def stages_by_blocks(trace: Trace, blocks: Sequence[int]) -> StageNodes:
             "give stages whose blocks do, or cut by module paths"
         )
     ends = [stage for stage, count in enumerate(blocks) for _ in range(count)]
-    stage_of_block = dict(zip(names, ends, strict=True))
-    wanted = {n.name: stage_of_block.get(block_of(module_path(n))) for n in _ops(trace)}
-    outer = {names[0]: 0, names[-1]: len(blocks) - 1}
-    beside = {n.name: outer[b] for n in _ops(trace) if (b := block_of(module_path(n))) in outer}
+    index = BlockIndex(names)
+    number = {n.name: index.of(module_path(n)) for n in _ops(trace)}
+    wanted = {name: None if at is None else ends[at] for name, at in number.items()}
+    outer = {0: 0, len(names) - 1: len(blocks) - 1}
+    beside = {name: outer[at] for name, at in number.items() if at in outer}
     return stages_near(trace, wanted, len(blocks), beside)
 
 

@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GroupCosts:
-    """Seconds of one micro-batch: through the whole model forward, forward and backward, and through one block."""
+    """Seconds of one micro-batch: through the model forward, forward and backward, and through the fastest block."""
 
     forward_s: float
     both_s: float
@@ -36,12 +36,11 @@ class GroupCosts:
         table = predictor.table
         shape = predictor.shape(group.layout(1, group.least_dp))
         forward, backward = Work(), Work()
-        for part, times in Stage(table.blocks, True, True).parts(table):
+        for part, times in Stage.whole(table).parts(table):
             forward += predictor.pricer.work(part.forward, shape) * times
             backward += predictor.pricer.work(part.backward, shape) * times
-        block_s = 0.0
-        if table.block is not None:
-            block_s = _seconds(predictor, table.block.forward, shape) + _seconds(predictor, table.block.backward, shape)
+        each = [_seconds(predictor, b.forward, shape) + _seconds(predictor, b.backward, shape) for b in table.kinds]
+        block_s = min(each, default=0.0)
         return GroupCosts(forward.seconds, forward.seconds + backward.seconds, block_s)
 
 

@@ -73,8 +73,8 @@ class _Finder:
                 yield replace(layout, micro_batch=size)
 
     def _selective(self) -> Iterator[Layout]:
-        block = self.predictor.table.block
-        if self.layout.recompute == "none" and block is not None and (block.kept != block.kept_selective).any():
+        blocks = self.predictor.table.kinds
+        if self.layout.recompute == "none" and any((b.kept != b.kept_selective).any() for b in blocks):
             yield replace(self.layout, recompute="selective")
 
     def _blocks(self) -> Iterator[Layout]:
@@ -133,6 +133,8 @@ class _Finder:
     def _with(self, **degrees: int) -> Layout:
         """The layout with other degrees; what follows from them follows."""
         keys = {**self.layout.to_dict(), **degrees}
+        if "pp" in degrees:
+            del keys["cut"]
         for key, degree in (("sp", "tp"), ("schedule", "pp")):
             if getattr(self.layout, degree) == 1 or keys[degree] == 1:
                 del keys[key]

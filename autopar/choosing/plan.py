@@ -24,7 +24,7 @@ from autopar.sample import sample_call
 from autopar.staged import ROLES, OtherLayout, StagedPlan
 from autopar.trace import graph_hash
 
-STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload")  # cp: where it takes several nodes
+STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload", "cut")  # cp: where it takes several nodes
 Progress = Callable[[str], None]
 
 
@@ -51,7 +51,7 @@ def wish(
     for pins that go with neither kind of plan.
     """
     given = dict(pin or {})
-    asked = [key for key in STAGED_KEYS if given.get(key, 1) not in (1, "none")]
+    asked = [key for key in STAGED_KEYS if given.get(key, 1) not in (1, "none", None)]
     if asked == ["cp"] and (cluster.nodes == 1 or given.get("pp") == 1):
         return Wish(given, wanted=False, apart="pinned")  # a plan op by op has context ranks, too
     wanted = bool(asked)

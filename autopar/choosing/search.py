@@ -100,9 +100,15 @@ class LayoutSearch:
         States, and what the allocator adds, depend on the other degrees and are left out.
         """
         layout = group.layout(1, group.least_dp, recompute="full")
-        stages = [Stage(0, False, True)] + ([Stage(1, False, False)] if self.predictor.table.block else [])
+        stages = [Stage(0, False, True), *self._single_blocks()]
         held = [self.predictor.stage_memory(layout, stage, 0) for stage in stages]
         return all(m.activations + m.temporaries <= self.predictor.limit_bytes for m in held)
+
+    def _single_blocks(self) -> list[Stage]:
+        table = self.predictor.table
+        if table.own:
+            return [Stage(1, False, False, (number,)) for number in range(table.blocks)]
+        return [Stage(1, False, False)] if table.blocks else []
 
     # -- one cell -----------------------------------------------------------------------------
 

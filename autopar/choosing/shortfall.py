@@ -55,6 +55,7 @@ def shortfall(predictor: Predictor, layout: Layout) -> Shortfall:
 
 
 def _name(part: Part, table: ModelTable) -> str:
-    if part is table.block:
-        return "a block"
+    if table.is_block(part):
+        own = next((name for name, one in zip(table.names, table.own, strict=False) if one is part), "")
+        return f"block {own}" if own else "a block"
     return "what comes before the blocks" if part is table.before else "what comes after the blocks"

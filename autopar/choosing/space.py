@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autopar.blocks import cut_counts, listed
 from autopar.cluster import ClusterSpec
 from autopar.errors import PinError
 from autopar.layouts import KEYS, RECOMPUTE, Layout, check_layout
@@ -57,6 +58,7 @@ class Space:
 
     blocks: repeated layers, at least 1. heads, kv_heads: of attention, None where there is none. tokens: of a sequence.
     selective: whether there is a core of attention to run again. pin: layout keys that are fixed. experts: of a layer.
+    names: of the blocks.
     """
 
     cluster: ClusterSpec
@@ -68,13 +70,15 @@ class Space:
     selective: bool
     pin: Mapping[str, Any]
     experts: int = 0
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = set(self.pin) - LAYOUT_KEYS
         if unknown:
             raise PinError(f"pin {sorted(unknown)[0]!r} is no key of a layout; the keys are {', '.join(KEYS)}")
         for key, value in self.pin.items():  # each by itself
-            Layout(**{key: value, **_company(key, value)})  # LayoutError where it cannot be
+            company = {"pp": self.pin.get("pp", 1)} if key == "cut" and value is not None else _company(key, value)
+            Layout(**{key: value, **company})  # LayoutError where it cannot be
         ep, load = self.pin.get("ep", 1), self.pin.get("expert_load", 1.0)
         check_layout(Layout(dp=ep, ep=ep, expert_load=load), global_batch=ep, blocks=1, experts=self.experts)
 
@@ -82,11 +86,14 @@ class Space:
     def of(predictor: Predictor, pin: Mapping[str, Any]) -> Space:
         """All layouts of what a predictor knows."""
         table = predictor.table
-        cores = table.block is not None and bool((table.block.kept != table.block.kept_selective).any())
-        return Space(
+        cores = any(bool((block.kept != block.kept_selective).any()) for block in table.kinds)
+        made = Space(
             predictor.cluster, predictor.global_batch, max(1, table.blocks), predictor.heads, predictor.kv_heads,
-            table.tokens, cores, pin, table.experts,
+            table.tokens, cores, pin, table.experts, table.names,
         )  # fmt: skip
+        if pin.get("cut") is not None:
+            cut_counts(Layout(pp=pin["pp"], cut=pin["cut"]), table.names)
+        return made
 
     def groups(self) -> Iterator[Group]:
         """Every group, small micro-batches first."""
@@ -121,11 +128,13 @@ class Space:
     def leaves(self, group: Group, pp: int, dp: int) -> Iterator[Layout]:
         """The layouts of a cell, without recomputation."""
         micro_batches = self.global_batch // (dp * group.micro_batch)
+        cut = self.pin.get("cut")
         for zero in self._allowed("zero", self._zero_stages(dp * group.cp, micro_batches)):
             for schedule, vpp in self.schedules(pp, micro_batches):
                 yield group.layout(
-                    pp, dp, vpp=vpp, zero=zero, schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload
-                )
+                    pp, dp, vpp=vpp, zero=zero, schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload,
+                    cut=cut,
+                )  # fmt: skip
 
     def schedules(self, pp: int, micro_batches: int) -> list[tuple[str, int]]:
         """(schedule, stages per rank). GPipe takes as long as 1F1B and holds more: only where it is pinned."""
@@ -135,7 +144,7 @@ class Space:
         if self.pin.get("schedule") == "gpipe":
             found = [("gpipe", 1)]
         if micro_batches % pp == 0:
-            found += [("interleaved", v) for v in self._interleavings(pp)]
+            found += [("interleaved", v) for v in self._interleavings(pp) if self.pin.get("cut") is None]
         return [(s, v) for s, v in found if self._admits("schedule", s) and self._admits("vpp", v)]
 
     def recomputations(self) -> list[str]:
@@ -159,7 +168,7 @@ class Space:
         pin = self.pin
         stages = pin.get("pp", 1) * pin.get("vpp", 1)
         if stages > self.blocks:
-            blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}"
+            blocks = f"{self.blocks} block{'' if self.blocks == 1 else 's'}{listed(self.names)}"
             return f": {' and '.join(f'{k}={pin[k]}' for k in ('pp', 'vpp') if k in pin)}, but the model has {blocks}"
         if not self._tensor_degrees():
             return f": tp={pin.get('tp')} does not go with {self.heads} heads on {self.cluster.devices} devices"
@@ -180,7 +189,7 @@ class Space:
         return [d for d in found if d <= self.cluster.devices and self._admits("tp", d)]
 
     def _context_degrees(self) -> list[int]:
-        return [d for d in powers_of_two(self.cluster.devices) if self.tokens % d == 0 and self.tokens > 1]
+        return [d for d in powers_of_two(self.cluster.devices) if d == 1 or (self.tokens > 1 and self.tokens % d == 0)]
 
     def _micro_batches(self, cp: int) -> list[int]:
         """Twice the context degree and twice the micro-batch are the same rows on a rank, and more to exchange."""

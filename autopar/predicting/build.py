@@ -21,7 +21,7 @@ from autopar.opcost import compute_dtype, op_flops_of
 from autopar.placements import PARTIAL, Placement, shard_dim
 from autopar.predicting.fusing import groups, is_fusable
 from autopar.predicting.reading import Reading
-from autopar.predicting.segments import AFTER, BEFORE, BLOCK
+from autopar.predicting.segments import AFTER, BEFORE, BLOCK, OTHER, own_block
 from autopar.predicting.sizes import ACT, FIXED, KINDS, Floats, share
 from autopar.predicting.table import Kernel, Message, ModelTable, Part, Pass, total
 from autopar.predicting.tensor_axis import TensorAxis, is_cut
@@ -59,11 +59,12 @@ class _Builder(Reading):
 
     def table(self) -> ModelTable:
         trained = [p for p in self.trace.params if p.fqn in self.trace.grads]
-        blocks = self.sample.count
-        block = self._part(BLOCK) if blocks else None
-        ends = [n for n in self.flow.ops if self.parts.part_of[n.name] in (BEFORE, AFTER)]
+        own = tuple(self._part(own_block(number)) for number in range(len(self.parts.own)))
+        blocks = len(own) or self.sample.count
+        block = self._part(BLOCK) if blocks and not own else None
         middle = [n for n in self.flow.ops if self.parts.part_of[n.name] == BLOCK]
-        flops = sum(map(op_flops_of, ends)) + blocks * sum(map(op_flops_of, middle))
+        others = [n for n in self.flow.ops if self.parts.part_of[n.name] not in (BLOCK, OTHER)]
+        flops = sum(map(op_flops_of, others)) + blocks * sum(map(op_flops_of, middle))
         ids = next((i for i in self.trace.inputs if i.batch_dim == 0), None)
         dtype = trained[0].dtype
         return ModelTable(
@@ -77,6 +78,8 @@ class _Builder(Reading):
             dtype=str(dtype).removeprefix("torch."),
             flops=flops / self.batch,
             experts=self.experts.count,
+            own=own,
+            names=self.parts.own or tuple(f"{self.sample.layers}{number}" for number in range(blocks)),
         )
 
     # -- kernels --------------------------------------------------------------------------
@@ -262,7 +265,7 @@ class _Builder(Reading):
         core = {v: s for v, s in kept.items() if self._is_quadratic(v)}
         saved, shown = self._saved(forward), self._shown(forward)
         used = self._parameters(forward + backward)
-        others = {p for other in (BEFORE, BLOCK, AFTER) if other != name for p in self._used(other)}
+        others = {p for other in self.parts.names if other != name for p in self._used(other)}
         return Part(
             forward=self._pass(forward, kept, shown, backward=False),
             backward=self._pass(backward, kept, shown, backward=True),
@@ -276,6 +279,7 @@ class _Builder(Reading):
             parameters=total([self._numbers(p) for p in used]),
             tied=total([self._numbers(p) for p in used if p in others]),
             tensors=len(used),
+            numbers={p: self._numbers(p) for p in used},
         )
 
     def _pass(self, ops: list[fx.Node], kept: dict[str, Floats], shown: Floats, *, backward: bool) -> Pass:
@@ -357,7 +361,10 @@ class _Builder(Reading):
         return total(list(found.values()))
 
     def _used(self, part: str) -> set[str]:
-        return set(self._parameters([n for n in self.flow.ops if self.parts.part_of[n.name] == part]))
+        if part not in self._used_by:
+            ops = [n for n in self.flow.ops if self.parts.part_of[n.name] == part]
+            self._used_by[part] = set(self._parameters(ops))
+        return self._used_by[part]
 
     def _parameters(self, ops: list[fx.Node]) -> list[str]:
         names = [o.node.name for n in ops for o in self.flow.operands_of[n] if o.node.name in self.params]

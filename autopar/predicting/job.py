@@ -75,6 +75,9 @@ class Job:
     def parameters(self, stage: Stage) -> Floats:
         """[10] the same, of all ranks."""
         made: Floats = np.zeros(KINDS)
+        if self.table.own:
+            held = {name: size for part, _ in stage.parts(self.table) for name, size in part.numbers.items()}
+            return sum(held.values(), made)
         for part, times in stage.parts(self.table):
             made = made + times * part.parameters
         return made - self.table.after.tied if stage.first and stage.last else made

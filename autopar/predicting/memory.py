@@ -67,8 +67,8 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     kept = float(kept_on(stage, table, layout, run) @ weights)
     extra = max((rise for part, _ in stage.parts(table) for rise in (0.0, *rises(part, job))), default=0.0)
     gathered = 0.0
-    if layout.zero == 3 and table.block is not None:
-        gathered = 2 * float(table.block.parameters @ weights) * precision.parameter
+    if layout.zero == 3 and table.kinds:
+        gathered = 2 * max(float(block.parameters @ weights) for block in table.kinds) * precision.parameter
     flights = in_flight(layout, job.micro_batches, at)
     found = StageMemory(
         parameters=_own(held, layout.zero == 3) * precision.parameter + gathered,
@@ -105,7 +105,7 @@ def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:
     """Bytes of buffers of collectives that are waiting to be used again. others: bytes of all else."""
     if not job.run.holds_buffers or job.layout.tp == 1:
         return 0.0
-    whole = float((job.table.block or job.table.before).boundary @ replace(job.shape, sequence=False).weights)
+    whole = float(job.table.boundary @ replace(job.shape, sequence=False).weights)
     room = max(0.0, _AHEAD_ROOM * job.cluster.device.usable_bytes - others)
     return _IN_FLIGHT * flights * whole + min(_AHEAD * _ahead(job, stage) * whole, room)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autopar._torch_compat import pytree
+from autopar.blocks import cut_counts
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import AutoparError, LayoutError
@@ -101,7 +102,7 @@ class Predictor:
             self.sample, self.axis, self._traced_batch, tokens, fusion=self.run.fusion, kv_share=shared
         )
         self.pricer = Pricer(self.cluster, self.run)
-        self._stages: dict[tuple[int, bool, Shape], tuple[Stage, ...]] = {}
+        self._stages: dict[tuple[int, int, str | None, Shape], tuple[Stage, ...]] = {}
 
     def predict(self, layout: str | Mapping[str, Any] | Layout) -> Prediction:
         """Price one layout; LayoutError where it cannot be."""
@@ -168,7 +169,7 @@ class Predictor:
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
         """What each pipeline rank holds."""
         shape = self.shape(layout)
-        key = (layout.pp, layout.vpp > 1, shape)
+        key = (layout.pp, layout.vpp if self.table.own else layout.vpp > 1, layout.cut, shape)
         if key not in self._stages:
             self._stages[key] = tuple(split(self.table, layout, self.pricer, shape))
         return self._stages[key]
@@ -179,11 +180,14 @@ class Predictor:
             layout,
             global_batch=self.global_batch,
             blocks=max(1, self.table.blocks),
+            names=self.table.names,
             heads=self.heads,
             kv_heads=self.kv_heads,
             seq=self.table.tokens if self.table.tokens > 1 else None,
             experts=self.table.experts,
         )
+        if layout.cut is not None:
+            cut_counts(layout, self.table.names)
         if not self.host_holds(layout):
             raise LayoutError(
                 f"layout: offload={layout.offload} needs a link to the host (device.host_link_bytes_per_s) and memory "

@@ -36,6 +36,7 @@ class Reading:
         self.parts = parts(sample)
         self.leaves = leaf_modules(self.flow)
         self.experts = ExpertSide.of(self.trace)
+        self._used_by: dict[str, set[str]] = {}
         self.params = {p.node: p for p in self.trace.params}
         self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}

@@ -1,6 +1,7 @@
 """Which part of the model each op and parameter belongs to: before the blocks, one of the blocks, after them.
 
-A sample trace has three of many identical layers; the middle one stands for all of them.
+A sample trace has three of many identical layers; the middle one stands for all of them. Of a model without such layers
+each block is a part of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from autopar.blocks import BlockIndex, traced_blocks
 from autopar.dataflow import Dataflow, is_backward, module_path
 from autopar.trace import Sample
 
@@ -17,9 +19,19 @@ BEFORE, BLOCK, AFTER, OTHER = "before", "block", "after", "other"
 
 @dataclass(frozen=True)
 class Parts:
-    """part_of: per op name, BEFORE, BLOCK (the middle layer), AFTER or OTHER (the layers that it stands for)."""
+    """part_of: per op name, BEFORE, BLOCK (the middle layer), AFTER or OTHER (the layers that it stands for).
+
+    own: the paths of blocks that are parts of their own, instead of the middle layer, first to last; they are called
+    as `own_block` says.
+    """
 
     part_of: dict[str, str]
+    own: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all parts that are priced, first to last."""
+        return (BEFORE, *(map(own_block, range(len(self.own))) if self.own else (BLOCK,)), AFTER)
 
     def ops(self, flow: Dataflow, part: str, *, backward: bool) -> list[fx.Node]:
         """The ops of one part and pass, in order."""
@@ -30,9 +42,12 @@ def parts(sample: Sample) -> Parts:
     """Assign every real op. What lies between two layers belongs to the earlier one in order of execution."""
     flow = Dataflow.of(sample.trace)
     found: dict[str, str] = {}
+    own = () if sample.layers else traced_blocks(sample.trace)
+    index = BlockIndex(own)
     for backward in (False, True):
         nodes = [n for n in flow.ops if is_backward(n) == backward]
-        layers = [layer_of(module_path(n), sample.layers) for n in nodes]
+        paths = map(module_path, nodes)
+        layers = [index.of(path) if own else layer_of(path, sample.layers) for path in paths]
         inside = [i for i, layer in enumerate(layers) if layer is not None]
         first, last = (inside[0], inside[-1]) if inside else (len(nodes), -1)
         current: int | None = None
@@ -42,8 +57,14 @@ def parts(sample: Sample) -> Parts:
                 ahead = i < first
                 found[node.name] = (AFTER if ahead else BEFORE) if backward else (BEFORE if ahead else AFTER)
             else:
-                found[node.name] = BLOCK if current == sample.middle else OTHER
-    return Parts(found)
+                shared = BLOCK if current == sample.middle else OTHER
+                found[node.name] = own_block(current) if own and current is not None else shared
+    return Parts(found, own)
+
+
+def own_block(number: int) -> str:
+    """The part that one block is."""
+    return f"{BLOCK} {number}"
 
 
 def layer_of(path: str, layers: str) -> int | None:

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from autopar.blocks import cut_counts
 from autopar.layouts import Layout
 from autopar.predicting.run import Run
 from autopar.predicting.sizes import KINDS, Floats, Shape
 from autopar.predicting.table import ModelTable, Part
 from autopar.predicting.work import Pricer, Work
 
+Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline rank holds. first, last: whether it has what comes before and after the blocks."""
+    """What one pipeline rank holds. first, last: whether it has what comes before and after the blocks.
+
+    held: which blocks, by number, where they are not alike.
+    """
 
     blocks: int
     first: bool
     last: bool
+    held: tuple[int, ...] = ()
+
+    @staticmethod
+    def whole(table: ModelTable) -> Stage:
+        """The one that holds everything."""
+        return _stage(table, range(table.blocks), True, True)
 
     def parts(self, table: ModelTable) -> list[tuple[Part, int]]:
         """(part, how often)."""
         found = [(table.before, 1)] if self.first else []
-        if table.block is not None and self.blocks:
-            found.append((table.block, self.blocks))
+        if self.held:
+            found += [(table.block_at(number), 1) for number in self.held]
+        elif self.blocks:
+            found.append((table.block_at(0), self.blocks))
         return [*found, (table.after, 1)] if self.last else found
+
+
+def _stage(table: ModelTable, numbers: Sequence[int], first: bool, last: bool) -> Stage:
+    return Stage(len(numbers), first, last, tuple(numbers) if table.own else ())
 
 
 @dataclass(frozen=True)
@@ -44,14 +64,33 @@ class StageWork:
 
 
 def split(table: ModelTable, layout: Layout, pricer: Pricer, shape: Shape) -> list[Stage]:
-    """Cut the blocks into stages as the run says (`Run.cut`); evenly where each rank has several."""
+    """Cut the blocks into stages as the layout or the run says (`Run.cut`); evenly where each rank has several."""
     p, cut = layout.pp, pricer.run.cut
     if p == 1:
-        return [Stage(table.blocks, True, True)]
+        return [Stage.whole(table)]
     counts = _even(table.blocks, p)
-    if layout.vpp == 1 and table.block is not None and cut != "even":
+    if layout.cut is not None:
+        counts = list(cut_counts(layout, table.names))
+    elif layout.vpp == 1 and table.kinds and cut != "even":
         counts = _by_threshold(table, p) if cut == "threshold" else _balanced(table, pricer, shape, p)
-    return [Stage(n, i == 0, i == p - 1) for i, n in enumerate(counts)]
+    held = blocks_held(counts, layout.vpp)
+    return [_stage(table, numbers, i == 0, i == p - 1) for i, numbers in enumerate(held)]
+
+
+def per_chunk(counts: Sequence[int], chunks: int) -> list[list[int]]:
+    """Of the blocks of every rank, how many are in each of its chunks."""
+    return [[count // chunks + (chunk < count % chunks) for chunk in range(chunks)] for count in counts]
+
+
+def blocks_held(counts: Sequence[int], chunks: int) -> list[list[int]]:
+    """The numbers of the blocks of every rank: micro-batches go around all ranks once a chunk."""
+    held: list[list[int]] = [[] for _ in counts]
+    sizes, at = per_chunk(counts, chunks), 0
+    for chunk in range(chunks):
+        for rank, of_rank in enumerate(sizes):
+            held[rank] += range(at, at + of_rank[chunk])
+            at += of_rank[chunk]
+    return held
 
 
 def _even(blocks: int, stages: int) -> list[int]:
@@ -63,21 +102,22 @@ def _by_threshold(table: ModelTable, stages: int) -> list[int]:
 
     So does nanotron (`build_model`): what comes before the blocks counts nothing, what comes after them its matrix.
     """
-    assert table.block is not None
-    block, after = float(table.block.parameters.sum()), float(table.after.parameters.sum())
-    share = (table.blocks * block + after) / stages
-    counts, at = [0] * stages, 0
-    for number in range(1, table.blocks + 1):
+    sizes = [float(table.block_at(number).parameters.sum()) for number in range(table.blocks)]
+    share = (sum(sizes) + float(table.after.parameters.sum())) / stages
+    counts, at, so_far = [0] * stages, 0, 0.0
+    for size in sizes:
         counts[at] += 1
-        if number * block > share * (at + 1) and at < stages - 1:
+        so_far += size
+        if so_far > share * (at + 1) and at < stages - 1:
             at += 1
     return counts
 
 
 def _balanced(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> list[int]:
     """Blocks go one by one to the stage that is then the least slow; one with the vocabulary may end up with none."""
-    assert table.block is not None
-    block_s = _both(table.block, pricer, shape)
+    if table.own:
+        return _balanced_own(table, pricer, shape, stages)
+    block_s = _both(table.block_at(0), pricer, shape)
     load = [0.0] * stages
     load[0] += _both(table.before, pricer, shape)
     load[-1] += _both(table.after, pricer, shape)
@@ -89,6 +129,27 @@ def _balanced(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> l
     return counts
 
 
+def _balanced_own(table: ModelTable, pricer: Pricer, shape: Shape, stages: int) -> list[int]:
+    """Blocks of different kinds in order, such that the slowest stage is as fast as can be; every stage has one."""
+    seconds = [_both(part, pricer, shape) for part in table.own]
+    seconds[0] += _both(table.before, pricer, shape)
+    seconds[-1] += _both(table.after, pricer, shape)
+    until = np.concatenate([[0.0], np.cumsum(seconds)])
+    slowest = np.where(np.arange(len(until)) > 0, until, np.inf)  # of one stage that ends there
+    begins: list[Ints] = []
+    for _ in range(stages - 1):
+        ends = np.arange(len(until))
+        cost = np.maximum(slowest[None, :], until[:, None] - until[None, :])  # [end, begin of the last stage]
+        cost[ends[None, :] >= ends[:, None]] = np.inf
+        begins.append(cost.argmin(axis=1))
+        slowest = cost.min(axis=1)
+    counts, end = [], table.blocks
+    for begin in reversed(begins):
+        counts.append(end - int(begin[end]))
+        end = int(begin[end])
+    return [end, *reversed(counts)]
+
+
 def _both(part: Part, pricer: Pricer, shape: Shape) -> float:
     return pricer.work(part.forward, shape).seconds + pricer.work(part.backward, shape).seconds
 
@@ -96,11 +157,13 @@ def _both(part: Part, pricer: Pricer, shape: Shape) -> float:
 def stage_work(table: ModelTable, stage: Stage, layout: Layout, pricer: Pricer, shape: Shape) -> StageWork:
     """What one micro-batch takes on a stage."""
     forward, backward, again = Work(), Work(), Work()
+    left = run_again(layout, stage.blocks)
     for part, times in stage.parts(table):
         forward += pricer.work(part.forward, shape) * times
         backward += pricer.work(part.backward, shape) * times
-        if part is table.block:
-            again += again_work(part, layout, pricer, shape) * run_again(layout, times)
+        if table.is_block(part):
+            again += again_work(part, layout, pricer, shape) * min(left, times)
+            left = max(0, left - times)
     return StageWork(forward, backward, again)
 
 
@@ -121,8 +184,12 @@ def again_work(block: Part, layout: Layout, pricer: Pricer, shape: Shape) -> Wor
 def kept_on(stage: Stage, table: ModelTable, layout: Layout, run: Run) -> Floats:
     """[5] bytes that a stage holds of one micro-batch from forward to backward."""
     found: Floats = np.zeros(KINDS)
+    left = run_again(layout, stage.blocks)
     for part, times in stage.parts(table):
-        again = run_again(layout, times) if part is table.block else times
+        again = times
+        if table.is_block(part):
+            again = min(left, times)
+            left -= again
         found = found + again * kept_of(part, table, layout, run)
         if again < times:
             found = found + (times - again) * kept_of(part, table, layout, run, recompute="none")
@@ -133,10 +200,10 @@ def kept_of(part: Part, table: ModelTable, layout: Layout, run: Run, *, recomput
     """[5] bytes that one part holds of one micro-batch. recompute: of this part, if it is not what the layout says."""
     recompute = recompute or layout.recompute
     copies = part.gathered if run.keeps_gathered and layout.sp else 0.0
-    if part is table.block and recompute == "full":
+    if table.is_block(part) and recompute == "full":
         return part.boundary
     if recompute != "selective":
         return part.kept + copies
     if run.selective == "products":  # of a block; what is before and after is not checkpointed
-        return part.boundary + part.kept_products if part is table.block else part.kept + copies
+        return part.boundary + part.kept_products if table.is_block(part) else part.kept + copies
     return part.kept_selective + copies

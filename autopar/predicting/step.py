@@ -144,8 +144,7 @@ def send_parts_s(job: Job) -> tuple[float, float]:
     layout, cluster = job.layout, job.cluster
     if layout.pp == 1:
         return 0.0, 0.0
-    part = job.table.block or job.table.before
-    nbytes = float(part.boundary @ job.weights)
+    nbytes = float(job.table.boundary @ job.weights)
     if layout.tp == 1 or layout.sp:
         return collective_time_s("permute", nbytes, job.pipeline_axis, cluster), 0.0
     gather_s = collective_time_s("all_gather", nbytes, MeshAxis(layout.tp, 1), cluster)

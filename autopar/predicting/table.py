@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,6 +86,7 @@ class Part:
         rest. gathered: copies that sequence parallelism gathers and that may be kept, too.
     boundary: bytes that go on to the next part, all that full recomputation keeps of a block.
     parameters: how many numbers; tied: those among them that another part uses as well. tensors: how many of these.
+    numbers: of each parameter, by placeholder.
     """
 
     forward: Pass
@@ -99,13 +101,16 @@ class Part:
     parameters: Floats
     tied: Floats
     tensors: int
+    numbers: Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
 class ModelTable:
     """Everything `predict` knows of a model. tokens: of one sequence. itemsize, dtype: of a parameter.
 
-    flops: of one sequence, forward and backward, each counted once. experts: of a layer, in grouped products.
+    block: one of `blocks` that are alike; own: instead of it, blocks of different kinds, first to last. names: of the
+    modules that the blocks are. flops: of one sequence, forward and backward, each counted once. experts: of a layer,
+    in grouped products.
     """
 
     before: Part
@@ -118,13 +123,38 @@ class ModelTable:
     dtype: str
     flops: float
     experts: int = 0
+    own: tuple[Part, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Part, ...]:
+        """The blocks, of those that are alike one."""
+        return self.own or (() if self.block is None else (self.block,))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, first to last, of blocks that are alike one."""
+        return (self.before, *self.kinds, self.after)
+
+    def block_at(self, number: int) -> Part:
+        """A block by its number."""
+        return self.own[number] if self.own else self.kinds[0]
+
+    def is_block(self, part: Part) -> bool:
+        """Whether a part is a block, rather than what comes before or after them."""
+        return part is not self.before and part is not self.after
+
+    @cached_property
+    def boundary(self) -> Floats:
+        """[10] bytes that go from one block to the next, at most."""
+        found: list[Floats] = [kind.boundary for kind in self.kinds] or [self.before.boundary]
+        return max(found, key=lambda one: float(one.sum()))
 
     @cached_property
     def compute_dtype(self) -> str:
         """In which most of the FLOPs are done; that of the parameters, unless the model runs under autocast."""
         by_dtype: dict[str, float] = defaultdict(float)
-        parts = [part for part in (self.before, self.block, self.after) if part is not None]
-        for kernel in (k for part in parts for one in (part.forward, part.backward) for k in one.kernels):
+        for kernel in (k for part in self.parts for one in (part.forward, part.backward) for k in one.kernels):
             by_dtype[kernel.dtype] += float(kernel.flops.sum())
         return max(by_dtype, key=lambda dtype: by_dtype[dtype], default=self.dtype)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from autopar.batch_parts import Call, batch_size, split_call
+from autopar.blocks import blocks_of
 from autopar.cluster import ClusterSpec
 from autopar.codegen.stage_nodes import stages_by_blocks
 from autopar.codegen.stage_types import PipelineProgram
@@ -69,20 +70,21 @@ def staged_program(
     """
     check_runnable(plan)
     micro_batches = micro_batches_of(plan, batch_size(model, call))
-    orders, blocks = orders_of(plan, micro_batches), stage_blocks(plan)
+    orders = orders_of(plan, micro_batches)
     parts = split_call(model, call, micro_batches)
     traced = trace_of(parts[0])
+    blocks = blocks_of(model, traced)
     cluster, mesh = stage_cluster(plan), stage_mesh(plan)
 
     def decide() -> str:
         weight = kind_of_loss(model, traced, parts[0], micro_batches, trace_of)
-        made = plan_ops(traced, cluster, op_options(plan, traced))
+        made = plan_ops(traced, cluster, op_options(plan, traced, blocks))
         return json.dumps({"plan": made.dumps(), "weight": [weight.kind, weight.counted]})
 
     decided = json.loads(agreed(decide))
     decisions = Plan.loads(decided["plan"]).decisions
     loss = loss_weights(model, traced, parts[0], Weight(*decided["weight"]), trace_of)
-    stages = stages_by_blocks(traced, blocks)
+    stages = stages_by_blocks(traced, stage_blocks(plan), blocks)
     zero = plan.named.zero
     program = emit_stages(
         traced, decisions, mesh, CostModel(cluster, mesh), stages, reduce_each=zero >= 2, gather_each=zero == 3

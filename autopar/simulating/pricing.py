@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from autopar.layouts import Layout
 from autopar.predicting.job import Job
@@ -16,7 +17,7 @@ from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, returned, tied_s
 from autopar.predicting.sizes import Floats
-from autopar.predicting.stages import Stage, again_work, kept_of, run_again, stage_work
+from autopar.predicting.stages import Stage, again_work, blocks_held, kept_of, per_chunk, run_again, stage_work
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s, state_copy_s
 from autopar.predicting.table import Part, Pass
 from autopar.predicting.work import Work
@@ -37,9 +38,9 @@ class Slice:
 def step_cost(predictor: Predictor, layout: Layout) -> StepCost:
     """All that the engine needs to know of a layout that is known to be possible."""
     job, stages = predictor.job(layout), predictor.stages(layout)
-    offsets = _first_blocks([_blocks_per_chunk(stage, layout.vpp) for stage in stages])
+    held = blocks_held([stage.blocks for stage in stages], layout.vpp)
     costs = [
-        _StagePricer(job, stage, at, offsets[at], predictor.stage_memory(layout, stage, at)).cost
+        _StagePricer(job, stage, at, held[at], predictor.stage_memory(layout, stage, at)).cost
         for at, stage in enumerate(stages)
     ]
     send_s, unpack_s = send_parts_s(job)
@@ -47,29 +48,14 @@ def step_cost(predictor: Predictor, layout: Layout) -> StepCost:
     return StepCost(tuple(costs), job.micro_batches, layout.schedule, send_s, unpack_s, ranks)
 
 
-def _blocks_per_chunk(stage: Stage, chunks: int) -> list[int]:
-    return [stage.blocks // chunks + (1 if c < stage.blocks % chunks else 0) for c in range(chunks)]
-
-
-def _first_blocks(counts: list[list[int]]) -> list[list[int]]:
-    """The number of the first block of each chunk of each stage: micro-batches go around all stages once a chunk."""
-    first = [[0] * len(of_stage) for of_stage in counts]
-    total = 0
-    for chunk in range(len(counts[0])):
-        for stage, of_stage in enumerate(counts):
-            first[stage][chunk] = total
-            total += of_stage[chunk]
-    return first
-
-
 @dataclass(frozen=True)
 class _StagePricer:
-    """Prices one stage. first_blocks: the number of the first block of each chunk."""
+    """Prices one stage. held: the numbers of its blocks."""
 
     job: Job
     stage: Stage
     at: int
-    first_blocks: list[int]
+    held: list[int]
     memory: StageMemory
 
     @property
@@ -96,11 +82,11 @@ class _StagePricer:
         table, layout = self.job.table, self.job.layout
         again = run_again(layout, self.stage.blocks) if layout.recompute != "none" else 0
         chunks: list[list[Slice]] = []
-        for count, first in zip(_blocks_per_chunk(self.stage, layout.vpp), self.first_blocks, strict=True):
+        numbers = iter(self.held)
+        for count in per_chunk([self.stage.blocks], layout.vpp)[0]:
             slices = [self._slice("before the blocks", table.before)] if self.stage.first and not chunks else []
-            for k in range(count):
-                assert table.block is not None
-                slices.append(self._slice(f"block {first + k}", table.block, again > 0))
+            for number in islice(numbers, count):
+                slices.append(self._slice(f"block {number}", table.block_at(number), again > 0))
                 again -= 1
             if self.stage.last and len(chunks) == layout.vpp - 1:
                 slices.append(self._slice("after the blocks", table.after))
@@ -236,5 +222,5 @@ class _StagePricer:
 
     def _kept(self, one: Slice) -> float:
         job = self.job
-        recompute = "none" if one.part is job.table.block and not one.again else None
+        recompute = "none" if job.table.is_block(one.part) and not one.again else None
         return float(kept_of(one.part, job.table, job.layout, job.run, recompute=recompute) @ job.shape.weights)

@@ -11,6 +11,7 @@ import torch
 
 import autopar
 import autopar.api
+from autopar.blocks import blocks_of
 from autopar.codegen.builder import is_collective
 from autopar.errors import LayoutError, PlanMismatch, TraceError, VerifyError
 from autopar.loss_weights import LossWeights
@@ -138,8 +139,9 @@ def test_recomputation_becomes_pins_of_modules() -> None:
     traced = trace(model, call)
     plan = plan_of(2, pp=2, micro_batch=4, schedule="gpipe")
     some = replace(plan, layout_keys={**plan.layout_keys, "recompute": "full", "recompute_blocks": 1})
-    pins = op_options(some, traced).pin
+    names = blocks_of(model, traced)
+    pins = op_options(some, traced, names).pin
     blocks = {key: value for key, value in pins.items() if key.startswith("model.layers")}
     assert blocks == {f"model.layers.{i}": "keep" if i % 2 else "recompute" for i in range(LAYERS)}
-    core = op_options(replace(plan, layout_keys={**plan.layout_keys, "recompute": "selective"}), traced).pin
+    core = op_options(replace(plan, layout_keys={**plan.layout_keys, "recompute": "selective"}), traced, names).pin
     assert list(core.values()).count("recompute") in (0, LAYERS)  # 0: fused attention keeps no scores

@@ -182,16 +182,18 @@ def test_impossible_layouts_are_refused(layout: str, message: str) -> None:
         predictor("llama").predict(layout)
 
 
-def test_models_without_sequences_or_blocks() -> None:
-    """A classifier of images: convolutions, no tokens, no list of layers."""
+def test_models_without_sequences_or_a_list_of_layers() -> None:
+    """A classifier of images: convolutions, no tokens; its blocks are all different."""
     from tests.families import FAMILIES
 
     model, call = FAMILIES["resnet"]()
     plain, cut = autopar.predict(model, CLUSTER, ["dp=8", "dp=4,tp=2"], example_inputs=call, global_batch=64)
     assert plain.tokens_per_s_per_gpu == pytest.approx(64 / plain.step_time_s / 8)
     assert cut.step_time_s > 0
-    with pytest.raises(autopar.LayoutError, match="1 block"):
-        autopar.predict(model, CLUSTER, "pp=2", example_inputs=call, global_batch=64)
+    two = autopar.predict(model, CLUSTER, "pp=2", example_inputs=call, global_batch=64)
+    assert sum(two.breakdown["blocks_per_stage"]) == 7
+    with pytest.raises(autopar.LayoutError, match=r"8 stages, but the model has 7 blocks \(stem.0 to layer2.0\)"):
+        autopar.predict(model, CLUSTER, "pp=8", example_inputs=call, global_batch=64)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])

@@ -40,6 +40,10 @@ _REPEATING = (
 )  # fmt: skip
 _LOSSES = ("aten.nll_loss_forward", "aten.nll_loss2d_forward")
 _MEAN = 1  # as torch numbers reductions
+# Lowerings of rules by which a part makes its result alone; of these, such as take sums to sums. Each micro-batch sorts
+# its own tokens' rows into groups.
+_LINEAR = ("local", "to_groups", "from_groups")
+_APART = (*_LINEAR, "mean_partial", "draw")
 REMEDY = "use one micro-batch a step (micro_batch = global batch / dp)"
 
 
@@ -211,11 +215,11 @@ class _Walk:
             return self._joined(node, taken)
         wanted = tuple(part.placement for part in taken)
         for rule in axis_rules(node, self.times).rules:
-            if rule.inputs != wanted or rule.collectives or rule.lowering not in ("local", "mean_partial", "draw"):
+            if rule.inputs != wanted or rule.collectives or rule.lowering not in _APART:
                 continue
             made = MEAN if rule.lowering == "mean_partial" else SUM
             weight = next(iter(weights), made)
-            if weights and rule.lowering != "local":
+            if weights and rule.lowering not in _LINEAR:
                 continue
             return tuple(_made(p, weight) for p in rule.outputs)
         return self._mean_by_division(call, node, taken) if weights else None

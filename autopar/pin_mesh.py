@@ -4,7 +4,8 @@ A degree is a number of ranks, {"tp": 4}, or the sizes of several axes of one ro
 {"tp": (2, 2)}: each is an axis of the mesh on which every op is decided by itself, so that
 rows, columns and contractions of a product may be cut by different ones (2D, 2.5D and 3D
 tensor parallelism). An axis of the role "ep" cuts the experts of mixture-of-experts layers;
-what else it cuts, tokens above all, is for the planner to decide.
+what else it cuts, tokens above all, is for the planner to decide. Where the other degrees fill
+the devices, expert ranks are some of the data ranks, as in `autopar.Layout`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def pinned_mesh(degrees: Mapping[str, Sizes], shape: Any, devices: int) -> tuple
     asked = {role: degrees[role] for role in ROLES if role in degrees}
     if not asked:
         return None, ()
+    asked = _experts_of_data(asked, devices)
     product = math.prod(math.prod(sizes) for sizes in asked.values())
     rest = next((role for role in _FREE if role not in asked), None)
     if devices % product or (rest is None and product != devices):
@@ -62,6 +64,15 @@ def pinned_mesh(degrees: Mapping[str, Sizes], shape: Any, devices: int) -> tuple
     mesh = tuple(size for size, _ in pairs)
     _check_axes(mesh)
     return mesh, tuple(role for _, role in pairs)
+
+
+def _experts_of_data(asked: dict[str, Sizes], devices: int) -> dict[str, Sizes]:
+    """Degrees as a layout has them, whose expert ranks are some of its data ranks, with these apart."""
+    data, experts = math.prod(asked.get("dp", (1,))), math.prod(asked.get("ep", (1,)))
+    others = math.prod(math.prod(sizes) for role, sizes in asked.items() if role != "ep")
+    if others != devices or data % experts:
+        return asked
+    return {**asked, "dp": (data // experts,)} if experts > 1 else asked
 
 
 def _check_axes(mesh: Sizes) -> None:

@@ -23,6 +23,7 @@ from torch import fx
 from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Operand, is_backward, module_path, resolve, result_metas
 from autopar.errors import PinError
+from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.placements import PARTIAL, State, in_groups, is_placement, shard_dim, shard_runs
@@ -33,7 +34,9 @@ from autopar.trace import ParamInfo, Trace
 
 WAITING = ("keep", "recompute", "offload")  # what a module's activations may be pinned to
 _FLAGS = ("zero", "sp", "recompute", "mesh", "expert_dispatch")
-_DISPATCH = ("exchange", "local")  # how tokens come to experts on the axes "ep": by all-to-all, or they are there
+# How tokens come to experts on the axes "ep": by all-to-all, or they are there; "data": by all-to-all, and all else
+# runs as on data ranks, as a layout by degrees has it.
+_DISPATCH = ("exchange", "local", "data")
 MESH_KEYS = frozenset({*ROLES, "mesh"})  # pins that fix the mesh
 
 
@@ -107,7 +110,8 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
         raise PinError(f"pin 'recompute' must be none, selective or full, got {recompute!r}")
     dispatch = flags.get("expert_dispatch")
     if dispatch is not None and (dispatch not in _DISPATCH or "ep" not in roles):
-        raise PinError(f"pin 'expert_dispatch' must be {' or '.join(_DISPATCH)}, beside a pinned ep, got {dispatch!r}")
+        words = "exchange, local or data"
+        raise PinError(f"pin 'expert_dispatch' must be {words}, beside a pinned ep, got {dispatch!r}")
     return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, dispatch, tuple(params), tuple(modules))
 
 
@@ -154,17 +158,25 @@ def _param_filter(
             near = _near(pattern, {p.fqn for p in trace.params})
             raise PinError(f"pin {pattern!r} names no parameter of the model; near: {near}")
     data_axes = [a for a, role in enumerate(request.roles) if role in ("dp", "cp")]
-    if not request.params and (request.zero is None or not data_axes):
+    expert_axes = (
+        [a for a, role in enumerate(request.roles) if role == "ep"] if request.expert_dispatch == "data" else []
+    )
+    experts = ExpertSide.of(trace).values if expert_axes else frozenset()
+    if not request.params and not expert_axes and (request.zero is None or not data_axes):
         return None
 
     def allow(param: ParamInfo, state: State) -> bool:
         for pattern, wanted in request.params:
             if any(_matches(pattern, name) for name in (param.fqn, *param.tied)):
                 return state == wanted
+        of_experts = param.node in experts
+        if of_experts and any(state[a] != "S(0)" for a in expert_axes):
+            return False
         if request.zero is None:
             return True
-        cut = [shard_dim(state[a]) is not None for a in data_axes]
-        can_cut = any(size % math.prod(mesh[a] for a in data_axes) == 0 for size in param.shape)
+        axes = data_axes if of_experts else [*data_axes, *expert_axes]
+        cut = [shard_dim(state[a]) is not None for a in axes]
+        can_cut = any(size % math.prod(mesh[a] for a in axes) == 0 for size in param.shape[of_experts:])
         return not any(cut) if request.zero == 0 or not can_cut else all(cut)
 
     return allow
@@ -230,6 +242,9 @@ def _option_filter(
                 return False
             if role == "ep" and not _allow_experts(node, option.rules[axis], request.expert_dispatch):
                 return False
+            as_data = role == "ep" and request.expert_dispatch == "data" and not is_grouped_product(node)
+            if as_data and not _allow_data(option, axis, slots_of.get(node, [])):
+                return False
         return True
 
     return allow
@@ -278,7 +293,7 @@ def _allow_experts(node: fx.Node, rule: AxisRule, dispatch: str | None) -> bool:
         return rule.lowering == "expert_rows"
     if dispatch is None or node.target not in (TO_GROUPS, FROM_GROUPS):
         return True
-    return (rule.inputs[2] == PARTIAL) == (dispatch == "exchange")
+    return (rule.inputs[2] == PARTIAL) == (dispatch != "local")
 
 
 def _allow_data(option: OpOption, axis: int, slots: list[int]) -> bool:

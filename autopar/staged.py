@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from autopar.choosing.report import LayoutReport
     from autopar.predicting.predict import Predictor
 
-ROLES = ("dp", "cp", "tp")
+ROLES = ("dp", "cp", "ep", "tp")  # of the axes of a stage; without expert ranks there is no axis for them
 TO_RUN = "autopar.compile(model, cluster, plan=plan) under torchrun, then program.train_step(**batch) on every rank"
+
+
+def stage_axes(layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The mesh of one stage and what its axes are for. Expert ranks are some of the data ranks.
+
+    Where they take context ranks, too, no mesh has axes for both: they are left out.
+    """
+    if layout.ep == 1 or layout.dp % layout.ep:
+        return (layout.dp, layout.cp, layout.tp), tuple(role for role in ROLES if role != "ep")
+    return (layout.dp // layout.ep, layout.cp, layout.ep, layout.tp), ROLES
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class OtherLayout:
 
 @dataclass(frozen=True)
 class StagedPlan(Plan):
-    """A plan by degrees. The mesh is that of one stage: data, context and tensor ranks.
+    """A plan by degrees. The mesh is that of one stage, see `stage_axes`.
 
     blocks: repeated layers that each pipeline rank holds. others: the best layouts on other degrees, fastest first.
     counts: how many sets of degrees there are, how many could not be ruled out by their bound, and how many layouts
@@ -58,8 +68,11 @@ class StagedPlan(Plan):
     def not_yet(self) -> str:
         """What of the plan no program can do yet; "" where one can be made."""
         layout = self.named
-        if layout.ep > 1:
-            return f"a plan with expert ranks (ep={layout.ep}) cannot be run yet; plan with pin ep=1"
+        if layout.dp % layout.ep:
+            return (
+                f"a plan whose expert ranks (ep={layout.ep}) are context ranks, too (dp={layout.dp}, cp={layout.cp}) "
+                "cannot be run yet; pin an ep that divides dp"
+            )
         if layout.offload != "none":
             return (
                 f"a plan with the optimizer's state on the host (offload={layout.offload}) cannot be run yet, only "
@@ -104,11 +117,11 @@ class StagedPlan(Plan):
 def staged(plan: Plan, reader: Reader) -> StagedPlan:
     """A plan with what its file says of stages; PlanError where that cannot be."""
     layout = _layout(plan.layout_keys, reader)
-    sizes = (layout.dp, layout.cp, layout.tp)
+    sizes, roles = stage_axes(layout)
     reader.check("blocks", len(reader.ints("blocks")) == layout.pp, f"expected one count for each of {layout.pp} ranks")
     reader.check("blocks", all(n >= 0 for n in reader.ints("blocks")), "counts must not be negative")
     layout.micro_batches(plan.options.global_batch)
-    if plan.mesh != sizes or plan.roles != ROLES or layout.devices > plan.cluster.devices:
+    if plan.mesh != sizes or plan.roles != roles or layout.devices > plan.cluster.devices:
         raise PlanError(f"{reader.where}: the mesh {plan.mesh} is not that of the layout {layout}")
     counts = reader.get("counts", dict)
     reader.check("counts", all(isinstance(v, int) for v in counts.values()), "expected whole numbers")

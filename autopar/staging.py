@@ -33,7 +33,7 @@ def check_runnable(plan: StagedPlan) -> None:
 
 
 def stage_mesh(plan: StagedPlan) -> tuple[int, ...]:
-    """The axes of a stage that have more than one rank: data, context, tensor ranks."""
+    """The axes of a stage that have more than one rank: see `stage_axes`."""
     return tuple(size for size in plan.mesh if size > 1)
 
 
@@ -80,6 +80,8 @@ def op_options(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> PlanOpt
     """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch. blocks: paths of all blocks."""
     layout, again = plan.named, _recompute_pins(plan, trace, blocks)
     pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **again}
+    if layout.ep > 1:
+        pins.update(dp=layout.dp // layout.ep, ep=layout.ep, expert_dispatch="data")
     if layout.cp > 1:
         pins["cp"] = layout.cp
     if layout.tp > 1:

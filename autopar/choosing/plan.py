@@ -15,14 +15,15 @@ from autopar.choosing.space import LAYOUT_KEYS, Space
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.errors import PinError, PlanMismatch
+from autopar.experts import ExpertSide
 from autopar.pin_mesh import ranks
-from autopar.placements import State
+from autopar.placements import Placement, State
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate, InputShape, PlanOptions
 from autopar.predicting.predict import Prediction, Predictor
 from autopar.sample import sample_call
-from autopar.staged import ROLES, OtherLayout, StagedPlan
-from autopar.trace import graph_hash
+from autopar.staged import OtherLayout, StagedPlan, stage_axes
+from autopar.trace import ParamInfo, graph_hash
 
 STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload", "cut")  # cp: where it takes several nodes
 Progress = Callable[[str], None]
@@ -103,6 +104,7 @@ def is_staged(choice: LayoutChoice) -> bool:
 def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions) -> StagedPlan:
     """The plan that a choice comes to."""
     best, layout = choice.best, choice.best.layout
+    mesh, roles = stage_axes(layout)
     figures = _rounded({key: value for key, value in best.to_dict().items() if key != "layout"})
     for rate in ("tokens_per_s_per_gpu", "mfu", "hfu"):  # idle devices count
         figures[rate] = rounded(figures[rate] * choice.devices / predictor.cluster.devices)
@@ -110,8 +112,8 @@ def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions
         graph_hash=graph_hash(predictor.sample.trace),
         torch_version=torch.__version__.split("+")[0],
         cluster=predictor.cluster,
-        mesh=(layout.dp, layout.cp, layout.tp),
-        roles=ROLES,
+        mesh=mesh,
+        roles=roles,
         options=options,
         inputs=_inputs(predictor),
         decisions=Decisions({}, _parameters(predictor, best), {}, frozenset(), frozenset()),
@@ -158,13 +160,18 @@ def _inputs(predictor: Predictor) -> tuple[InputShape, ...]:
 
 def _parameters(predictor: Predictor, best: Prediction) -> dict[str, State]:
     """How every parameter of the traced layers is stored over the ranks of its stage."""
-    zero3 = best.layout.zero == 3
-    cut = "S(0)" if zero3 else "R"
-    tensor = predictor.axis.params if best.layout.tp > 1 else {}
-    return {
-        p.fqn: (cut if best.layout.dp > 1 else "R", cut if best.layout.cp > 1 else "R", tensor.get(p.fqn, "R"))
-        for p in predictor.sample.trace.params
-    }
+    mesh, roles = stage_axes(best.layout)
+    trace, cut = predictor.sample.trace, "S(0)" if best.layout.zero == 3 else "R"
+    experts = ExpertSide.of(trace).values
+
+    def stored(param: ParamInfo, size: int, role: str) -> Placement:
+        if size == 1:
+            return "R"
+        if role == "tp":
+            return predictor.axis.params.get(param.fqn, "R")
+        return "S(0)" if role == "ep" and param.node in experts else cut
+
+    return {p.fqn: tuple(stored(p, size, role) for size, role in zip(mesh, roles, strict=True)) for p in trace.params}
 
 
 def reopen(plan: StagedPlan, model: nn.Module, example_inputs: Any = None) -> Predictor:

@@ -58,6 +58,14 @@ def headline(plan: StagedPlan) -> str:
     )
 
 
+def loaded(layout: Layout) -> str:
+    """How evenly experts are taken to be loaded, and who says so."""
+    share, load = layout.busiest_share, layout.expert_load
+    if isinstance(load, tuple):
+        return f"the busiest has {share:.3g} times its share by the given rows of {len(load)} experts"
+    return "taken to be loaded alike" if share == 1 else f"the busiest has {share:.3g} times its share, as given"
+
+
 def _layout_lines(plan: StagedPlan) -> list[str]:
     layout = plan.named
     counts = ", ".join(f"{len(list(same))} x {n}" for n, same in groupby(plan.blocks))
@@ -70,6 +78,7 @@ def _layout_lines(plan: StagedPlan) -> list[str]:
         ("stages on each", layout.vpp, "interleaved"),
         ("data", layout.dp, _stored(layout)),
         ("context", layout.cp, "the sequence is cut, attention too"),
+        ("experts", layout.ep, f"spread over so many of the data ranks; {loaded(layout)}"),
         ("tensor", layout.tp, "weights are used in parts" + (", the sequence cut between" if layout.sp else "")),
     ]
     found = [line for name, degree, what in words if degree > 1 for line in _degree_lines(name, degree, what)]

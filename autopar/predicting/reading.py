@@ -13,8 +13,8 @@ from torch import fx
 
 from autopar.cost.compute import OpClass, op_class
 from autopar.dataflow import Dataflow, is_backward, module_path, result_metas, value_name
+from autopar.experts import ExpertSide
 from autopar.placements import PARTIAL, Placement
-from autopar.predicting.experts import ExpertSide
 from autopar.predicting.fusing import is_fusable
 from autopar.predicting.segments import leaf_modules, parts
 from autopar.predicting.sizes import ACT, EXPERT, FIXED, ROWS, Floats, share

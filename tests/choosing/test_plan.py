@@ -117,7 +117,7 @@ def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
 
 def test_what_cannot_be_run_yet() -> None:
     for changes, message in (
-        ({"ep": 2}, r"expert ranks \(ep=2\) cannot be run yet; plan with pin ep=1"),
+        ({"dp": 1, "cp": 2, "ep": 2}, r"expert ranks \(ep=2\) are context ranks, too .*; pin an ep that divides dp"),
         ({}, "ranks without work cannot be run yet; plan for a cluster of"),
     ):
         plan = replace(made(), layout_keys={**made().layout_keys, **changes})

@@ -178,7 +178,7 @@ def test_verify_catches_a_rank_that_does_not_exchange(monkeypatch: pytest.Monkey
     [
         ({"ep": 3}, 3, "8 experts cannot be spread evenly; choose a divisor of 8"),
         ({"ep": 16}, 16, "8 experts cannot be spread evenly"),
-        ({"ep": 2, "expert_dispatch": "drop"}, 2, "must be exchange or local"),
+        ({"ep": 2, "expert_dispatch": "drop"}, 2, "must be exchange, local or data"),
         ({"dp": 2, "expert_dispatch": "local"}, 2, "beside a pinned ep"),
     ],
 )

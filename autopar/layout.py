@@ -11,7 +11,8 @@ from torch import fx
 from autopar.dataflow import Dataflow, is_backward, resolve, result_metas
 from autopar.grouping import is_grouped_product
 from autopar.opcost import op_flops_of
-from autopar.pins import along_sequence, lead_of, weight_slots
+from autopar.pin_sequence import along_sequence, lead_of
+from autopar.pins import weight_slots
 from autopar.placements import shard_dim
 from autopar.plan_types import Decisions
 from autopar.rules import AxisRule, operands

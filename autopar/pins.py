@@ -26,10 +26,11 @@ from autopar.errors import PinError
 from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
+from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
 from autopar.placements import PARTIAL, State, in_groups, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
-from autopar.sharding import OpOption, Pins
+from autopar.sharding import ChoiceFilter, OpOption, Pins
 from autopar.trace import ParamInfo, Trace
 
 WAITING = ("keep", "recompute", "offload")  # what a module's activations may be pinned to
@@ -83,7 +84,7 @@ class Forbidden:
         return replace(
             pins,
             allow_param=lambda p, s: self.params.get(p.fqn) != s and (allowed is None or allowed(p, s)),
-            avoid_option=lambda node, option: self.ops.get(node.name) == option.rules,
+            avoid_options=(*pins.avoid_options, lambda node, option: self.ops.get(node.name) == option.rules),
         )
 
 
@@ -132,6 +133,7 @@ def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pi
     """The filters that a request puts on the problem of `trace` on `mesh`."""
     return Pins(
         allow_option=_option_filter(request, trace, mesh),
+        avoid_options=_avoided(request, trace),
         allow_param=_param_filter(request, trace, mesh),
         recompute=_recompute_filter(request, trace),
     )
@@ -238,7 +240,7 @@ def _option_filter(
                 return False
             if role == "dp" and not _allow_data(option, axis, slots_of.get(node, [])):
                 return False
-            if role == "cp" and not _allow_context(node, option, axis, slots_of.get(node, []), lead):
+            if role == "cp" and not allow_context(node, option, axis, slots_of.get(node, []), lead):
                 return False
             if role == "ep" and not _allow_experts(node, option.rules[axis], request.expert_dispatch):
                 return False
@@ -248,6 +250,15 @@ def _option_filter(
         return True
 
     return allow
+
+
+def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
+    """On context axes, options with whole sequences."""
+    axes, lead = [a for a, role in enumerate(request.roles) if role == "cp"], lead_of(trace)
+    if lead is None or not axes:
+        return ()
+    params = {p.node for p in trace.params}
+    return (lambda node, option: any(holds_sequences_whole(node, option, axis, lead, params) for axis in axes),)
 
 
 def _check_experts(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> None:
@@ -303,35 +314,3 @@ def _allow_data(option: OpOption, axis: int, slots: list[int]) -> bool:
     others = [s for i, s in enumerate(option.operand_states) if i not in slots]
     whole = all(option.operand_states[slot][axis] == "R" for slot in slots)
     return whole and any(shard_dim(s[axis]) is not None and shard_runs(s[axis]) == 1 for s in others)
-
-
-def along_sequence(tensor: torch.Tensor, placement: str, lead: tuple[int, ...]) -> bool | None:
-    """Whether a cut of a tensor goes through its sequences; False: it parts the batch, None: it does neither.
-
-    lead: batch and sequence of the model's input.
-    """
-    dim = shard_dim(placement)
-    if dim is None or not tensor.dim():
-        return None
-    if shard_runs(placement) > 1:
-        return True
-    batch, sequence = lead
-    if dim == 0:
-        return True if lead == (1, tensor.shape[0]) else False if tensor.shape[0] in (batch, batch * sequence) else None
-    return True if tensor.shape[0] == batch and tensor.shape[dim] == sequence else None
-
-
-def lead_of(trace: Trace) -> tuple[int, ...] | None:
-    """Batch and sequence of the first batched input that has both."""
-    first = next((i for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
-    return tuple(first.shape[:2]) if first else None
-
-
-def _allow_context(node: fx.Node, option: OpOption, axis: int, slots: list[int], lead: tuple[int, ...] | None) -> bool:
-    """Context axis: weights are used whole, the work is cut along the sequence and not along the batch."""
-    if lead is None or any(option.operand_states[slot][axis] != "R" for slot in slots):
-        return lead is None
-    tensors = [(o.meta["val"], s) for o, s in zip(operands(node), option.operand_states, strict=True)]
-    tensors += [(t, s) for t, s in zip(result_metas(node), option.result_states, strict=True) if t is not None and s]
-    cuts = [along_sequence(tensor, state[axis], lead) for tensor, state in tensors]
-    return False not in cuts and (not slots or True in cuts)

@@ -64,10 +64,11 @@ class Pins:
     """What the user fixed, resolved: filters on options of ops, on parameter states, on recomputation.
 
     An op of which a filter leaves nothing is not filtered by it.
+    avoid_options: of the options that are allowed, those not to take; each a filter of its own.
     """
 
     allow_option: ChoiceFilter | None = None
-    avoid_option: ChoiceFilter | None = None  # of the options that are allowed, those not to take
+    avoid_options: tuple[ChoiceFilter, ...] = ()
     allow_param: Callable[[ParamInfo, State], bool] | None = None
     recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute", "offload" or None
 
@@ -311,8 +312,8 @@ class _Builder:
         options = self._options(node, operands)
         if self.pins.allow_option is not None:
             options = tuple(o for o in options if self.pins.allow_option(node, o)) or options
-        if self.pins.avoid_option is not None:
-            options = tuple(o for o in options if not self.pins.avoid_option(node, o)) or options
+        for avoid in self.pins.avoid_options:
+            options = tuple(o for o in options if not avoid(node, o)) or options
         results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
         choices: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Choice, OpOption]] = {}
         for option in options:

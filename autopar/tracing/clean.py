@@ -19,7 +19,7 @@ from autopar._torch_compat import OpOverload
 from autopar.tracing.causal import use_causal_attention
 from autopar.tracing.grouped import use_grouped_keys
 from autopar.tracing.groups import use_groups
-from autopar.tracing.rewrites import rewrite
+from autopar.tracing.rewrites import copy_sliced_targets, rewrite
 
 aten = torch.ops.aten
 _UNINITIALIZED = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
@@ -36,6 +36,7 @@ def clean(graph: fx.Graph) -> None:
         if not (rewrite(graph) or use_grouped_keys(graph)):
             break
     use_groups(graph)
+    copy_sliced_targets(graph)
     drop_dead(graph)
 
 

@@ -22,6 +22,10 @@ _BY_A_NUMBER = (
     aten.pow.Tensor_Scalar, aten.neg.default,
 )  # fmt: skip
 _LOOK_UPS = (aten.embedding.default, aten.embedding_dense_backward.default)
+_LOSSES = {  # where their classes stand
+    aten.nll_loss_forward.default: 1, aten.nll_loss2d_forward.default: 1,
+    aten.nll_loss_backward.default: 2, aten.nll_loss2d_backward.default: 2,
+}  # fmt: skip
 _ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -161,6 +165,26 @@ def _copied_index(node: fx.Node) -> fx.Node | None:
     for user in users:
         user.replace_input_with(node, copy)
     return copy
+
+
+def copy_sliced_targets(graph: fx.Graph) -> None:
+    """The classes that a loss reads, where they are a slice of the labels, are copied: a language model's labels are
+    those of the next token, one fewer or one more than there are tokens, so that views of them cannot be cut as the
+    logits are. A copy can. (Models ask for one, but a slice of one sample lies side by side as it is.)"""
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and _only_classes(node):
+            copy = _insert(node.next, aten.clone.default, node, memory_format=torch.contiguous_format)
+            copy.meta.update({k: node.meta[k] for k in _KEPT_META if k in node.meta})
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def _only_classes(node: fx.Node) -> bool:
+    """Whether a tensor, or views of it, are used as the target of losses and for nothing else."""
+    for user in node.users:
+        is_target = user.target in _LOSSES and user.args[_LOSSES[user.target]] is node
+        if not (is_target or (user.target in _VIEWS and _only_classes(user))):
+            return False
+    return bool(node.users)
 
 
 # -- what is known to be true -----------------------------------------------------------------

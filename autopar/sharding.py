@@ -64,11 +64,10 @@ class Pins:
     """What the user fixed, resolved: filters on options of ops, on parameter states, on recomputation.
 
     An op of which a filter leaves nothing is not filtered by it.
-    avoid_options: of the options that are allowed, those not to take; each a filter of its own.
     """
 
     allow_option: ChoiceFilter | None = None
-    avoid_options: tuple[ChoiceFilter, ...] = ()
+    avoid_options: tuple[ChoiceFilter, ...] = ()  # of the options that are allowed, those not to take
     allow_param: Callable[[ParamInfo, State], bool] | None = None
     recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute", "offload" or None
 

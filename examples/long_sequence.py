@@ -86,7 +86,7 @@ def main() -> int:
         plan = program.plan
         assert plan is not None
         lowerings = {rule.lowering for decision in plan.decisions.nodes.values() for rule in decision.rules}
-        how = "goes around a ring" if "ring" in lowerings else "needs no ring here: heads or whole copies are cheaper"
+        how = "goes around a ring" if "ring" in lowerings else "needs no ring here: heads are cheaper"
         print(f"{options.tokens} tokens on {cluster.devices} ranks, {plan.layout()}: attention {how}")
         print(
             f"long_sequence: {'ok' if agree else 'FAILED'}: largest difference from one device after {STEPS} steps "

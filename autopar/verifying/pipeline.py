@@ -50,6 +50,13 @@ def verify_pipeline(case: StagedCase, orders: Sequence[Order]) -> VerifyReport:
         return replace(verifier.compare(), collectives=collectives)
 
 
+def run_step(case: StagedCase, orders: Sequence[Order]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients (whole) of a step by a schedule, as the pipeline computes them."""
+    with torch.random.fork_rng(enabled=True), simulated_ranks(case.mesh) as simulated:
+        verifier = _Verifier(case, orders, *simulated)
+        return verifier.results(verifier.run(verifier.graphs))
+
+
 def _match_collectives(case: StagedCase) -> int:
     """How many collectives a rank issues for one micro-batch, all stages together, and to reduce its gradients."""
     count = 0
@@ -87,7 +94,7 @@ class _Verifier:
             loss, grads = one_after_the_other(case.trace, case.batches, case.weights, drawn)
         tolerance = TOLERANCE.get(loss.dtype, 1e-2)
         try:
-            found_loss, found = self._results(self.run(self.graphs))
+            found_loss, found = self.results(self.run(self.graphs))
         except (RuntimeError, IndexError) as error:
             raise VerifyError(f"the pipeline cannot run ({error}); {self._first_difference(drawn)}") from error
         loss_error = relative_error(found_loss, loss)
@@ -118,7 +125,7 @@ class _Verifier:
         self.run(_NodeByNode(self, record))
         return list(found)
 
-    def _results(self, run: PipelineRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def results(self, run: PipelineRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and gradients of the step, whole."""
         case = self.case
         assert case.trace.loss is not None

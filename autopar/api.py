@@ -202,7 +202,7 @@ class _Planner:
 
     def _staged(self, model: nn.Module, call: Call) -> str:
         limits = {"optimizer": self.optimizer, "memory_limit_bytes": self.memory_limit_bytes}
-        made = _staged(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None)
+        made = _staged(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None, True)
         return "" if made is None else made.dumps()
 
     def _stages(
@@ -243,8 +243,12 @@ def _staged(
     pin: Mapping[str, Any] | None,
     time_limit_s: float,
     progress: Callable[[str], None] | None,
+    to_run: bool = False,
 ) -> StagedPlan | None:
-    """The best layout, if it has pipeline or context ranks; None where a plan op by op is to be made."""
+    """The best layout, if it has pipeline or context ranks; None where a plan op by op is to be made.
+
+    to_run: only of layouts that run today, on all devices.
+    """
     try:
         batch = global_batch_of(call)
         asked = wish(pin, cluster, model, batch, limits["optimizer"])
@@ -258,7 +262,7 @@ def _staged(
         return None  # what `predict` does not know is planned op by op
     trace_s = time.perf_counter() - began
     try:
-        choice = choose(predictor, asked.pin, time_limit_s, progress)
+        choice = choose(predictor, asked.pin, time_limit_s, progress, to_run=to_run)
     except Infeasible as error:
         if error.needed_bytes is None and not asked.wanted:
             return None  # there is no such layout, whatever the memory

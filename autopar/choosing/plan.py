@@ -90,10 +90,15 @@ def _state_bytes(model: nn.Module, optimizer: str) -> int:
 
 
 def choose(
-    predictor: Predictor, pin: Mapping[str, Any], time_limit_s: float, progress: Progress | None = None
+    predictor: Predictor,
+    pin: Mapping[str, Any],
+    time_limit_s: float,
+    progress: Progress | None = None,
+    *,
+    to_run: bool = False,
 ) -> LayoutChoice:
-    """The fastest layout under a pin; raises Infeasible, PinError, LayoutError."""
-    return LayoutSearch(predictor, Space.of(predictor, pin), progress=progress).run(time_limit_s)
+    """The fastest layout under a pin; raises Infeasible, PinError, LayoutError. to_run: of those that run today."""
+    return LayoutSearch(predictor, Space.of(predictor, pin, to_run=to_run), progress=progress).run(time_limit_s)
 
 
 def is_staged(choice: LayoutChoice) -> bool:

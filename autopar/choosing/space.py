@@ -58,7 +58,8 @@ class Space:
 
     blocks: repeated layers, at least 1. heads, kv_heads: of attention, None where there is none. tokens: of a sequence.
     selective: whether there is a core of attention to run again. pin: layout keys that are fixed. experts: of a layer.
-    names: of the blocks.
+    names: of the blocks. whole_batches: the model takes statistics of all samples of a step, which then is one
+    micro-batch. to_run: only what a program can be made of today, on all devices.
     """
 
     cluster: ClusterSpec
@@ -71,6 +72,8 @@ class Space:
     pin: Mapping[str, Any]
     experts: int = 0
     names: tuple[str, ...] = ()
+    whole_batches: bool = False
+    to_run: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.pin) - LAYOUT_KEYS
@@ -83,13 +86,13 @@ class Space:
         check_layout(Layout(dp=ep, ep=ep, expert_load=load), global_batch=ep, blocks=1, experts=self.experts)
 
     @staticmethod
-    def of(predictor: Predictor, pin: Mapping[str, Any]) -> Space:
+    def of(predictor: Predictor, pin: Mapping[str, Any], *, to_run: bool = False) -> Space:
         """All layouts of what a predictor knows."""
         table = predictor.table
         cores = any(bool((block.kept != block.kept_selective).any()) for block in table.kinds)
         made = Space(
             predictor.cluster, predictor.global_batch, max(1, table.blocks), predictor.heads, predictor.kv_heads,
-            table.tokens, cores, pin, table.experts, table.names,
+            table.tokens, cores, pin, table.experts, table.names, bool(predictor.sample.trace.buffer_updates), to_run,
         )  # fmt: skip
         if pin.get("cut") is not None:
             cut_counts(Layout(pp=pin["pp"], cut=pin["cut"]), table.names)
@@ -123,6 +126,10 @@ class Space:
         devices, per_node = ranks * pp * dp, self.cluster.devices_per_node
         usable = (devices <= self.cluster.devices) & ((devices < per_node) | (devices % per_node == 0))
         usable &= dp * group.cp % group.ep == 0
+        if self.whole_batches:
+            usable &= dp * group.micro_batch == self.global_batch
+        if self.to_run:
+            usable &= devices == self.cluster.devices
         return pp[usable], dp[usable]
 
     def leaves(self, group: Group, pp: int, dp: int) -> Iterator[Layout]:
@@ -177,6 +184,13 @@ class Space:
         share = pin.get("dp", 1) * pin.get("micro_batch", 1)
         if self.global_batch % share:
             return f": the global batch of {self.global_batch} does not divide by dp and micro_batch"
+        if self.whole_batches and "micro_batch" in pin:
+            return (
+                f": the model takes statistics of the whole batch of {self.global_batch} (as batch norm does), so that "
+                f"micro_batch={pin['micro_batch']} takes dp={self.global_batch // pin['micro_batch']}"
+            )
+        if self.to_run:
+            return f": none of them works on all {self.cluster.devices} devices, and ranks without work cannot be run"
         return ""
 
     # -- degrees ----------------------------------------------------------------------------

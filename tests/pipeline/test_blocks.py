@@ -12,9 +12,11 @@ from torch import nn
 import autopar
 import autopar.api
 from autopar.blocks import cut_counts
+from autopar.choosing.plan import choose
 from autopar.errors import Infeasible, LayoutError
 from autopar.layouts import Layout
 from autopar.plans import Plan
+from autopar.predicting.predict import Predictor
 from autopar.staged import StagedPlan
 from autopar.trace import trace
 from tests.models import ModelAndInputs, tiny_llama
@@ -124,6 +126,25 @@ def test_the_face_refuses_them_too() -> None:
         autopar.predict(model, CLUSTER, "pp=2,cut=3/1", example_inputs=call, global_batch=8)
     with pytest.raises(Infeasible, match=r"pp=8, but the model has 5 blocks \(net.0, net.1, net.2, net.3, net.4\)"):
         autopar.plan(model, autopar.ClusterSpec.preset("cpu", gpus=8), example_inputs=call, pin={"pp": 8})
+
+
+def test_batch_norms_get_the_whole_batch() -> None:
+    plan, _ = planned(DEEP["resnet"](0), 2, {"pp": 2})
+    assert plan.named.micro_batch * plan.named.dp == 8
+    model, call = DEEP["resnet"](0)()
+    with pytest.raises(Infeasible, match=r"statistics of the whole batch of 8 .as batch norm does., so that micro_batch=2"):
+        autopar.plan(model, CLUSTER, example_inputs=call, pin={"pp": 2, "micro_batch": 2})
+
+
+def test_what_is_chosen_to_run_uses_all_devices() -> None:
+    """`plan` may leave ranks idle, which no program does; `compile` looks for others."""
+    model, call = chain(True)
+    three = autopar.ClusterSpec.preset("cpu", gpus=3)
+    predictor = Predictor(model, three, example_inputs=call, global_batch=8)
+    assert choose(predictor, {"pp": 2}, 10.0).devices == 2
+    assert choose(predictor, {"schedule": "1f1b"}, 10.0, to_run=True).devices == 3
+    with pytest.raises(Infeasible, match="none of them works on all 3 devices, and ranks without work cannot be run"):
+        choose(predictor, {"pp": 2}, 10.0, to_run=True)
 
 
 def test_a_cut_as_text() -> None:

@@ -132,7 +132,9 @@ def test_batch_norms_get_the_whole_batch() -> None:
     plan, _ = planned(DEEP["resnet"](0), 2, {"pp": 2})
     assert plan.named.micro_batch * plan.named.dp == 8
     model, call = DEEP["resnet"](0)()
-    with pytest.raises(Infeasible, match=r"statistics of the whole batch of 8 .as batch norm does., so that micro_batch=2"):
+    with pytest.raises(
+        Infeasible, match=r"statistics of the whole batch of 8 .as batch norm does., so that micro_batch=2"
+    ):
         autopar.plan(model, CLUSTER, example_inputs=call, pin={"pp": 2, "micro_batch": 2})
 
 

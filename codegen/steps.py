@@ -128,4 +128,6 @@ def blocks_from_front(builder: GraphBuilder, x: fx.Node, dim: int, parts: int, *
     split = builder.reshape(x, [parts, rows, *shape[1:]])
     order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)]
     back = builder.call(aten.permute.default, split, order)
+    if ragged:  # rows whose number differs between simulated ranks can be viewed there, but not reshaped
+        back = builder.contiguous(back)
     return builder.reshape(back, [rows, *shape[1:dim], parts * shape[dim], *shape[dim + 1 :]])

@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/pipeline.py
 
 A Llama of random weights in float32, the same batches, fused AdamW on both sides; the two take turns, step by step.
-Prints, for each schedule, samples/s of both (medians) and their ratio, and the CPU seconds that all ranks together
-spend on a step, which other work on the machine changes less. Schedules can be compared with each other only where
-every rank has a core of its own: with fewer cores, a rank that waits leaves its core to others, and a bubble costs
-nothing. Exits with 1 where autopar is slower by more than noise.
+Prints, for each schedule, samples/s of both (medians of wall time) and their ratio, and the CPU seconds that all ranks
+together spend on a step, which other work on the machine changes less. Schedules can be compared with each other only
+where every rank has a core of its own: with fewer cores, a rank that waits leaves its core to others, and a bubble
+costs nothing. So a second table says how fast a core for every rank would be: the CPU seconds of each pass as recorded
+in this run, replayed (`benchmarks/pass_times.py`). Exits with 1 where autopar is slower than torch by hand in wall
+time, or where replayed samples/s do not rise in the order gpipe, 1f1b, interleaved, zero-bubble.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +30,12 @@ from torch.distributed import pipelining
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
+from autopar.runtime.rank_pipeline import RankPipeline
+from autopar.runtime.staged import CompiledStages
+from autopar.simulating.replay import Step
 from autopar.staged import StagedPlan
 from autopar.staging import stage_blocks
+from benchmarks.pass_times import PassTimes, step_s
 
 VOCAB, SEQ, LR = 512, 128, 1e-3
 LEAST_RATIO = 1.0  # of medians: as fast as by hand
@@ -84,8 +90,8 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
-def by_hand(model: nn.Module, plan: StagedPlan, micro_batches: int, kind: str) -> Callable[[torch.Tensor], float]:
-    """One step of torch's own pipeline, cut as the plan is; the loss on the last rank, else nan."""
+def by_hand(model: nn.Module, plan: StagedPlan, micro_batches: int, kind: str) -> Side:
+    """Torch's own pipeline, cut as the plan is; the loss on the last rank, else nan."""
     rank, ranks, blocks = dist.get_rank(), dist.get_world_size(), stage_blocks(plan)
     ends = [sum(blocks[: i + 1]) for i in range(len(blocks))]
     stages = [
@@ -107,11 +113,11 @@ def by_hand(model: nn.Module, plan: StagedPlan, micro_batches: int, kind: str) -
         optimizer.zero_grad()
         return float(torch.stack(losses).detach().mean()) if last else float("nan")
 
-    return step
+    return Side(step, PassTimes(stages))
 
 
-def by_autopar(program: autopar.Program) -> Callable[[torch.Tensor], float]:
-    """One step of autopar's."""
+def by_autopar(program: autopar.Program, pipeline: RankPipeline) -> Side:
+    """Autopar's."""
     optimizer = torch.optim.AdamW(program.parameters(), lr=LR, fused=True)
 
     def step(tokens: torch.Tensor) -> float:
@@ -120,39 +126,53 @@ def by_autopar(program: autopar.Program) -> Callable[[torch.Tensor], float]:
         optimizer.zero_grad()
         return float(loss)
 
-    return step
+    return Side(step, PassTimes(pipeline.stages))
 
 
 @dataclass
-class Measured:
-    """Of one side: seconds of each step, and CPU seconds of this process in all of them."""
+class Side:
+    """One way to make a step, and what was measured: seconds of each, and CPU seconds of this process in all."""
 
+    run: Callable[[torch.Tensor], float]
+    passes: PassTimes
     seconds: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
 
-    def of_all_ranks(self) -> tuple[float, float]:
-        """Median seconds of a step as the last rank saw them, and CPU seconds of a step of all ranks together."""
+    def step(self, tokens: torch.Tensor, record: bool) -> float:
+        """Run a step; its loss."""
+        dist.barrier()
+        begin, cpu = time.perf_counter(), time.process_time()
+        with self.passes.step(record):
+            loss = self.run(tokens)
+        cpu_s = time.process_time() - cpu
+        dist.barrier()
+        if record:
+            self.seconds.append(time.perf_counter() - begin)
+            self.cpu_s += cpu_s
+        return loss
+
+    def of_all_ranks(self, executed: Sequence[Sequence[Step]]) -> tuple[float, float, float]:
+        """Of a step: median seconds as the last rank saw them, CPU seconds of all ranks together, and its seconds with
+        a core for every rank."""
         cpu_s = torch.tensor(self.cpu_s / len(self.seconds))
         dist.all_reduce(cpu_s)
         median_s = torch.tensor(statistics.median(self.seconds))
         dist.broadcast(median_s, src=dist.get_world_size() - 1)
-        return float(median_s), float(cpu_s)
+        return float(median_s), float(cpu_s), step_s(executed, *self.passes.medians())
 
 
-def timed(step: Callable[[torch.Tensor], float], tokens: torch.Tensor, into: Measured | None) -> float:
-    """Run a step; its loss."""
-    dist.barrier()
-    begin, cpu = time.perf_counter(), time.process_time()
-    loss = step(tokens)
-    cpu_s = time.process_time() - cpu
-    dist.barrier()
-    if into is not None:
-        into.seconds.append(time.perf_counter() - begin)
-        into.cpu_s += cpu_s
-    return loss
+class Row(NamedTuple):
+    """Seconds of a step: wall, CPU, and with a core for every rank."""
+
+    wall_s: float
+    cpu_s: float
+    alone_s: float
+    hand_wall_s: float
+    hand_cpu_s: float
+    hand_alone_s: float
 
 
-def compare(kind: str, args: argparse.Namespace) -> tuple[Measured, Measured, float]:
+def compare(kind: str, args: argparse.Namespace) -> tuple[Row, float]:
     """What steps of autopar and of torch by hand took, and the largest difference of their losses."""
     model = build_model(args.layers, args.hidden)
     chunks = 2 if kind == "interleaved" else 1
@@ -160,16 +180,17 @@ def compare(kind: str, args: argparse.Namespace) -> tuple[Measured, Measured, fl
     tokens = torch.randint(VOCAB, (args.batch, SEQ), generator=torch.Generator().manual_seed(0))
     example = ((), {"input_ids": tokens, "labels": tokens})
     program = autopar.compile(copy.deepcopy(model), autopar.ClusterSpec.local(), pin=pin, example_inputs=example)
-    assert isinstance(program.plan, StagedPlan)
-    sides = by_autopar(program), by_hand(model, program.plan, args.batch // args.micro_batch, kind)
-    measured = Measured(), Measured()
+    compiled = program.prepare(example)
+    assert isinstance(compiled, CompiledStages)
+    mine = by_autopar(program, compiled.pipeline)
+    theirs = by_hand(model, compiled.plan, args.batch // args.micro_batch, kind)
     worst = 0.0
     for number in range(args.warmup + args.steps):
-        warm = number >= args.warmup
-        losses = [timed(step, tokens, into if warm else None) for step, into in zip(sides, measured, strict=True)]
+        losses = [side.step(tokens, record=number >= args.warmup) for side in (mine, theirs)]
         if losses[1] == losses[1]:  # on the last rank
             worst = max(worst, abs(losses[0] - losses[1]))
-    return (*measured, worst)
+    executed = compiled.pipeline.schedule.steps
+    return Row(*mine.of_all_ranks(executed), *theirs.of_all_ranks(executed)), worst
 
 
 def main() -> int:
@@ -185,23 +206,35 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    slow = []
+    rows: dict[str, Row] = {}
     last = dist.get_rank() == dist.get_world_size() - 1
     if last:
         print(f"{dist.get_world_size()} gloo ranks, {os.cpu_count()} cores, torch {torch.__version__}")
         print(
-            f"{'samples/s':<12} {'autopar':>8} {'by hand':>8} {'ratio':>6}   {'CPU s':>6} {'by hand':>8}   loss differs"
+            f"{'samples/s':<12} {'autopar':>8} {'by hand':>8} {'ratio':>6}   {'CPU s':>6} {'by hand':>8}  loss differs"
         )
     for kind in args.schedules:
-        mine, theirs, worst = compare(kind, args)
-        (mine_s, mine_cpu_s), (theirs_s, theirs_cpu_s) = mine.of_all_ranks(), theirs.of_all_ranks()
+        row, worst = compare(kind, args)
+        rows[kind] = row
         if last:
-            rates = f"{args.batch / mine_s:>8.2f} {args.batch / theirs_s:>8.2f} {theirs_s / mine_s:>6.3f}"
-            print(f"{kind:<12} {rates}   {mine_cpu_s:>6.3f} {theirs_cpu_s:>8.3f}   {worst:.1e}", flush=True)
-        if theirs_s / mine_s < LEAST_RATIO:
-            slow.append(kind)
+            rates = f"{args.batch / row.wall_s:>8.2f} {args.batch / row.hand_wall_s:>8.2f}"
+            ratio = f"{row.hand_wall_s / row.wall_s:>6.3f}"
+            print(f"{kind:<12} {rates} {ratio}   {row.cpu_s:>6.3f} {row.hand_cpu_s:>8.3f}  {worst:.1e}", flush=True)
+    if last:
+        print_replayed(rows, args.batch)
     dist.destroy_process_group()
-    return 1 if slow else 0
+    slow = [kind for kind, row in rows.items() if row.hand_wall_s / row.wall_s < LEAST_RATIO]
+    times = [rows[kind].alone_s for kind in SCHEDULES if kind in rows]
+    return 1 if slow or times != sorted(times, reverse=True) else 0
+
+
+def print_replayed(rows: Mapping[str, Row], batch: int) -> None:
+    """The second table."""
+    print("with a core for every rank: CPU seconds of passes as recorded above, replayed")
+    print(f"{'samples/s':<12} {'autopar':>8} {'by hand':>8} {'ratio':>6}")
+    for kind, row in rows.items():
+        rates = f"{batch / row.alone_s:>8.2f} {batch / row.hand_alone_s:>8.2f}"
+        print(f"{kind:<12} {rates} {row.hand_alone_s / row.alone_s:>6.3f}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -73,10 +74,15 @@ class CompiledStages:
             loss = torch.stack([w * one for w, one in zip(weights, losses, strict=True)]).sum(0)
         return loss, {name: self._as_gradient(name, grad) for name, grad in grads.items()}
 
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether the model draws random numbers: asked every step, and every op has to be looked at."""
+        return bool(random_nodes(self.trace))
+
     @contextmanager
     def _own_numbers(self) -> Iterator[None]:
         """Random numbers of this stage. Stages draw unequally much, and the generators of all ranks must not part."""
-        if not random_nodes(self.trace):
+        if not self._draws:
             yield
             return
         seed = int(torch.randint(2**62, ()))

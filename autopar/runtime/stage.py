@@ -6,6 +6,7 @@ left, and what the step brought: parameters, buffers, inputs, tangents.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import fx
 from autopar.codegen.emit import Version
 from autopar.codegen.fold import fold
 from autopar.codegen.stage_types import Message, StagePass, StageProgram
+from autopar.codegen.storages import storages_of
 from autopar.runtime.execute import bind_groups
 
 Values = Mapping[str, torch.Tensor]
@@ -77,7 +79,8 @@ class Stage:
         self._flying: dict[int, Flying] = {}
         self._sends: dict[int, list[torch.Tensor]] = {}
         self._sums: dict[str, torch.Tensor] = {}
-        self._added: set[str] = set()
+        self._own = _own_gradients(program)
+        self._mine: set[str] = set()  # sums that share their memory with nothing
         self.outputs: list[list[torch.Tensor]] = []  # of each micro-batch, in the order of `program.outputs`
 
     def begin(self, values: StepValues) -> None:
@@ -87,7 +90,7 @@ class Stage:
         self._flying.clear()
         self._sends.clear()
         self._sums.clear()
-        self._added.clear()
+        self._mine.clear()
         if self._gather is not None:
             stored = [values.shared[name] for name, _ in self._gather.inputs]
             self._gathered = dict(
@@ -141,15 +144,17 @@ class Stage:
         return list(graph.run(inputs))
 
     def _add(self, names: Sequence[str], grads: Sequence[torch.Tensor]) -> None:
-        """Add the gradients of a micro-batch. The first sum is a new tensor: a gradient may share another's memory."""
+        """Add the gradients of a micro-batch: into the first one's memory, unless that is another tensor's as well."""
         for name, grad in zip(names, grads, strict=True):
             if name not in self._sums:
                 self._sums[name] = grad
-            elif name in self._added:
+                if name in self._own:
+                    self._mine.add(name)
+            elif name in self._mine:
                 self._sums[name].add_(grad)
             else:
                 self._sums[name] = self._sums[name] + grad
-                self._added.add(name)
+                self._mine.add(name)
 
     # -- messages: called by torch's runtime ------------------------------------------------
 
@@ -187,6 +192,27 @@ class Stage:
 
     def perform_reduce_grad(self, _: int) -> None:
         """Nothing: `finish` reduces, when all stages have ended."""
+
+
+def _own_gradients(program: StageProgram) -> set[str]:
+    """Parameters whose gradient is the only result that lies in its memory, element by element, and made in its pass."""
+    found = set()
+    sends = len(program.sends_backward.values)
+    for graph, names, first in (
+        (program.backward.graph, program.grads_early, sends),
+        (program.weights.graph, program.grads_late, 0),
+    ):
+        results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+        taken = Counter(
+            storage
+            for node in (*(n for n in graph.nodes if n.op == "placeholder"), *results)
+            for storage in storages_of(node.meta.get("val"))
+        )
+        for name, node in zip(names, results[first:], strict=False):
+            ((storage, nbytes),) = storages_of(node.meta["val"]).items()
+            if taken[storage] == 1 and nbytes == node.meta["val"].nbytes:
+                found.add(name)
+    return found
 
 
 class _Pass:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from types import MethodType
 from typing import Any
 
 from autopar._torch_compat import pytree
@@ -19,7 +21,7 @@ def input_leaves(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     Raises TraceError where the call doesn't fit the signature.
     """
     try:
-        inspect.signature(forward).bind(*args, **kwargs)
+        _signature(forward).bind(*args, **kwargs)
     except TypeError as error:
         raise TraceError(f"the arguments don't fit the model's forward: {error}; change example_inputs") from None
     names = _positional_names(forward, len(args))
@@ -39,8 +41,20 @@ def output_leaves(value: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     return [(path or "output", leaf) for path, leaf in named], spec
 
 
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Of a function, or of a method: every micro-batch of every step asks."""
+    function = getattr(forward, "__func__", None)
+    return inspect.signature(forward) if function is None else _method_signature(function)
+
+
+@cache
+def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """As of a method of some object; the object itself is not held."""
+    return inspect.signature(MethodType(function, object()))
+
+
 def _positional_names(forward: Callable[..., Any], count: int) -> list[str]:
-    parameters = list(inspect.signature(forward).parameters.values())
+    parameters = list(_signature(forward).parameters.values())
     names: list[str] = []
     for parameter in parameters:
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):

@@ -195,7 +195,7 @@ class Stage:
 
 
 def _own_gradients(program: StageProgram) -> set[str]:
-    """Parameters whose gradient is the only result that lies in its memory, element by element, and made in its pass."""
+    """Parameters whose gradient is the only result that lies in its memory, all of it, and that its pass makes."""
     found = set()
     sends = len(program.sends_backward.values)
     for graph, names, first in (

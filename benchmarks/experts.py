@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/experts.py
 
-Both do one step, forward and backward, of Mixtral's layer (8 experts, 2 for a token) on the same batch in float32. By
-hand: counts, an all-to-all each way by torch.distributed.nn (with gradients), a product per expert, the router's
-gradient summed. The figures are medians of interleaved rounds, so that a busy machine is busy for both; the last line
-says how far apart the losses are. Exits with 1 where the program has less than the throughput of the layer by hand, or
-another loss.
+Both do one step, forward and backward, of Mixtral's layer (8 experts, 2 for a token) and the norm before it, on the
+same batch in float32. By hand: counts, an all-to-all each way by torch.distributed.nn (with gradients), a product per
+expert, the gradients of router and norm summed. The figures are medians of interleaved rounds, so that a busy machine
+is busy for both; the last line says how far apart the losses are. Exits with 1 where the program has less than the
+throughput of the layer by hand, or another loss.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Layer(nn.Module):
         self.block = MixtralSparseMoeBlock(config)
         for param in self.parameters():
             nn.init.normal_(param, std=0.02)
+        self.norm = nn.RMSNorm(config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, sequence, hidden]."""
-        return self.block(x).square().mean()  # type: ignore[no-any-return]
+        return self.block(self.norm(x)).square().mean()  # type: ignore[no-any-return]
 
 
 class ByHand(nn.Module):
@@ -51,12 +52,14 @@ class ByHand(nn.Module):
         super().__init__()
         block, mine = layer.block, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
         self.ranks, self.top = ranks, 2
+        self.norm = copy.deepcopy(layer.norm)
         self.gate = nn.Parameter(block.gate.weight.detach().clone())
         self.gate_up = nn.Parameter(block.experts.gate_up_proj.detach()[mine].clone())
         self.down = nn.Parameter(block.experts.down_proj.detach()[mine].clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens of this rank, hidden]; this rank's part of the mean square over all ranks."""
+        x = self.norm(x)
         weights, chosen = torch.topk(torch.softmax(x @ self.gate.T, -1), self.top)
         weights = weights / weights.sum(-1, keepdim=True)
         order = torch.argsort(chosen.view(-1), stable=True)
@@ -118,8 +121,9 @@ def main() -> None:
     def by_hand() -> torch.Tensor:
         loss: torch.Tensor = hand(own)
         loss.backward()
-        assert hand.gate.grad is not None
-        dist.all_reduce(hand.gate.grad)
+        for param in (hand.gate, hand.norm.weight):
+            assert param.grad is not None
+            dist.all_reduce(param.grad)
         hand.zero_grad()
         return loss.detach()
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
+from autopar.tracing.at_home import work_at_home
 from autopar.tracing.causal import use_causal_attention
 from autopar.tracing.grouped import use_grouped_keys
 from autopar.tracing.groups import use_groups
@@ -36,6 +37,7 @@ def clean(graph: fx.Graph) -> None:
         if not (rewrite(graph) or use_grouped_keys(graph)):
             break
     use_groups(graph)
+    work_at_home(graph)
     copy_sliced_targets(graph)
     drop_dead(graph)
 

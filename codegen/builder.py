@@ -120,11 +120,19 @@ class GraphBuilder:
         return group_token(axis)
 
     def received_counts(self, ends: fx.Node, axis: int) -> fx.Node:
-        """[ranks, groups of this rank]: rows that each rank of an axis sends to this one; exchanged once a pass."""
+        """[ranks, groups of this rank]: rows that each rank of an axis sends to this one; exchanged once."""
         if (ends, axis) not in self._received:
             counts = self.call(torch.ops.autopar.exchange_counts.default, ends, self.mesh[axis], group_token(axis))
             self._received[ends, axis] = counts
         return self._received[ends, axis]
+
+    def received_by(self, ends: fx.Node) -> dict[int, fx.Node]:
+        """The same, by axis, as far as it is known."""
+        return {axis: counts for (at, axis), counts in self._received.items() if at is ends}
+
+    def know_received(self, ends: fx.Node, axis: int, counts: fx.Node) -> None:
+        """Take what another pass was told."""
+        self._received[ends, axis] = counts
 
     def reduce_scatter(self, x: fx.Node, axis: int) -> fx.Node:
         """This rank's block along dim 0 of the sum over the ranks of an axis.

@@ -363,4 +363,16 @@ class _Pass:
         else:
             raise PlanError(f"the plan keeps {version[0]} in {version[1]}, which the forward pass never makes")
         self.inputs.append(version)
+        if version in self.forward.versions:
+            self._keep_counts(version, node)
         return node
+
+    def _keep_counts(self, version: Version, ends: fx.Node) -> None:
+        """How many rows come to groups that end there: the forward pass was told."""
+        forward = self.forward
+        assert forward is not None
+        for axis, counts in forward.builder.received_by(forward.versions[version]).items():
+            key = (f"{version[0]} received on axis {axis}", version[1])
+            forward.versions[key] = counts
+            self.inputs.append(key)
+            self.builder.know_received(ends, axis, self.builder.placeholder(ends.name, counts.meta["val"]))

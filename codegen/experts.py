@@ -24,11 +24,11 @@ def to_groups(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], ope
     op, (x, source, ends) = Shards(ctx, node, rules, operands), operands
     axis = _expert_axis([rule.outputs[0] for rule in rules])
     if axis is None:
-        return (ctx.call(aten.index.Tensor, x, [source]),)
+        return (ctx.call(aten.index_select.default, x, 0, source),)
     declared = op.result_shape()[0]
     if rules[axis].inputs[2] != PARTIAL:
         return (ctx.call(ops.own_rows.default, x, source, ends, ctx.mesh[axis], ctx.coord(axis), declared),)
-    rows = ctx.call(aten.index.Tensor, x, [source])
+    rows = ctx.call(aten.index_select.default, x, 0, source)
     received = ctx.received_counts(ends, axis)
     return (ctx.call(ops.dispatch_rows.default, rows, ends, received, declared, ctx.group(axis)),)
 

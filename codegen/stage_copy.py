@@ -86,7 +86,8 @@ class GraphCopy:
         operands = {i: self.result(Value(side, i)) for i in node.all_input_nodes}
         self.builder.origin = node.meta.get("origin")
         if is_collective(node):
-            operands = {i: self.builder.contiguous(new) for i, new in operands.items()}
+            tensors = {i: new for i, new in operands.items() if isinstance(new.meta["val"], torch.Tensor)}
+            operands |= {i: self.builder.contiguous(new) for i, new in tensors.items()}  # others are coordinates
         if self._still_true(node, operands):
             made = self.builder.graph.node_copy(node, operands.__getitem__)
         else:  # a value that came by a message may lie in memory in another way

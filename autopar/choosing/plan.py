@@ -71,7 +71,7 @@ def wish(
     pinned = [ranks(given[key]) for key in ("dp", "tp") if key in given]
     all_used = math.prod(d for d in pinned if d is not None) == cluster.devices
     by_experts = given.get("ep", 1) != 1  # which a layout by degrees does not spread
-    if given.get("pp") == 1 or given.get("cp") == 1 or foreign or all_used or several or by_experts:
+    if given.get("pp") == 1 or foreign or all_used or several or by_experts:
         return Wish(given, wanted=False, apart="pinned")
     node_bytes = cluster.devices_per_node * cluster.device.usable_bytes
     if cluster.nodes == 1 or (_state_bytes(model, optimizer) <= node_bytes and global_batch >= cluster.devices):

@@ -1,4 +1,4 @@
-"""Plans with pipeline stages on four real processes, through the public face, against one device."""
+"""Plans with pipeline stages on four and eight real processes, through the public face, against one device."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from autopar.verification import gradient_errors, relative_error
 from tests.launch import torchrun
 from tests.parity.gloo_ranks import loss_of
-from tests.parity.gloo_stages import CASES, MAX_NORM, STEPS, adamw
+from tests.parity.gloo_stages import CASES, MAX_NORM, MIXED, STEPS, adamw
 from tests.widen import WidenCasts
 
 TOLERANCE = 1e-9
-RANKS = 4
+RANKS, TIMEOUT_S = 4, 900.0
 
 
 @pytest.mark.parametrize(
     "names", [("llama", "gpt2"), pytest.param(("interleaved", "deep"), marks=pytest.mark.slow)], ids="-".join
 )
 def test_stages_on_four_processes(names: tuple[str, ...], tmp_path: Path) -> None:
-    ended = torchrun(Path(__file__).with_name("gloo_stages.py"), RANKS, str(tmp_path), *names)
+    train_and_compare(names, RANKS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_layouts_on_eight_processes(name: str, tmp_path: Path) -> None:
+    train_and_compare((name,), 8, tmp_path)
+
+
+def train_and_compare(names: tuple[str, ...], ranks: int, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("gloo_stages.py")
+    ended = torchrun(script, ranks, str(tmp_path), *names, timeout_s=TIMEOUT_S)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for name in names:
-        for rank in range(RANKS):
+        for rank in range(ranks):
             check(found[rank][name], f"{name} on rank {rank}")
         whole = dict(CASES[name][0]()[0].named_parameters())
         assert set().union(*(facts[name]["held"] for facts in found)) == set(whole), f"{name}: a gradient is nowhere"

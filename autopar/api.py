@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autopar.asked import check_options, default_call, plan_options
+from autopar.choosing.crowded import crowded
 from autopar.choosing.free_fixes import DEFAULT_TIME_S, explained
 from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, wish
 from autopar.cluster import ClusterSpec
@@ -41,6 +42,7 @@ from autopar.runtime.program import Call, Compiled, Program
 from autopar.runtime.staged import CompiledStages
 from autopar.runtime.world import agree, check_same_random_state, device_mesh, join_world
 from autopar.sample import sample_call
+from autopar.solver import NothingCheaper
 from autopar.staged import StagedPlan
 from autopar.staging import check_runnable, stage_mesh
 from autopar.trace import Trace, graph_hash, trace
@@ -77,9 +79,10 @@ def plan(
     time_limit_s: of the search (about); the best plan by then is returned with its proven gap.
     pin: what is fixed, see `autopar.pins`.
     dump_dir: a folder for every stage as readable Python or JSON, see `docs/explain.md`.
-    Where pp, cp, vpp or a schedule is pinned, and for models that one node of the cluster cannot hold or batches of
-    fewer samples than devices, layouts with pipeline and context ranks are looked at too: if one of them is the
-    fastest, the plan is a `StagedPlan`. Pin pp=1 for one that runs today.
+    Where pp, cp, vpp, a schedule or a micro-batch is pinned, and on several nodes for models that one of them cannot
+    hold, batches of fewer samples than devices, or of more than fit at once, layouts with pipeline ranks, context
+    ranks and micro-batches are looked at too: if one of them is the fastest, the plan is a `StagedPlan`, which
+    `Program.train_step` runs. Pin pp=1 for a plan op by op of the whole batch.
     Raises TraceError, Infeasible, PinError, ClusterSpecError.
     """
     precision = check_options(precision, objective)
@@ -93,6 +96,16 @@ def plan(
     traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
     options = plan_options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
+    rival = None
+    if (
+        not options.pin
+        and dump_dir is None
+        and cluster.nodes > 1
+        and crowded(traced, cluster, options.memory_limit_bytes)
+    ):
+        rival = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
+    if rival is not None:
+        return _faster(rival, traced, time_limit_s, progress)
     made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
     if dump_dir is not None:
         dump_stages(dump_dir, traced, made, emit_for(traced, made))
@@ -217,6 +230,22 @@ class _Planner:
         return make_stages(model, call, staged, lambda one: _traced(model, one, self.precision), plan_ops)
 
 
+def _faster(
+    rival: StagedPlan, traced: Trace, time_limit_s: float, progress: Callable[[str], None] | None
+) -> Plan | StagedPlan:
+    """A plan op by op if there is one with shorter steps than the rival's, else the rival, with what is proven of
+    both kinds."""
+    try:
+        return _plan_trace(
+            traced, rival.cluster, rival.options, time_limit_s=time_limit_s, progress=progress,
+            faster_than_s=rival.objective_s,
+        )  # fmt: skip
+    except NothingCheaper as none:
+        bound_s = min(rival.bound_s, none.bound_s)
+        gap = max(0.0, 1 - bound_s / rival.objective_s)
+        return replace(rival, bound_s=bound_s, gap=gap, status="feasible" if gap else "optimal")
+
+
 def _no_dump(dump_dir: str | Path | None) -> None:
     if dump_dir is not None:
         raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
@@ -244,15 +273,16 @@ def _staged(
     time_limit_s: float,
     progress: Callable[[str], None] | None,
     to_run: bool = False,
+    anyway: bool = False,
 ) -> StagedPlan | None:
-    """The best layout, if it has pipeline or context ranks; None where a plan op by op is to be made.
+    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made.
 
-    to_run: only of layouts that run today, on all devices.
+    to_run: only of layouts that run today, on all devices. anyway: also where there would be no need for stages.
     """
     try:
         batch = global_batch_of(call)
         asked = wish(pin, cluster, model, batch, limits["optimizer"])
-        if asked.apart:
+        if asked.apart and not anyway:
             return None
         began = time.perf_counter()
         predictor = Predictor(model, cluster, example_inputs=call, global_batch=batch, precision=precision, **limits)
@@ -264,10 +294,10 @@ def _staged(
     try:
         choice = choose(predictor, asked.pin, time_limit_s, progress, to_run=to_run)
     except Infeasible as error:
-        if error.needed_bytes is None and not asked.wanted:
+        if anyway or (error.needed_bytes is None and not asked.wanted):
             return None  # there is no such layout, whatever the memory
         raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, time_limit_s)) from None
-    if not (asked.wanted or is_staged(choice)):
+    if not (asked.wanted or is_staged(choice, batch)):
         return None
     limit, pins = predictor.limit_bytes, dict(asked.pin)
     options = PlanOptions(batch, precision, str(limits["optimizer"]), limit, pins)
@@ -286,6 +316,7 @@ def _plan_trace(
     fixed: Mapping[str, State] | None = None,
     fixed_mesh: tuple[int, ...] | None = None,
     progress: Callable[[str], None] | None = None,
+    faster_than_s: float = float("inf"),
 ) -> Plan:
     settings = replace(
         _settings(traced, cluster, options),
@@ -293,6 +324,7 @@ def _plan_trace(
         fixed_params=fixed,
         fixed_mesh=fixed_mesh,
         progress=progress,
+        faster_than_s=faster_than_s,
     )
     found = search(traced, settings)
     made = _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)

@@ -41,6 +41,7 @@ class SearchSettings:
     memory_of: simulated memory of the program that decisions give (the code generator knows).
     fixed_params: parameter states that must stay (a program that is already running).
     forbidden: decisions that must not be taken again (see `autopar.explaining`).
+    faster_than_s: only plans with shorter steps are of interest; another kind of plan takes as long.
     """
 
     cluster: ClusterSpec
@@ -53,6 +54,7 @@ class SearchSettings:
     fixed_mesh: tuple[int, ...] | None = None
     forbidden: Forbidden | None = None
     progress: Progress | None = None
+    faster_than_s: float = float("inf")
 
     @property
     def free(self) -> bool:
@@ -106,7 +108,8 @@ class MeshSearch:
         """A first bound. paid_s: what memory is worth on another mesh, whose problem has the same ops. gap: how close
         this mesh's own prices have to be, where they are only wanted for others."""
         with contextlib.suppress(InfeasibleProblem):  # raised again when it is solved
-            self.search.look(paid_s, time_limit_s=max(0.0, deadline - time.perf_counter()), gap=gap)
+            left_s = max(0.0, deadline - time.perf_counter())
+            self.search.look(paid_s, time_limit_s=left_s, cutoff_s=self.settings.faster_than_s, gap=gap)
             self.looked = True
 
     def look_again(self, known: MeshSearch, deadline: float) -> None:
@@ -124,7 +127,7 @@ class MeshSearch:
         nothing fits; else `explain` does when it is needed.
         """
         self.decisions = self.memory = None
-        self.cutoff_s = float("inf") if known is None else known.objective_s
+        self.cutoff_s = self.settings.faster_than_s if known is None else known.objective_s
         left_s = max(0.0, deadline - time.perf_counter())
         try:
             if self.search.problem.capacity_bytes != self.capacity:

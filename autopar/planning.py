@@ -23,6 +23,7 @@ from autopar.pins import PinRequest, parse_pins
 from autopar.plan_types import Decisions
 from autopar.plans import Candidate
 from autopar.pricing import Price, price
+from autopar.solver import NothingCheaper
 from autopar.trace import Trace
 
 _MAY_RISE = 2.0  # of the gap: how far a close look may raise the bound of a first one
@@ -94,7 +95,7 @@ def usual_layouts(cluster: ClusterSpec) -> list[tuple[str, list[dict[str, Any]]]
 
 
 def search(trace: Trace, settings: SearchSettings) -> SearchResult:
-    """Find the fastest plan that fits; raises Infeasible or PinError."""
+    """Find the fastest plan that fits; raises Infeasible, PinError, and NothingCheaper if none is fast enough."""
     began = time.perf_counter()
     request = parse_pins(settings.pin, settings.cluster.devices)
     _check_batch(request, trace)
@@ -115,7 +116,9 @@ def search(trace: Trace, settings: SearchSettings) -> SearchResult:
             settings.progress(f"mesh {name}: {one.outcome()} ({index + 1} of {len(order)})")
     deadline = began + settings.time_limit_s
     usual = [] if not settings.free or _settled(tried) else _usual(trace, settings, deadline, _fastest(tried))
-    best = _fastest_that_fits([*tried, *usual], deadline)
+    best = _fastest_that_fits([*tried, *usual], deadline, settings.faster_than_s)
+    if best is None and settings.faster_than_s < float("inf"):
+        raise NothingCheaper(min([settings.faster_than_s, *(t.bound_s for t in tried if t.bound_s is not None)]))
     if best is None:
         raise _infeasible(tried, settings)
     return _proven(best, tried, time.perf_counter() - began)
@@ -185,18 +188,18 @@ def _fastest(tried: list[MeshSearch]) -> MeshSearch | None:
     return min((t for t in tried if t.decisions is not None), key=lambda t: t.objective_s, default=None)
 
 
-def _fastest_that_fits(tried: list[MeshSearch], deadline: float) -> MeshSearch | None:
+def _fastest_that_fits(tried: list[MeshSearch], deadline: float, faster_than_s: float) -> MeshSearch | None:
     """Simulate the memory of the fastest plan; if it does not fit, ask for its next leaner one, and so on.
 
     Leaner is slower, so meshes that could not beat the plan that did not fit may be worth a search now.
     """
     while True:
         best = _fastest(tried)
-        limit_s = float("inf") if best is None else best.objective_s
+        limit_s = faster_than_s if best is None else best.objective_s
         reopened = [t for t in tried if t.cut_off and t.cutoff_s < limit_s and t.beats(limit_s)]
         if reopened:
             reopened[0].solve(deadline, best)
-        elif best is None and any(t.unexplained for t in tried):
+        elif best is None and faster_than_s == float("inf") and any(t.unexplained for t in tried):
             next(t for t in tried if t.unexplained).explain()  # its leanest plan, simulated, may fit
         elif best is None or best.fits():
             return best

@@ -25,7 +25,7 @@ from autopar.sample import sample_call
 from autopar.staged import OtherLayout, StagedPlan, stage_axes
 from autopar.trace import ParamInfo, graph_hash
 
-STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload", "cut")  # cp: where it takes several nodes
+STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload", "cut", "micro_batch")  # cp: where it takes several nodes
 Progress = Callable[[str], None]
 
 
@@ -52,7 +52,8 @@ def wish(
     for pins that go with neither kind of plan.
     """
     given = dict(pin or {})
-    asked = [key for key in STAGED_KEYS if given.get(key, 1) not in (1, "none", None)]
+    usual = {"micro_batch": (None,)}  # pinned to one sample, it says something
+    asked = [key for key in STAGED_KEYS if given.get(key) not in usual.get(key, (1, "none", None))]
     if asked == ["cp"] and (cluster.nodes == 1 or given.get("pp") == 1):
         return Wish(given, wanted=False, apart="pinned")  # a plan op by op has context ranks, too
     wanted = bool(asked)
@@ -60,8 +61,8 @@ def wish(
     if wanted and foreign:
         degrees = ", ".join(key for key in STAGED_KEYS if key in given)
         raise PinError(
-            f"pin {foreign[0]!r} does not go with {degrees}: stages are laid out by degrees, not op by op; leave one "
-            "of them out"
+            f"pin {foreign[0]!r} does not go with {degrees}: stages and micro-batches are laid out by degrees, not op "
+            "by op; leave one of them out"
         )
     several = [key for key in ("dp", "tp") if isinstance(given.get(key), (tuple, list))]
     if wanted and several:
@@ -101,9 +102,10 @@ def choose(
     return LayoutSearch(predictor, Space.of(predictor, pin, to_run=to_run), progress=progress).run(time_limit_s)
 
 
-def is_staged(choice: LayoutChoice) -> bool:
+def is_staged(choice: LayoutChoice, global_batch: int) -> bool:
     """Whether the best layout has what only a plan by degrees can have."""
-    return choice.best.layout.pp > 1 or choice.best.layout.cp > 1
+    layout = choice.best.layout
+    return layout.pp > 1 or layout.cp > 1 or layout.micro_batches(global_batch) > 1
 
 
 def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions) -> StagedPlan:

@@ -15,10 +15,13 @@ import pytest
 from torch import nn
 
 import autopar
+from autopar.choosing.crowded import crowded, kept_bytes
 from autopar.choosing.report import LayoutReport
 from autopar.errors import AutoparError, Infeasible, LayoutError, PinError, PlanError, PlanMismatch
+from autopar.models import example_inputs
 from autopar.plans import Plan
 from autopar.staged import StagedPlan
+from autopar.trace import trace
 from tests.choosing.test_search import SEQ, model
 
 NODES = autopar.ClusterSpec.preset("h100-sxm", gpus=16)
@@ -65,6 +68,28 @@ def test_plans_op_by_op_stay(pin: dict[str, Any], gpus: int) -> None:
     found = autopar.plan(tiny(), cluster, seq=16, global_batch=16, pin=pin or None)
     assert not isinstance(found, StagedPlan)
     assert found.decisions.nodes
+
+
+def test_more_samples_than_fit_at_once() -> None:
+    """No plan of the whole batch fits a rank's memory; several micro-batches do, and nothing has to be pinned."""
+    traced = trace(model(), example_inputs(model(), 1024, SEQ))
+    limit = int(0.15 * kept_bytes(traced) / NODES.devices)
+    assert crowded(traced, NODES, limit) and not crowded(traced, NODES, 10 * limit)
+    free = autopar.plan(model(), NODES, seq=SEQ, global_batch=1024, memory_limit_bytes=limit)
+    assert isinstance(free, StagedPlan)
+    assert free.micro_batches > 1 and free.predicted["peak_bytes"] <= limit
+    assert free.bound_s <= free.objective_s and free.named.pp * free.named.cp == 1
+
+
+def test_a_pinned_micro_batch() -> None:
+    """One sample at a time on every data rank: gradients are accumulated, and are those of the whole batch."""
+    cluster = autopar.ClusterSpec.preset("cpu", gpus=2)
+    small = tiny().double()
+    plan = autopar.plan(small, cluster, seq=16, global_batch=8, pin={"micro_batch": 1, "dp": 2})
+    assert isinstance(plan, StagedPlan) and plan.micro_batches == 4 and plan.named.pp == 1
+    autopar.verify(small, plan)
+    with pytest.raises(PinError, match=r"lm_head.weight.*does not go with micro_batch"):
+        autopar.plan(small, cluster, seq=16, global_batch=8, pin={"micro_batch": 1, "lm_head.weight": ["R"]})
 
 
 def tiny() -> nn.Module:

@@ -13,15 +13,14 @@ from torch import nn
 
 from autopar.asked import check_options, default_call, plan_options
 from autopar.choosing.crowded import crowded
-from autopar.choosing.free_fixes import DEFAULT_TIME_S, explained
-from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, wish
+from autopar.choosing.offer import best_layout, may_be_staged
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.drawing import random_nodes
-from autopar.errors import AutoparError, Infeasible, LayoutError, PlanMismatch
+from autopar.errors import AutoparError, PlanMismatch
 from autopar.explain import Report
 from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
@@ -34,7 +33,6 @@ from autopar.plan_types import Decisions
 from autopar.planning import SearchResult, search
 from autopar.plans import InputShape, Plan, PlanOptions
 from autopar.precision import MODEL
-from autopar.predicting.predict import Predictor, global_batch_of
 from autopar.runtime.execute import RankProgram
 from autopar.runtime.make_stages import make_stages
 from autopar.runtime.memory import check_room
@@ -89,7 +87,7 @@ def plan(
     call = example_inputs or default_call(model, global_batch, seq)
     began = time.perf_counter()
     limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
-    staged = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress)
+    staged = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress)
     if staged is not None:
         _no_dump(dump_dir)
         return staged
@@ -103,7 +101,7 @@ def plan(
         and cluster.nodes > 1
         and crowded(traced, cluster, options.memory_limit_bytes)
     ):
-        rival = _staged(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
+        rival = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
     if rival is not None:
         return _faster(rival, traced, time_limit_s, progress)
     made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
@@ -192,7 +190,7 @@ class _Planner:
         known = self.plan if fixed is None else self.program.plan
         if isinstance(known, StagedPlan):
             return self._stages(model, call, known, fixed)
-        if known is None and _may_be_staged(model, self.cluster, call, self.optimizer, self.pin):
+        if known is None and may_be_staged(model, self.cluster, call, self.optimizer, self.pin):
             text = agree(lambda: self._staged(model, call), self.cluster.device.kind)
             if text:
                 return self._stages(model, call, cast(StagedPlan, Plan.loads(text)), None)
@@ -215,7 +213,7 @@ class _Planner:
 
     def _staged(self, model: nn.Module, call: Call) -> str:
         limits = {"optimizer": self.optimizer, "memory_limit_bytes": self.memory_limit_bytes}
-        made = _staged(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None, True)
+        made = best_layout(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None, True)
         return "" if made is None else made.dumps()
 
     def _stages(
@@ -249,59 +247,6 @@ def _faster(
 def _no_dump(dump_dir: str | Path | None) -> None:
     if dump_dir is not None:
         raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
-
-
-def _may_be_staged(
-    model: nn.Module, cluster: ClusterSpec, call: Call, optimizer: str, pin: Mapping[str, Any] | None
-) -> bool:
-    """Whether `_staged` would look at layouts with stages: quickly known, and the same on every rank."""
-    if cluster.devices == 1:
-        return False
-    try:
-        return not wish(pin, cluster, model, global_batch_of(call), optimizer).apart
-    except LayoutError:
-        return any(key in (pin or {}) for key in STAGED_KEYS)
-
-
-def _staged(
-    model: nn.Module,
-    cluster: ClusterSpec,
-    call: Call,
-    precision: str,
-    limits: Mapping[str, Any],
-    pin: Mapping[str, Any] | None,
-    time_limit_s: float,
-    progress: Callable[[str], None] | None,
-    to_run: bool = False,
-    anyway: bool = False,
-) -> StagedPlan | None:
-    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made.
-
-    to_run: only of layouts that run today, on all devices. anyway: also where there would be no need for stages.
-    """
-    try:
-        batch = global_batch_of(call)
-        asked = wish(pin, cluster, model, batch, limits["optimizer"])
-        if asked.apart and not anyway:
-            return None
-        began = time.perf_counter()
-        predictor = Predictor(model, cluster, example_inputs=call, global_batch=batch, precision=precision, **limits)
-    except LayoutError:
-        if any(key in (pin or {}) for key in STAGED_KEYS):
-            raise
-        return None  # what `predict` does not know is planned op by op
-    trace_s = time.perf_counter() - began
-    try:
-        choice = choose(predictor, asked.pin, time_limit_s, progress, to_run=to_run)
-    except Infeasible as error:
-        if anyway or (error.needed_bytes is None and not asked.wanted):
-            return None  # there is no such layout, whatever the memory
-        raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, time_limit_s)) from None
-    if not (asked.wanted or is_staged(choice, batch)):
-        return None
-    limit, pins = predictor.limit_bytes, dict(asked.pin)
-    options = PlanOptions(batch, precision, str(limits["optimizer"]), limit, pins)
-    return staged_plan(predictor, choice, options).with_timings(trace_s=trace_s)
 
 
 # -- the pipeline -----------------------------------------------------------------------

@@ -7,19 +7,18 @@ exit codes are in `autopar.command_line`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import gc
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from autopar import command_line
 from autopar.errors import AutoparError, ClusterSpecError, Infeasible, PlanError, VerifyError
 from autopar.fixes import lines as fix_lines
+from autopar.process import end_at_once, without_garbage
 from autopar.progress import Progress
 
 if TYPE_CHECKING:
@@ -58,21 +57,8 @@ def build_parser() -> command_line.Parser:
 def run_plan(args: argparse.Namespace) -> int:
     """Plan, save, and print the report or the figures."""
     _check_writable(args.output)
-    with _no_garbage():
+    with without_garbage():
         return _plan(args)
-
-
-@contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Planning and the imports it takes make millions of small objects that stay: to look through them for garbage
-    again and again takes a tenth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # else the first small object after this starts a search through all of them
-        gc.enable()
-        gc.unfreeze()
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -390,18 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """`autopar` as a process: `main`, and then the end, at once.
-
-    Python would take a tenth of a plan's time to tear down torch and the millions of objects of a plan, one by one;
-    nothing is left to be written or joined by then but the two streams.
-    """
-    code = main()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
-        code = code or EXIT_ERROR
-    os._exit(code)
+    """`autopar` as a process of its own."""
+    end_at_once(main())
 
 
 if __name__ == "__main__":

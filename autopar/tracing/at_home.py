@@ -12,6 +12,8 @@ Elements and their sums are the same to the last bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -61,7 +63,8 @@ class _Region:
             return {node}, set()
         if node.target not in _BY_ROWS and not _sums_rows(node):
             return set(), {node}
-        taken, made = set(), set()
+        taken: set[fx.Node] = set()
+        made: set[fx.Node] = set()
         for operand in node.all_input_nodes:
             more = self._leaves(operand)
             taken, made = taken | more[0], made | more[1]
@@ -86,12 +89,12 @@ class _Region:
                 self.back[node] = self._call(node, FROM_GROUPS, node, self.order, self.ends, self.rows)
         return self.back[node]
 
-    def _call(self, like: fx.Node, target: object, *args: object, **kwargs: object) -> fx.Node:
+    def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that belongs where another does."""
-        made = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made = self.graph.call_function(target, args, kwargs)
+        values: Any = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with like.meta["val"].fake_mode, torch.no_grad():
-            made.meta["val"] = target(*values[0], **values[1])  # type: ignore[operator]
+            made.meta["val"] = target(*values[0], **values[1])
         made.meta.update({k: like.meta[k] for k in _KEPT_META if k in like.meta})
         return made
 
@@ -101,4 +104,4 @@ def _sums_rows(node: fx.Node) -> bool:
     if node.target is not aten.sum.dim_IntList:
         return False
     dims, rank = node.args[1], node.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    return bool(dims) and all(d % rank for d in dims)  # type: ignore[union-attr,operator]
+    return bool(dims) and all(d % rank for d in dims)  # type: ignore[union-attr]

@@ -89,12 +89,16 @@ class Program(nn.Module):
         The loss is differentiable and whole on every rank; what else the model returns is not differentiable and
         comes as DTensors. A model without a loss returns all its tensors whole on every rank, differentiable as on
         one device: every rank computes the same loss of them.
+        With pipeline stages it evaluates, without gradients only: the loss is whole on every rank, and None stands for
+        what else the model returns.
         """
         if isinstance(self._first or self.prepare((args, kwargs)), CompiledStages):
-            raise RuntimeFailure(
-                "the plan has pipeline stages or micro-batches, whose forward and backward passes take turns: call "
-                "program.train_step(...) instead of program(...); to evaluate, plan without (pin pp=1)"
-            )
+            if torch.is_grad_enabled():
+                raise RuntimeFailure(
+                    "the plan has pipeline stages or micro-batches, whose forward and backward passes take turns: call "
+                    "program.train_step(...) instead of program(...), or evaluate under torch.no_grad()"
+                )
+            return self._staged_evaluation((args, kwargs))
         result, under_way = self._call(args, kwargs, wait=True)
         assert not under_way
         return result
@@ -144,18 +148,33 @@ class Program(nn.Module):
         if not torch.is_grad_enabled():
             raise RuntimeFailure("train_step computes gradients: call it outside of torch.no_grad()")
         params = dict(self.named_parameters())
-        shared = {p.node: local_detached(params[p.fqn]) for p in compiled.trace.params}
-        shared.update(self._buffer_values(compiled.trace))
         with naming_dead_ranks(compiled.meshes):
-            loss, grads = compiled.step(self._model[0], call, shared)
-            updates = compiled.buffers()
-        for fqn, value in updates.items():
-            self.get_buffer(fqn).copy_(value)
+            loss, grads = compiled.step(self._model[0], call, self._shared_values(compiled.trace))
+            self._update_buffers(compiled)
         with torch.no_grad():
             for fqn, grad in grads.items():
                 param = params[fqn]
                 param.grad = grad if param.grad is None else param.grad.add_(grad)
         return loss
+
+    def _staged_evaluation(self, call: Call) -> Any:
+        """What the model returns, but for the loss None."""
+        compiled = self.prepare(call)
+        assert isinstance(compiled, CompiledStages)
+        check_autocast(compiled.plan)
+        with naming_dead_ranks(compiled.meshes):
+            loss = compiled.evaluate(self._model[0], call, self._shared_values(compiled.trace))
+            self._update_buffers(compiled)
+        made = compiled.trace
+        return made.rebuild_output([loss if o.node == made.loss else None for o in made.outputs if o.node is not None])
+
+    def _shared_values(self, trace: Trace) -> dict[str, torch.Tensor]:
+        params = dict(self.named_parameters())
+        return {p.node: local_detached(params[p.fqn]) for p in trace.params} | self._buffer_values(trace)
+
+    def _update_buffers(self, compiled: CompiledStages) -> None:
+        for fqn, value in compiled.buffers().items():
+            self.get_buffer(fqn).copy_(value)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """As `torch.nn.utils.clip_grad_norm_`, over the gradients of all ranks; returns their norm before.

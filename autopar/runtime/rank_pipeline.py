@@ -95,6 +95,15 @@ class RankPipeline:
                 summed[name] = summed[name] + grad if name in summed else grad
         return self._collect(summed)
 
+    def evaluate(self, shared: Mapping[str, torch.Tensor], batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Run the forward passes of a step; arguments as of `step`. What they returned is in `results`."""
+        values = StepValues({**shared, **self._lend(shared)}, batches)
+        for stage in self.stages:
+            stage.begin(values, backward_follows=False)
+        self.schedule.run_forward()
+        for stage in self.stages:
+            stage.end()
+
     def results(self, output: str, like: torch.Tensor) -> list[torch.Tensor]:
         """An output of every micro-batch (a loss, a buffer's new value), on all ranks of the pipeline.
 

@@ -58,6 +58,18 @@ class Schedule:
         """Run every pass of this rank once."""
         self._runtime._step_microbatches(return_outputs=False)
 
+    def run_forward(self) -> None:
+        """Run the forward passes alone, in the order in which a step has them."""
+        everything, forward = self._runtime.pipeline_order_with_comms, (FORWARD, SEND_FORWARD, RECEIVE_FORWARD)
+        self._runtime.pipeline_order_with_comms = {
+            rank: [one for one in actions if _WORDS.get(one.computation_type.name) in forward]
+            for rank, actions in everything.items()
+        }
+        try:
+            self._runtime._step_microbatches(return_outputs=False)
+        finally:
+            self._runtime.pipeline_order_with_comms = everything
+
 
 def _nothing_to_ask(*_: Any) -> None:
     """What the runtime calls before the first pass."""

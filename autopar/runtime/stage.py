@@ -82,10 +82,11 @@ class Stage:
         self._own = _own_gradients(program)
         self._mine: set[str] = set()  # sums that share their memory with nothing
         self.outputs: list[list[torch.Tensor]] = []  # of each micro-batch, in the order of `program.outputs`
+        self._backward_follows = True
 
-    def begin(self, values: StepValues) -> None:
-        """Forget the last step; the next one takes these values."""
-        self.values = values
+    def begin(self, values: StepValues, *, backward_follows: bool = True) -> None:
+        """Forget the last step; the next one takes these values, and keeps what its backward passes take, if any."""
+        self.values, self._backward_follows = values, backward_follows
         self.outputs = [[] for _ in values.batches]
         self._flying.clear()
         self._sends.clear()
@@ -101,19 +102,26 @@ class Stage:
         """The gradients of the step, by parameter, as the parameters are stored."""
         names = (*self.program.grads_early, *self.program.grads_late)
         summed = [self._sums.pop(name) for name in names]
+        self.end()
+        return dict(zip(names, self._reduce([*self._coordinates, *summed]), strict=True))
+
+    def end(self) -> None:
+        """Let go of what the step brought."""
         self.values = StepValues({}, ())
         self._gathered = {}
-        return dict(zip(names, self._reduce([*self._coordinates, *summed]), strict=True))
 
     # -- passes: called by torch's runtime ---------------------------------------------
 
     def forward_one_chunk(self, micro_batch: int, *_: Any, **__: Any) -> None:
         """The forward pass of a micro-batch, whose message has arrived."""
         flying = self._flying.setdefault(micro_batch, {})
-        results = self._run(self._forward, micro_batch, keep=self._after_forward)
+        results = self._run(
+            self._forward, micro_batch, keep=self._after_forward if self._backward_follows else frozenset()
+        )
         self._sends[micro_batch], rest = _split(results, len(self.program.sends_forward.values))
         self.outputs[micro_batch], saved = _split(rest, len(self.program.outputs))
-        flying.update(zip(self.program.saved_forward, saved, strict=True))
+        if self._backward_follows:
+            flying.update(zip(self.program.saved_forward, saved, strict=True))
 
     def backward_one_chunk(self, micro_batch: int, *, full_backward: bool, **_: Any) -> None:
         """What the stage before waits for, and with `full_backward` the rest as well."""

@@ -58,6 +58,23 @@ class CompiledStages:
 
         shared: local parameters, buffers and constants, by placeholder.
         """
+        weights, batches = self._micro_batches(model, call, shared)
+        with self._running():
+            grads = self.pipeline.step(shared, batches)
+            loss = self._loss(weights)
+        return loss, {name: self._as_gradient(name, grad) for name, grad in grads.items()}
+
+    def evaluate(self, model: nn.Module, call: Call, shared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of the batch, on every rank; no gradients. Arguments as of `step`."""
+        weights, batches = self._micro_batches(model, call, shared)
+        with self._running():
+            self.pipeline.evaluate(shared, batches)
+            return self._loss(weights)
+
+    def _micro_batches(
+        self, model: nn.Module, call: Call, shared: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """How much each micro-batch's loss counts, and what it brings."""
         parts = [bind_inputs(self.trace, model, *one) for one in split_call(model, call, self.pipeline.micro_batches)]
         (tangent,) = self.trace.tangents
         like = next(n.meta["val"] for n in self.trace.graph_module.graph.nodes if n.name == tangent)
@@ -65,14 +82,19 @@ class CompiledStages:
             torch.full(like.shape, weight, dtype=like.dtype, device=self.meshes.place.device)
             for weight in self.loss.of([{**shared, **part} for part in parts])
         ]
-        batches = [{**part, tangent: weight} for part, weight in zip(parts, weights, strict=True)]
+        return weights, [{**part, tangent: weight} for part, weight in zip(parts, weights, strict=True)]
+
+    def _loss(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        assert self.trace.loss is not None
+        losses = self.pipeline.results(self.trace.loss, weights[0])
+        return torch.stack([w * one for w, one in zip(weights, losses, strict=True)]).sum(0)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """While passes run."""
         device = self.plan.cluster.device.kind
         with torch.no_grad(), torch.autocast(device, enabled=False), self._own_numbers():
-            grads = self.pipeline.step(shared, batches)
-            assert self.trace.loss is not None
-            losses = self.pipeline.results(self.trace.loss, weights[0])
-            loss = torch.stack([w * one for w, one in zip(weights, losses, strict=True)]).sum(0)
-        return loss, {name: self._as_gradient(name, grad) for name, grad in grads.items()}
+            yield
 
     @cached_property
     def _draws(self) -> bool:

@@ -65,6 +65,9 @@ CASES: dict[str, tuple[Callable[[], ModelAndInputs], dict[str, Any]]] = {
 }
 
 
+EVALUATED = ("deep", "images")  # in evaluation mode, too, for which a program is made of its own
+
+
 def adamw(module: nn.Module) -> torch.optim.AdamW:
     """The optimizer of both sides."""
     return torch.optim.AdamW(module.parameters(), lr=LR)
@@ -102,9 +105,22 @@ def trained_both(name: str, folder: Path) -> Facts:
     facts["state dict keys"] = list(program.state_dict()) == list(model.state_dict())
     facts["optimizer has no more"] = {id(p) for p in mine.state} == {id(p) for p in held.values()}
     facts["refuses a call"] = refuses(program, args, kwargs)
+    for mode in (True, False)[: 2 if name in EVALUATED else 1]:
+        facts["evaluation" if mode else "evaluation mode"] = evaluated_both(
+            program.train(mode), model.train(mode), (args, kwargs)
+        )
     dcp.save({"model": program.state_dict(), "optimizer": get_optimizer_state_dict(program, mine)},
              checkpoint_id=folder / name)  # fmt: skip
     return facts
+
+
+def evaluated_both(program: nn.Module, model: nn.Module, call: Any) -> float:
+    """The relative difference of the losses without gradients."""
+    args, kwargs = call
+    with torch.no_grad(), WidenCasts():
+        expected = loss_of(model(*args, **kwargs))
+    with torch.no_grad():
+        return relative_error(loss_of(program(*args, **kwargs)), expected)
 
 
 def parameter_error(program: nn.Module, model: nn.Module) -> float:

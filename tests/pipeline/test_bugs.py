@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from torch import fx
 
 from autopar.codegen.stage_types import NOTHING, PipelineProgram, StageProgram
@@ -102,6 +103,27 @@ def test_a_gradient_that_is_lost() -> None:
 
     weights = replace(stage.weights, graph=altered(stage.weights.graph, change))
     caught(with_stage(llama().program, 0, weights=weights), "gradient of model.embed_tokens.weight is off")
+
+
+def test_a_tied_gradient_that_a_stage_leaves_out() -> None:
+    """Each of the two stages makes a part; without that of the last one the sum is too small."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut = staged(Whole.of(*tiny_llama(layers=2, tied=True)), [1, 1], (), MICRO_BATCHES, patch)
+    last, table = cut.program.stages[-1], "model.embed_tokens.weight"
+    position = last.grads_late.index(table)
+
+    def change(nodes: list[fx.Node]) -> None:
+        results = list(nodes[-1].args[0])  # type: ignore[arg-type]
+        with nodes[-1].graph.inserting_before(nodes[-1]):
+            nothing = nodes[-1].graph.call_function(torch.ops.aten.mul.Tensor, (results[position], 0.0))
+        nothing.meta = dict(results[position].meta)
+        results[position] = nothing
+        nodes[-1].args = (tuple(results),)
+
+    weights = replace(last.weights, graph=altered(last.weights.graph, change))
+    case = replace(cut.case(), program=with_stage(cut.program, last.index, weights=weights))
+    with pytest.raises(VerifyError, match=f"gradient of {table} is off"):
+        verify_pipeline(case, schedule_orders("1f1b", 2, MICRO_BATCHES))
 
 
 def test_a_schedule_that_hangs() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class MicroBatchLoss:
     trace: Trace
     weight: Weight
 
+    @cached_property
+    def _counted(self) -> fx.Node:
+        """The node that counts."""
+        return next(n for n in self.trace.graph_module.graph.nodes if n.name == self.weight.counted)
+
     def weights(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[float]:
         """The weight of each micro-batch's loss.
 
@@ -95,9 +101,7 @@ class MicroBatchLoss:
             return [1.0] * len(batches)
         if self.weight.kind == "mean":
             return [1 / len(batches)] * len(batches)
-        assert self.weight.counted is not None
-        node = {n.name: n for n in self.trace.graph_module.graph.nodes}[self.weight.counted]
-        counts = [count_of(node, values) for values in batches]
+        counts = [count_of(self._counted, values) for values in batches]
         total = sum(counts)
         return [count / total if total else float("nan") for count in counts]  # as one device: nothing over nothing
 
@@ -298,16 +302,20 @@ def count_of(node: fx.Node, values: Mapping[str, torch.Tensor]) -> float:
 
 
 def _evaluate(node: Any, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value of a node of which inputs alone decide."""
-    needed = _ancestors(node)
+    """The value of a node of which inputs alone decide: few nodes, every step again."""
     env: dict[fx.Node, Any] = {}
+    stack = [node]
     with torch.no_grad():
-        for at in node.graph.nodes:
-            if at not in needed:
+        while stack:
+            at = stack[-1]
+            missing = [i for i in at.all_input_nodes if i not in env]
+            if missing:
+                stack += missing
                 continue
+            stack.pop()
             if at.op == "placeholder":
                 env[at] = values[at.name]
-            else:
+            elif at not in env:
                 args, kwargs = fx.node.map_arg((at.args, at.kwargs), env.__getitem__)
                 env[at] = at.target(*args, **kwargs)
     found = env[node]

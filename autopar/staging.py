@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from autopar.cluster import ClusterSpec
@@ -40,6 +41,26 @@ def stage_mesh(plan: StagedPlan) -> tuple[int, ...]:
 def stage_cluster(plan: StagedPlan) -> ClusterSpec:
     """The devices of one stage."""
     return plan.cluster.part(math.prod(plan.mesh))
+
+
+def gradient_dtype(plan: StagedPlan, trace: Trace) -> torch.dtype | None:
+    """In which a program adds up gradients where that is wider than they are; None: in their own dtype.
+
+    float32, the default, leaves wider gradients as they are. LayoutError where parameters are wider than another
+    `grad_dtype`: torch takes no gradient that is narrower than its parameter.
+    """
+    name = plan.named.grad_dtype
+    if name is None:
+        return None
+    dtype: torch.dtype = getattr(torch, name)
+    widest = max((p.dtype for p in trace.params), key=lambda d: d.itemsize, default=dtype)
+    if widest.itemsize > dtype.itemsize and name != "float32":
+        params = str(widest).removeprefix("torch.")
+        raise LayoutError(
+            f"layout: grad_dtype={name} can be priced, not run, for parameters in {params}: "
+            "their gradients are as wide as they are; leave grad_dtype out"
+        )
+    return dtype
 
 
 def micro_batches_of(plan: StagedPlan, batch: int) -> int:

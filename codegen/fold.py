@@ -47,6 +47,10 @@ class Repeated(nn.Module):
         super().__init__()
         self.block, self.turns, self.carried, self.collected = block, turns, tuple(carried), tuple(collected)
 
+    def __call__(self, *args: Any) -> Any:
+        """See `FoldedGraph`: no hooks."""
+        return self.forward(*args)
+
     def forward(self, carried: list[Any], by_turn: list[list[Any]], given: list[list[Any]], shared: list[Any]) -> Any:
         """What the last turn hands on, then a list per collected result; empties its arguments.
 
@@ -61,7 +65,7 @@ class Repeated(nn.Module):
                 values[turn] = None
             if turn == self.turns - 1:
                 shared.clear()
-            results = self.block(arguments)
+            results = self.block.forward(arguments)
             for kept, index in zip(lists, self.collected, strict=True):
                 kept.append(results[index])
             carried = [results[index] for index in self.carried]
@@ -82,13 +86,17 @@ class FoldedGraph:
     outputs: tuple[tuple[int, int | None], ...]
 
     def __call__(self, flat: list[Any]) -> list[Any]:
-        """Run on the flat inputs; empties the list."""
+        """Run on the flat inputs; empties the list.
+
+        Not as modules are called: these have no hooks, and torch's memory tracker knows only modules that run once a
+        step, where a stage runs its passes once a micro-batch.
+        """
         arguments: list[Any] = [
             flat[place] if isinstance(place, int) else [[flat[i] for i in turn] for turn in place]
             for place in self.inputs
         ]
         flat.clear()
-        results = self.module(arguments)
+        results = self.module.forward(arguments)
         return [results[at] if turn is None else results[at][turn] for at, turn in self.outputs]
 
     def code(self) -> str:

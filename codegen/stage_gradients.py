@@ -7,14 +7,11 @@ the summands of all micro-batches are added up first and converted once.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
-
 import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload
-from autopar.codegen.builder import GraphBuilder, c10d, is_collective
+from autopar.codegen.builder import c10d, is_collective
 from autopar.codegen.stage_demand import LocalStages
 from autopar.rules import is_view
 
@@ -22,6 +19,7 @@ aten = torch.ops.aten
 
 # What conversions are made of (`autopar.codegen.steps`) beside views: all of it linear, and exact in any dtype.
 _CARRIERS = (aten.clone.default, aten.reshape.default, c10d.wait_tensor.default)
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _REDUCTIONS = (
     c10d.all_reduce.default,
     c10d.reduce_scatter_tensor.default,
@@ -42,7 +40,7 @@ def split_gradients(local: LocalStages) -> list[tuple[str, int, fx.Node]]:
 
 def _summands(local: LocalStages, node: fx.Node) -> dict[int, fx.Node]:
     """The part of a gradient that each stage makes."""
-    chain, top = linear_chain(node)
+    chain, top = linear_chain(node, widenings=True)
     last = local.stages.count - 1
     here = local.of.get(node)
     here = last if here is None else here
@@ -82,16 +80,31 @@ def _copied(local: LocalStages, node: fx.Node, operands: list[fx.Node], stage: i
     return made
 
 
-def linear_chain(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
-    """The views and conversions at the end of a gradient, last first, and what they begin with."""
+def linear_chain(node: fx.Node, *, widenings: bool = False) -> tuple[list[fx.Node], fx.Node]:
+    """The views and conversions at the end of a gradient, last first, and what they begin with.
+
+    widenings: go through casts to a wider dtype, too (of autocast). They are linear, but what is added up over
+    micro-batches is added up in the wider dtype: the sum of summands may be taken apart below them, that of
+    micro-batches not.
+    """
     chain = []
-    while (source := _carried(node)) is not None:
+    while (source := carried(node) or (_widened(node) if widenings else None)) is not None:
         chain.append(node)
         node = source
     return chain, node
 
 
-def _carried(node: fx.Node) -> fx.Node | None:
+def _widened(node: fx.Node) -> fx.Node | None:
+    """What a cast to a wider floating dtype takes; None if a node is none."""
+    if node.target not in _CASTS:
+        return None
+    (source,) = (i for i in node.all_input_nodes if isinstance(i.meta["val"], torch.Tensor))
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    wider = before.is_floating_point and after.is_floating_point and after.itemsize > before.itemsize
+    return source if wider else None
+
+
+def carried(node: fx.Node) -> fx.Node | None:
     """The one tensor of which a node's result is a linear rearrangement or reduction; None if it is none."""
     tensors = [i for i in node.all_input_nodes if not isinstance(i.meta["val"], int)]
     if node.op != "call_function" or len(tensors) != 1:
@@ -116,53 +129,3 @@ def summed_first(gradient: fx.Node) -> fx.Node:
     if not starts:
         return gradient
     return next(i for i in starts[-1].all_input_nodes if isinstance(i.meta["val"], torch.Tensor))
-
-
-def write_reductions(builder: GraphBuilder, sources: Mapping[str, fx.Node], gradients: Mapping[str, fx.Node]) -> None:
-    """The graph that turns the sums of `sources` (nodes of the backward graph) into gradients, in the same order."""
-    env: dict[fx.Node, fx.Node] = {}
-    starts = {fqn: builder.placeholder(fqn.replace(".", "_"), node.meta["val"]) for fqn, node in sources.items()}
-    done = []
-    for fqn, source in sources.items():
-        at = starts[fqn]
-        for link in reversed(_between(source, gradients[fqn])):
-            for number in _numbers(link):
-                env.setdefault(number, _number(builder, number, env))
-            at = _again(builder, link, at, env)
-        done.append(at)
-    builder.output(done)
-
-
-def _between(source: fx.Node, gradient: fx.Node) -> list[fx.Node]:
-    links = []
-    while gradient is not source:
-        links.append(gradient)
-        carried = _carried(gradient)
-        assert carried is not None
-        gradient = carried
-    return links
-
-
-def _again(builder: GraphBuilder, link: fx.Node, operand: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    builder.origin = link.meta.get("origin")
-    if is_collective(link):
-        operand = builder.contiguous(operand)
-    new = {i: env[i] if isinstance(i.meta["val"], int) else operand for i in link.all_input_nodes}
-    args, kwargs = fx.node.map_arg((link.args, link.kwargs), new.__getitem__)
-    return builder.call(link.target, *args, **kwargs)  # type: ignore[arg-type]
-
-
-def _numbers(node: fx.Node) -> Iterator[fx.Node]:
-    """The numbers that a node takes, after those that they are computed from."""
-    for operand in node.all_input_nodes:
-        if isinstance(operand.meta["val"], int):
-            yield from _numbers(operand)
-            yield operand
-
-
-def _number(builder: GraphBuilder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node.op == "placeholder":  # a coordinate: the only numbers that a graph takes
-        return builder.coord(int(str(node.target).removeprefix("coord")))
-    assert node.target in (operator.mul, operator.add)
-    args = fx.node.map_arg(node.args, env.__getitem__)
-    return builder.call(node.target, *args)

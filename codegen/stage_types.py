@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from autopar.codegen.emit import Version
+from autopar.codegen.storages import storages_of
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,36 @@ class PipelineProgram:
     mesh: tuple[int, ...]
     stages: tuple[StageProgram, ...]
     owners: dict[str, int]
+
+
+def own_gradients(program: StageProgram) -> set[str]:
+    """Parameters whose gradient is the only result that lies in its memory, all of it, and that its pass makes."""
+    found = set()
+    sends = len(program.sends_backward.values)
+    for graph, names, first in (
+        (program.backward.graph, program.grads_early, sends),
+        (program.weights.graph, program.grads_late, 0),
+    ):
+        results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+        taken = Counter(
+            storage
+            for node in (*(n for n in graph.nodes if n.op == "placeholder"), *results)
+            for storage in storages_of(node.meta.get("val"))
+        )
+        for name, node in zip(names, results[first:], strict=False):
+            ((storage, nbytes),) = storages_of(node.meta["val"]).items()
+            if taken[storage] == 1 and nbytes == node.meta["val"].nbytes:
+                found.add(name)
+    return found
+
+
+def gradient_dtypes(program: StageProgram) -> dict[str, torch.dtype]:
+    """Of the gradients that its passes make, by parameter."""
+    names = (*program.grads_early, *program.grads_late)
+    summed = program.reduce.find_nodes(op="placeholder")[len(program.mesh) :]
+    return {name: node.meta["val"].dtype for name, node in zip(names, summed, strict=True)}
+
+
+def wider(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    """The wider of two floating dtypes; the first where they are as wide."""
+    return other if other is not None and other.itemsize > dtype.itemsize else dtype

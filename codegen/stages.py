@@ -20,8 +20,9 @@ from autopar.codegen.overlap import overlap
 from autopar.codegen.stage_copy import GraphCopy, received
 from autopar.codegen.stage_demand import Demands, LocalStages, Side, Value, name_of
 from autopar.codegen.stage_gather import gather_once
-from autopar.codegen.stage_gradients import split_gradients, summed_first, write_reductions
+from autopar.codegen.stage_gradients import split_gradients, summed_first
 from autopar.codegen.stage_nodes import StageNodes
+from autopar.codegen.stage_reductions import write_reductions
 from autopar.codegen.stage_split import Split
 from autopar.codegen.stage_types import NOTHING, Message, PipelineProgram, StagePass, StageProgram
 from autopar.dataflow import is_backward
@@ -52,7 +53,15 @@ def emit_stages(
     """
     with torch.no_grad():
         emitted = emit(trace, decisions, mesh, costs, bucket_bytes=0)
-        return cut_program(trace, decisions, emitted, stages, reduce_each=reduce_each, gather_each=gather_each)
+        return cut_program(
+            trace,
+            decisions,
+            emitted,
+            stages,
+            reduce_each=reduce_each,
+            gather_each=gather_each,
+            bucket_bytes=costs.bucket_bytes,
+        )
 
 
 def cut_program(
@@ -63,8 +72,12 @@ def cut_program(
     *,
     reduce_each: bool = False,
     gather_each: bool = True,
+    bucket_bytes: int = 0,
 ) -> PipelineProgram:
-    """The stages of an emitted program, which had its gradients reduced one by one; its backward graph is used up."""
+    """The stages of an emitted program, which had its gradients reduced one by one; its backward graph is used up.
+
+    bucket_bytes: of gradients that are summed over ranks together when the step ends.
+    """
     if trace.loss is None:
         raise PlanError("a model with pipeline stages must return its loss: there is nobody to make one of its outputs")
     backward = frozenset(n.name for n in trace.graph_module.graph.nodes if n.op == "call_function" and is_backward(n))
@@ -75,7 +88,7 @@ def cut_program(
     updates = {node: stages.of_module(fqn.rpartition(".")[0], last) for fqn, node in trace.buffer_updates.items()}
     outputs = {trace.loss: last, **updates}
     demands = Demands(local, outputs, [(f, s, summed[f, s]) for f, s, _ in gradients])
-    cutter = _Cutter(trace, decisions, local, demands)
+    cutter = _Cutter(trace, decisions, local, demands, bucket_bytes)
     written = cutter.write({(f, s): node for f, s, node in gradients})
     if not gather_each:
         params = {p.node for p in trace.params}
@@ -95,8 +108,10 @@ def _owners(trace: Trace, stages: Sequence[StageProgram]) -> dict[str, int]:
 class _Cutter:
     """Writes the graphs of all stages: forward ones first to last, backward ones last to first, as messages go."""
 
-    def __init__(self, trace: Trace, decisions: Decisions, local: LocalStages, demands: Demands) -> None:
-        self.trace, self.local, self.demands = trace, local, demands
+    def __init__(
+        self, trace: Trace, decisions: Decisions, local: LocalStages, demands: Demands, bucket_bytes: int
+    ) -> None:
+        self.trace, self.local, self.demands, self.bucket_bytes = trace, local, demands, bucket_bytes
         emitted = self.emitted = local.emitted
         axes = len(emitted.mesh)
         params = {p.node: decisions.params[p.fqn] for p in trace.params}
@@ -185,7 +200,7 @@ class _Cutter:
 
     def _reduce(self, sums: Mapping[str, Value], reduced: Mapping[str, fx.Node]) -> fx.Graph:
         builder = self._builder()
-        write_reductions(builder, {fqn: v.node for fqn, v in sums.items()}, reduced)
+        write_reductions(builder, {fqn: v.node for fqn, v in sums.items()}, reduced, self.bucket_bytes)
         return builder.graph
 
     def _params(self, passes: Sequence[StagePass]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from autopar.command_line import parse_pin
+from autopar.runtime.memory import measure_peak
 
 STEPS, BATCH, SEQ, VOCAB = 5, 8, 32, 256
 PINS = {"pp": 2, "tp": 2, "micro_batch": 2, "schedule": "zero-bubble"}
@@ -67,9 +68,8 @@ def train_single(model: nn.Module) -> list[float]:
     return losses
 
 
-def train_stages(program: autopar.Program) -> list[float]:
+def train_stages(program: autopar.Program, optimizer: torch.optim.Optimizer) -> list[float]:
     """The same with stages: `train_step` for the call and its backward pass, the norm of gradients over all stages."""
-    optimizer = torch.optim.AdamW(program.parameters(), lr=1e-3)
     losses = []
     for batch in batches():
         loss = program.train_step(**batch)
@@ -92,6 +92,18 @@ def largest_difference(program: nn.Module, model: nn.Module) -> float:
     return worst
 
 
+def memory(program: autopar.Program, optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    """Peak bytes of tensors, predicted and measured, of the first rank of each stage."""
+    batch = batches()[0]
+    measured = measure_peak(lambda: program.train_step(**batch), program, optimizer, *batch.values())
+    optimizer.zero_grad()
+    of_ranks = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    of_ranks[dist.get_rank()] = measured - 4 * len(optimizer.state)  # Adam's counters of steps: no plan predicts them
+    dist.all_reduce(of_ranks)
+    predicted = program.peak_bytes_per_stage()
+    return list(zip(predicted, of_ranks[:: len(of_ranks) // len(predicted)].tolist(), strict=True))
+
+
 def main() -> None:
     """Train both ways and compare; the exit code says whether they agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -102,16 +114,21 @@ def main() -> None:
     program = autopar.compile(
         copy.deepcopy(model), autopar.ClusterSpec.local(), pin=dict(args.pin) if args.pin else PINS
     )
-    found, expected = train_stages(program), train_single(model)
+    optimizer = torch.optim.AdamW(program.parameters(), lr=1e-3)
+    found, expected = train_stages(program, optimizer), train_single(model)
     rank = torch.tensor([max(abs(a - b) / b for a, b in zip(found, expected, strict=True)),
                          largest_difference(program, model)])  # fmt: skip
     dist.all_reduce(rank, dist.ReduceOp.MAX)
     losses, params = rank.tolist()
+    stages = memory(program, optimizer)
     if dist.get_rank() == 0:
         plan = program.plan
         assert plan is not None
         print(f"layout: {plan.layout()}")
         print(f"loss {found[0]:.4f} -> {found[-1]:.4f}, on one device {expected[0]:.4f} -> {expected[-1]:.4f}")
+        for number, (predicted, measured) in enumerate(stages):
+            more = predicted / measured - 1
+            print(f"stage {number}: {predicted / 1e6:.3f} MB predicted, {measured / 1e6:.3f} MB measured ({more:+.1%})")
         print(f"largest difference from one device: losses {losses:.1e}, parameters {params:.1e}")
     dist.barrier()  # by then torch's threads have let go of tensors, which they must not do while Python ends
     dist.destroy_process_group()

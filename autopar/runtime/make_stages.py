@@ -28,6 +28,7 @@ from autopar.simulating.schedules import Order
 from autopar.staged import StagedPlan
 from autopar.staging import (
     check_runnable,
+    gradient_dtype,
     micro_batches_of,
     op_options,
     orders_of,
@@ -73,6 +74,7 @@ def staged_program(
     orders = orders_of(plan, micro_batches)
     parts = split_call(model, call, micro_batches)
     traced = trace_of(parts[0])
+    gradient_dtype(plan, traced)
     blocks = blocks_of(model, traced)
     cluster, mesh = stage_cluster(plan), stage_mesh(plan)
 
@@ -102,5 +104,6 @@ def make_stages(
         check_same_random_state()
     meshes = stage_meshes(kind, plan.named.pp, made.program.mesh)
     placeholders = {p.fqn: p.node for p in made.trace.params}
-    pipeline = RankPipeline(made.program, made.orders, placeholders, meshes.place)
+    sums = gradient_dtype(plan, made.trace)
+    pipeline = RankPipeline(made.program, made.orders, placeholders, meshes.place, sums)
     return CompiledStages(made.trace, plan, made.decisions.params, pipeline, meshes, made.loss)

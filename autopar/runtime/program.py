@@ -29,6 +29,7 @@ from autopar.runtime.clipping import clip_grad_norm
 from autopar.runtime.execute import RankProgram, wait_for
 from autopar.runtime.failure import naming_dead_ranks
 from autopar.runtime.parameters import distribute_loaded, mirror, place, torch_placements
+from autopar.runtime.stage_peaks import peak_bytes_per_stage
 from autopar.runtime.staged import CompiledStages
 from autopar.trace import Trace
 
@@ -186,6 +187,16 @@ class Program(nn.Module):
         pipeline = compiled.meshes.place.pipeline if isinstance(compiled, CompiledStages) else None
         with naming_dead_ranks(compiled.mesh):
             return clip_grad_norm(self.parameters(), max_norm, norm_type, pipeline)
+
+    def peak_bytes_per_stage(self) -> tuple[int, ...]:
+        """Of each pipeline rank, first to last: most bytes of tensors on a rank of it, simulated on its program.
+
+        What `autopar.runtime.memory.measure_peak` measures there; the plan's own figure is for a GPU and its allocator.
+        """
+        compiled = self._ready("peak_bytes_per_stage")
+        if not isinstance(compiled, CompiledStages):
+            raise RuntimeFailure("peak_bytes_per_stage: the plan has no stages; read plan.predicted['peak_bytes']")
+        return peak_bytes_per_stage(compiled)
 
     def explain(self) -> Any:
         """Why the program runs as it does: the report of its plan."""

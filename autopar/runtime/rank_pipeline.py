@@ -58,24 +58,38 @@ class Tied:
 class RankPipeline:
     """A `PipelineProgram` on one rank.
 
-    orders: what each pipeline rank runs (`schedule_orders`). placeholders: of the parameters, by name.
+    orders: what each pipeline rank runs (`schedule_orders`). placeholders: of the parameters, by name. sum_dtype: of
+    sums of gradients, see `Stage`.
     """
 
     def __init__(
-        self, program: PipelineProgram, orders: Sequence[Order], placeholders: Mapping[str, str], place: Place
+        self,
+        program: PipelineProgram,
+        orders: Sequence[Order],
+        placeholders: Mapping[str, str],
+        place: Place,
+        sum_dtype: torch.dtype | None = None,
     ) -> None:
-        self.program, self.place = program, place
+        self.program, self.place, self.sum_dtype = program, place, sum_dtype
         self.micro_batches = 1 + max(action.micro_batch for action in orders[0])
         self.stages = [
-            Stage(one, len(program.stages), place.pipeline, place.axes, place.coordinates, place.device)
-            for one in program.stages[place.rank :: place.ranks]
+            Stage(one, len(program.stages), place.pipeline, place.axes, place.coordinates, place.device, sum_dtype)
+            for one in self.stages_of(place.rank)
         ]
         self.schedule = Schedule(self.stages, orders, self.micro_batches)
         self.tied = tied_parameters(program, placeholders, place.ranks)
 
+    def owner(self, name: str) -> int:
+        """The pipeline rank that stores a parameter."""
+        return self.program.owners[name] % self.place.ranks
+
     def owns(self, name: str) -> bool:
         """Whether this rank stores a parameter."""
-        return self.program.owners[name] % self.place.ranks == self.place.rank
+        return self.owner(name) == self.place.rank
+
+    def stages_of(self, rank: int) -> tuple[StageProgram, ...]:
+        """The stages that a pipeline rank runs."""
+        return self.program.stages[rank :: self.place.ranks]
 
     def step(
         self, shared: Mapping[str, torch.Tensor], batches: Sequence[Mapping[str, torch.Tensor]]

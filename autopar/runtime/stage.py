@@ -6,7 +6,6 @@ left, and what the step brought: parameters, buffers, inputs, tangents.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,7 @@ from torch import fx
 
 from autopar.codegen.emit import Version
 from autopar.codegen.fold import fold
-from autopar.codegen.stage_types import Message, StagePass, StageProgram
-from autopar.codegen.storages import storages_of
+from autopar.codegen.stage_types import Message, StagePass, StageProgram, gradient_dtypes, own_gradients, wider
 from autopar.runtime.execute import bind_groups
 
 Values = Mapping[str, torch.Tensor]
@@ -47,7 +45,8 @@ class Stage:
     """The executable form of a `StageProgram` on one rank, with the methods that torch's runtime calls.
 
     stages: how many the pipeline has. group: the ranks of the same coordinates in all stages. group_names,
-    coordinates: of the stage's mesh, as of `RankProgram`.
+    coordinates: of the stage's mesh, as of `RankProgram`. sum_dtype: in which gradients are added up over micro-batches
+    and ranks where it is wider than theirs; they are rounded once, when the step ends.
     """
 
     submod = None  # torch asks whether it is an FSDP module
@@ -60,8 +59,9 @@ class Stage:
         group_names: Sequence[str],
         coordinates: Sequence[int],
         device: torch.device,
+        sum_dtype: torch.dtype | None = None,
     ) -> None:
-        self.program, self.device = program, device
+        self.program, self.device, self.sum_dtype = program, device, sum_dtype
         self.stage_index, self.num_stages = program.index, stages
         self.is_first, self.is_last = program.index == 0, program.index == stages - 1
         self.group, self.group_rank, self.group_size = group, dist.get_rank(group), dist.get_world_size(group)
@@ -79,7 +79,8 @@ class Stage:
         self._flying: dict[int, Flying] = {}
         self._sends: dict[int, list[torch.Tensor]] = {}
         self._sums: dict[str, torch.Tensor] = {}
-        self._own = _own_gradients(program)
+        self._own = own_gradients(program)
+        self._dtypes = gradient_dtypes(program)
         self._mine: set[str] = set()  # sums that share their memory with nothing
         self.outputs: list[list[torch.Tensor]] = []  # of each micro-batch, in the order of `program.outputs`
         self._backward_follows = True
@@ -101,9 +102,9 @@ class Stage:
     def finish(self) -> dict[str, torch.Tensor]:
         """The gradients of the step, by parameter, as the parameters are stored."""
         names = (*self.program.grads_early, *self.program.grads_late)
-        summed = [self._sums.pop(name) for name in names]
         self.end()
-        return dict(zip(names, self._reduce([*self._coordinates, *summed]), strict=True))
+        reduced = self._reduce([*self._coordinates, *(self._sums.pop(name) for name in names)])
+        return {name: grad.to(self._dtypes[name]) for name, grad in zip(names, reduced, strict=True)}
 
     def end(self) -> None:
         """Let go of what the step brought."""
@@ -125,13 +126,16 @@ class Stage:
 
     def backward_one_chunk(self, micro_batch: int, *, full_backward: bool, **_: Any) -> None:
         """What the stage before waits for, and with `full_backward` the rest as well."""
+        self._backward_part(micro_batch)
+        if full_backward:
+            self.backward_weight_one_chunk(micro_batch)
+
+    def _backward_part(self, micro_batch: int) -> None:
         results = self._run(self._backward, micro_batch, keep=self._for_weights)
         self._sends[micro_batch], rest = _split(results, len(self.program.sends_backward.values))
         early, saved = _split(rest, len(self.program.grads_early))
         self._flying[micro_batch].update(zip(self.program.saved_backward, saved, strict=True))
         self._add(self.program.grads_early, early)
-        if full_backward:
-            self.backward_weight_one_chunk(micro_batch)
 
     def backward_weight_one_chunk(self, micro_batch: int, **_: Any) -> None:
         """The gradients that nobody waits for."""
@@ -155,8 +159,9 @@ class Stage:
         """Add the gradients of a micro-batch: into the first one's memory, unless that is another tensor's as well."""
         for name, grad in zip(names, grads, strict=True):
             if name not in self._sums:
-                self._sums[name] = grad
-                if name in self._own:
+                wide = wider(grad.dtype, self.sum_dtype)
+                self._sums[name] = grad.to(wide)
+                if name in self._own or wide != grad.dtype:
                     self._mine.add(name)
             elif name in self._mine:
                 self._sums[name].add_(grad)
@@ -200,27 +205,6 @@ class Stage:
 
     def perform_reduce_grad(self, _: int) -> None:
         """Nothing: `finish` reduces, when all stages have ended."""
-
-
-def _own_gradients(program: StageProgram) -> set[str]:
-    """Parameters whose gradient is the only result that lies in its memory, all of it, and that its pass makes."""
-    found = set()
-    sends = len(program.sends_backward.values)
-    for graph, names, first in (
-        (program.backward.graph, program.grads_early, sends),
-        (program.weights.graph, program.grads_late, 0),
-    ):
-        results: list[fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-        taken = Counter(
-            storage
-            for node in (*(n for n in graph.nodes if n.op == "placeholder"), *results)
-            for storage in storages_of(node.meta.get("val"))
-        )
-        for name, node in zip(names, results[first:], strict=False):
-            ((storage, nbytes),) = storages_of(node.meta["val"]).items()
-            if taken[storage] == 1 and nbytes == node.meta["val"].nbytes:
-                found.add(name)
-    return found
 
 
 class _Pass:

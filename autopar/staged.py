@@ -68,10 +68,10 @@ class StagedPlan(Plan):
     def not_yet(self) -> str:
         """What of the plan no program can do yet; "" where one can be made."""
         layout = self.named
-        if layout.dp % layout.ep:
+        if layout.ep > 1 and layout.cp > 1:
             return (
-                f"a plan whose expert ranks (ep={layout.ep}) are context ranks, too (dp={layout.dp}, cp={layout.cp}) "
-                "cannot be run yet; pin an ep that divides dp"
+                f"a plan with expert and context ranks (ep={layout.ep}, cp={layout.cp}) cannot be run yet, only "
+                "priced: rows of a cut sequence do not find their experts; pin cp=1 or ep=1"
             )
         if layout.offload != "none":
             return (

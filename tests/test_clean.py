@@ -211,3 +211,60 @@ def test_an_expanded_index_of_a_look_up_is_copied_once() -> None:
     )  # fmt: skip
     for made, expected in zip(module(*arguments), looked_up(*arguments), strict=True):
         assert torch.equal(made, expected)
+
+
+# -- rows that go to groups and come back ------------------------------------------------------------
+
+
+def weighed(x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows of x to groups, made something of, weighed there, and back."""
+    ops = torch.ops.autopar
+    made = aten.exp(ops.to_groups(x, order, ends))
+    there = ops.to_groups(weights, order, ends)
+    return torch.as_tensor(ops.from_groups(aten.mul(made, aten.unsqueeze(there, -1)), order, ends, 6))
+
+
+def test_rows_are_weighed_at_home() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(6, 4, generator=draw), torch.randn(6, generator=draw)
+    order, ends = torch.tensor([3, 0, 5, 1, 2, 4]), torch.tensor([2, 6])
+    module = cleaned(weighed, rows, order, ends, weights)
+    assert ops(module) == ["to_groups.default", "exp.default", "from_groups.default", "unsqueeze.default", "mul.Tensor"]
+    assert torch.equal(module(rows, order, ends, weights), weighed(rows, order, ends, weights))
+
+
+def test_a_product_of_what_is_taken_to_groups_is_taken_there_once() -> None:
+    """What only looks alike stays: rows that go by another order."""
+    groups = torch.ops.autopar
+
+    def both(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        taken = aten.mul(groups.to_groups(x, a, ends), groups.to_groups(y, b, ends))
+        return torch.as_tensor(groups.from_groups(aten.exp(taken), a, ends, 4))
+
+    x, order, ends = torch.arange(8.0).view(4, 2), torch.tensor([2, 0, 3, 1]), torch.tensor([1, 4])
+    alike = cleaned(lambda x, y, a, ends: both(x, y, a, a, ends), x, x + 1, order, ends)
+    assert ops(alike) == ["mul.Tensor", "to_groups.default", "exp.default", "from_groups.default"]
+    assert torch.equal(alike(x, x + 1, order, ends), both(x, x + 1, order, order, ends))
+    other = cleaned(both, x, x + 1, order, order.flip(0), ends)
+    assert ops(other).count("to_groups.default") == 2
+
+
+# -- tensors that are filled piece by piece ----------------------------------------------------------
+
+
+def filled(a: torch.Tensor, b: torch.Tensor, start: int = 2) -> torch.Tensor:
+    """An empty tensor, of which a is written first and b behind it, as assignments to slices are captured."""
+    room = aten.new_empty(a, [3, 4])
+    room = aten.slice_scatter(room, aten.copy(aten.slice(room, 1, 0, 2), a), 1, 0, 2)
+    return torch.as_tensor(
+        aten.slice_scatter(room, aten.copy(aten.slice(room, 1, start, start + 2), b), 1, start, start + 2)
+    )
+
+
+def test_a_tensor_filled_piece_by_piece_is_its_pieces() -> None:
+    a, b = x[:, :2].clone(), x[:, 2:].clone()
+    module = cleaned(lambda a, b: filled(a, b), a, b)
+    assert ops(module) == ["cat.default"]
+    assert torch.equal(module(a, b), x)
+    partly = cleaned(lambda a, b: filled(a, b, start=1), a, b)  # the last column is never written
+    assert "cat.default" not in ops(partly)

@@ -26,6 +26,7 @@ _LOSSES = {  # where their classes stand
     aten.nll_loss_forward.default: 1, aten.nll_loss2d_forward.default: 1,
     aten.nll_loss_backward.default: 2, aten.nll_loss2d_backward.default: 2,
 }  # fmt: skip
+_EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 _ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
@@ -256,9 +257,47 @@ def _range(node: fx.Node, size: int) -> tuple[int, int] | None:
     return first, last
 
 
+# -- tensors that are filled piece by piece -----------------------------------------------------
+
+
+def _filled(node: fx.Node) -> fx.Node | None:
+    """An empty tensor whose pieces along a dim are all written, the last one last, is these pieces glued together."""
+    pieces: list[fx.Node] = []
+    at: Any = node
+    dim = first = None
+    while (written := _piece(at)) is not None:
+        piece, along, start, stop = written
+        if dim not in (None, along) or stop != (node.meta["val"].shape[along] if first is None else first):
+            return None
+        pieces, dim, first, at = [piece, *pieces], along, start, at.args[0]
+    return _insert(node, aten.cat.default, pieces, dim) if at.target in _EMPTY and first == 0 else None
+
+
+def _piece(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """(what a slice_scatter of step 1 writes, along which dim, from where, to where)."""
+    source = _operand(node, 1) if node.target is aten.slice_scatter.default else None
+    if source is None:
+        return None
+    whole = node.meta["val"]
+    given: dict[str, Any] = dict(zip(("dim", "start", "end", "step"), node.args[2:], strict=False))
+    dim, start, step = given.get("dim", 0) % whole.dim(), given.get("start") or 0, given.get("step", 1)
+    end = given.get("end")
+    stop = whole.shape[dim] if end is None else min(end, whole.shape[dim])
+    if source.target is aten.copy.default and (value := _operand(source, 1)) is not None and _same_kind(value, source):
+        source = value
+    fits = step == 1 and 0 <= start < stop and source.meta["val"].dtype == whole.dtype
+    return (source, dim, start, stop) if fits else None
+
+
+def _same_kind(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return bool(x.shape == y.shape and x.dtype == y.dtype)
+
+
 _PATTERNS: tuple[Callable[[fx.Node], fx.Node | None], ...] = (
     _view_of_view,
     _cast_of_cast,
     _and_true,
     _sum_of_slices,
+    _filled,
 )

@@ -142,7 +142,7 @@ def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
 
 def test_what_cannot_be_run_yet() -> None:
     for changes, message in (
-        ({"dp": 1, "cp": 2, "ep": 2}, r"expert ranks \(ep=2\) are context ranks, too .*; pin an ep that divides dp"),
+        ({"dp": 1, "cp": 2, "ep": 2}, r"expert and context ranks \(ep=2, cp=2\) cannot be run yet.*; pin cp=1"),
         ({}, "ranks without work cannot be run yet; plan for a cluster of"),
     ):
         plan = replace(made(), layout_keys={**made().layout_keys, **changes})

@@ -131,12 +131,15 @@ class LayoutSearch:
     def _floors(self, predictor: Predictor, leaves: list[Layout]) -> Iterator[tuple[float, Layout]]:
         """Seconds of each leaf without recomputation.
 
-        What the ZeRO stage costs does not depend on the schedule, nor the other way round: each is priced once.
+        What the ZeRO stage costs does not depend on the schedule, nor the other way round: each is priced once. Stage 2
+        alone does: what it reduces, and how often, follows from the interleaving.
         """
         first = leaves[0]
         by_zero: dict[int, float] = {}
         by_schedule: dict[tuple[str, int], float] = {}
         for layout in leaves:
+            if layout.zero == 2:
+                continue
             if layout.zero not in by_zero:
                 by_zero[layout.zero] = self._price(predictor, replace(first, zero=layout.zero)).step_time_s
             order = (layout.schedule, layout.vpp)
@@ -144,18 +147,22 @@ class LayoutSearch:
                 there = replace(first, schedule=layout.schedule, vpp=layout.vpp)
                 by_schedule[order] = self._price(predictor, there).step_time_s
         for layout in leaves:
+            if layout.zero == 2:
+                yield self._price(predictor, layout).step_time_s, layout
+                continue
             schedule_s = by_schedule[layout.schedule, layout.vpp] - by_zero[first.zero]
             yield by_zero[layout.zero] + schedule_s, layout
 
     def _states(self, group: Group) -> float:
         """Bytes of parameters, gradients and optimizer on one tensor rank; a cell spreads them at best evenly."""
         if group.tp not in self._states_of:
-            m = self.predictor.memory(Layout(tp=group.tp, grad_dtype=self.space.grad_dtype, offload=self.space.offload))
+            most = self.space.offloads[-1]
+            m = self.predictor.memory(Layout(tp=group.tp, grad_dtype=self.space.grad_dtype, offload=most))
             self._states_of[group.tp] = m.parameters + m.gradients + m.optimizer
         return self._states_of[group.tp]
 
     def _lean(self, predictor: Predictor, leaves: list[Layout]) -> Iterator[tuple[Layout, StageMemory]]:
-        """The leaves of a cell with everything run again that may be; those that need less memory come first, mostly.
+        """The leaves of a cell with everything run again and on the host that may be; the leanest come first, mostly.
 
         Which of them needs least depends: ZeRO-3 holds two gathered blocks, and interleaving cuts the blocks evenly.
         """
@@ -164,6 +171,7 @@ class LayoutSearch:
             if (leaf.vpp, leaf.zero) not in seen:  # 1F1B comes first, and holds no more than zero-bubble
                 seen.add((leaf.vpp, leaf.zero))
                 lean = replace(leaf, recompute=kind, recompute_blocks=self._blocks(kind))
+                lean = next(self._offloaded(predictor, lean, most_first=True), lean)
                 yield lean, predictor.memory(lean)
 
     def leanest(self, enough: float = 0.0) -> tuple[Layout, StageMemory] | None:
@@ -193,7 +201,22 @@ class LayoutSearch:
         pinned: int | None = self.space.pin.get("recompute_blocks")
         return pinned if kind == "full" else None
 
+    def _offloaded(self, predictor: Predictor, layout: Layout, *, most_first: bool = False) -> Iterator[Layout]:
+        """With what may wait on the host, as far as the host has room for it."""
+        offloads = self.space.offloads[::-1] if most_first else self.space.offloads
+        changed = (replace(layout, offload=offload) for offload in offloads)
+        return (one for one in changed if predictor.host_holds(one))
+
     def _fitting(self, predictor: Predictor, layout: Layout) -> Iterator[Layout]:
+        """All that may be the fastest that fits: something on the host may spare recomputation."""
+        least = self.space.recomputations()[0]
+        for one in self._offloaded(predictor, layout):
+            found = list(self._recomputed(predictor, one))
+            yield from found
+            if found and least != "full" and found[-1].recompute == least:
+                return
+
+    def _recomputed(self, predictor: Predictor, layout: Layout) -> Iterator[Layout]:
         """With the least recomputation of each kind that fits; nothing more once a lesser kind does."""
         for kind in self.space.recomputations():
             whole = replace(layout, recompute=kind, recompute_blocks=self._blocks(kind))

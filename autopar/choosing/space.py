@@ -22,7 +22,7 @@ import numpy.typing as npt
 from autopar.blocks import cut_counts, listed
 from autopar.cluster import ClusterSpec
 from autopar.errors import PinError
-from autopar.layouts import KEYS, RECOMPUTE, Layout, check_layout
+from autopar.layouts import KEYS, OFFLOAD, RECOMPUTE, Layout, check_layout
 from autopar.predicting.predict import Predictor
 
 Ints = npt.NDArray[np.int64]
@@ -136,8 +136,10 @@ class Space:
         """The layouts of a cell, without recomputation."""
         micro_batches = self.global_batch // (dp * group.micro_batch)
         cut = self.pin.get("cut")
-        for zero in self._allowed("zero", self._zero_stages(dp * group.cp, micro_batches)):
+        for zero in self._allowed("zero", [1, 0, 2, 3] if dp * group.cp > 1 else [0]):
             for schedule, vpp in self.schedules(pp, micro_batches):
+                if zero == 2 and vpp == 1 < micro_batches and "zero" not in self.pin:
+                    continue  # it would reduce every micro-batch's gradients at once
                 yield group.layout(
                     pp, dp, vpp=vpp, zero=zero, schedule=schedule, grad_dtype=self.grad_dtype, offload=self.offload,
                     cut=cut,
@@ -167,8 +169,14 @@ class Space:
 
     @property
     def offload(self) -> str:
-        """What waits on the host; only where it is pinned."""
+        """What waits on the host as long as there is room on the devices: a step is never slower without."""
         return str(self.pin.get("offload", "none"))
+
+    @property
+    def offloads(self) -> list[str]:
+        """What may wait on the host, least first."""
+        linked = self.cluster.device.host_link_bytes_per_s > 0
+        return [self.offload] if "offload" in self.pin or not linked else list(OFFLOAD)
 
     def conflict(self) -> str:
         """Which pin cannot be, in words that follow a sentence; "" where it takes several together."""
@@ -209,10 +217,6 @@ class Space:
         """Twice the context degree and twice the micro-batch are the same rows on a rank, and more to exchange."""
         free = cp > 1 and not {"dp", "cp"} & set(self.pin)
         return [n for n in self._allowed("micro_batch", divisors(self.global_batch)) if n % 2 or not free]
-
-    def _zero_stages(self, replicas: int, micro_batches: int) -> list[int]:
-        """Stage 2 would reduce every micro-batch's gradients at once: it goes with one micro-batch."""
-        return [0] if replicas == 1 else [1, 0, 2, 3] if micro_batches == 1 else [1, 0, 3]
 
     def _interleavings(self, pp: int) -> list[int]:
         """Stages per rank, one for each number of blocks that a stage may hold."""

@@ -16,8 +16,8 @@ from autopar.predicting.table import Part
 from autopar.predicting.work import Work
 
 # What a step takes beyond its tensors. All fitted to every other run of eager training with nanotron on H100, by the
-# peak of its first stage, which is what it logs (benchmarks/data/h100_sweep.json); the other half is as close.
-_FRAGMENTATION = 0.08  # of what is kept from forward to backward: blocks of the caching allocator cut to the wrong size
+# peak of its first stage, which is what it logs (benchmarks/data/h100_sweep.json); the other half is as close. So was
+# `Run.fragmentation`.
 _WORKSPACES = 192 << 20  # of cuBLAS and the like
 _AT_PEAK = 0.78  # of a micro-batch's own gradients, and of what ZeRO gathers: there while most of what was kept is
 _IN_FLIGHT = 2.25  # whole activations beside what is kept, for each micro-batch in flight, with tensor parallelism
@@ -76,7 +76,7 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
         optimizer=_state_numbers(job, stage) * precision.state,
         activations=kept * flights,
         temporaries=extra,
-        allocator=_WORKSPACES + _FRAGMENTATION * kept * flights,
+        allocator=_WORKSPACES + run.fragmentation * kept * flights,
     )
     return replace(found, allocator=found.allocator + _buffers(job, stage, flights, found.total))
 
@@ -91,7 +91,10 @@ def _gradients(job: Job, of: Replicas) -> float:
     precision, zero, beside = job.precision, job.layout.zero, 0.0
     if job.run.accumulates_apart and precision.gradient > precision.parameter:
         beside = precision.parameter * (_AT_PEAK + _copied(zero) * (of.axis.size > 1))
-    return _own((of,), zero >= 2) * (precision.gradient + beside)
+    whole = 0.0  # with ZeRO stage 2, those of a chunk are whole until they are reduced
+    if zero == 2 and job.layout.vpp > 1 and of.axis.size > 1:
+        whole = of.numbers / job.layout.vpp * precision.gradient
+    return _own((of,), zero >= 2) * (precision.gradient + beside) + whole
 
 
 def _state_numbers(job: Job, stage: Stage) -> float:

@@ -37,6 +37,7 @@ class Reading:
         self.leaves = leaf_modules(self.flow)
         self.experts = ExpertSide.of(self.trace)
         self._used_by: dict[str, set[str]] = {}
+        self._kept_known: dict[str, bool] = {}
         self.params = {p.node: p for p in self.trace.params}
         self.nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
         self.made_by = {value_name(n, i): n for n in self.flow.ops for i in range(len(result_metas(n)))}
@@ -105,7 +106,24 @@ class Reading:
     # -- what lives how long ----------------------------------------------------------------
 
     def _is_remade(self, value: str, user: fx.Node) -> bool:
-        """Whether a backward op gets a value of a leaf module (a norm, an activation) by making it again on the way."""
+        """Whether a backward op gets a value by making it again on the way."""
+        return self._is_remade_in_module(value, user) or self._is_remade_of_kept(value, user)
+
+    def _is_remade_of_kept(self, value: str, user: fx.Node) -> bool:
+        """Where everything is fused: what is elementwise and of nothing but what is kept anyway.
+
+        So do torch.compile's partitioner and hand-written gated activations, which keep both factors' inputs only.
+        """
+        maker = self.made_by[value]
+        if self.fusion != "all" or is_backward(maker) or not (is_backward(user) and is_fusable(user)):
+            return False
+        if op_class(maker.target) is not OpClass.ELEMENTWISE or not is_fusable(maker) or not self._grows_much(value):
+            return False
+        sources = {o.value for o in self.flow.operands_of[maker] if o.value in self.tensors}
+        return all(self._is_kept(v) for v in sources if self._grows_much(v))
+
+    def _is_remade_in_module(self, value: str, user: fx.Node) -> bool:
+        """A value of a leaf module (a norm, an activation)."""
         maker = self.made_by[value]
         path = module_path(maker)
         if is_backward(maker) or not is_backward(user) or path not in self.leaves or not is_fusable(maker):
@@ -142,6 +160,11 @@ class Reading:
         return again
 
     def _is_kept(self, value: str) -> bool:
+        if value not in self._kept_known:
+            self._kept_known[value] = self._must_be_kept(value)
+        return self._kept_known[value]
+
+    def _must_be_kept(self, value: str) -> bool:
         users = [u.user for u in self.flow.uses.get(value, ())]
         later = [u for u in users if is_backward(u)]
         if any(not self._is_remade(value, u) for u in later):
@@ -157,7 +180,8 @@ class Reading:
             return False
         inside = [n for n in self.flow.ops if module_path(n) == path and not is_backward(n)]
         remade = (value_name(n, i) for n in inside for i in range(len(result_metas(n))))
-        return any(self._is_remade(v, u.user) for v in remade if v in self.made_by for u in self.flow.uses.get(v, ()))
+        made = [(v, u.user) for v in remade if v in self.made_by for u in self.flow.uses.get(v, ())]
+        return any(self._is_remade_in_module(v, u) for v, u in made)
 
     def _narrow_copy(self, value: str) -> str | None:
         """The cast of a value to a narrower dtype, if a fused kernel makes one: it can be kept instead."""

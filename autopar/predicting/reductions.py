@@ -29,17 +29,29 @@ def reduction(job: Job) -> str:
     return "all_reduce" if job.layout.zero == 0 or job.run.reduces_whole else "reduce_scatter"
 
 
+def rounds(job: Job) -> int:
+    """How often a step reduces its gradients.
+
+    With ZeRO stage 2 no rank keeps whole sums: what a backward pass leaves is reduced at once. Interleaved stages run
+    as many micro-batches through a chunk in a row as there are stages, and reduce once for them.
+    """
+    if job.layout.zero != 2:
+        return 1
+    return job.micro_batches // job.layout.pp if job.layout.vpp > 1 else job.micro_batches
+
+
 def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
-    """The reduction of all gradients at the end of a step, and the parameters' way back."""
+    """The reductions of all gradients, as far as nothing hides them, and the parameters' way back."""
     exchange_s = tied_s(job, stage)
     if job.data_axis.size == 1 or job.layout.zero == 3:
         return exchange_s
-    seconds, bucket = 0.0, job.run.bucket_bytes
+    seconds, bucket, times = 0.0, job.run.bucket_bytes, rounds(job)
     for one in job.replicas(job.parameters(stage)):
         seconds += _in_messages(job, reduction(job), one.numbers * job.precision.gradient, bucket, one.axis)
-    if job.run.overlap:
-        hidden = work.whole_backward.seconds
-        seconds = max(seconds - hidden, seconds * _first(stage))
+    seconds *= times
+    if job.run.overlap:  # beside the backward passes that come after what is reduced
+        hidden = work.whole_backward.seconds * (job.micro_batches if job.layout.zero == 2 else 1)
+        seconds = max(seconds - hidden, seconds / times * _first(stage))
     return seconds + sum(count * each_s for count, each_s in returned(job, stage, work)) + exchange_s
 
 

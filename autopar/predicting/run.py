@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CUTS = ("balanced", "even", "threshold")
+CUTS = ("balanced", "even", "threshold", "ends")
 SELECTIVE = ("attention", "products")
 
 
@@ -14,7 +14,9 @@ class Run:
 
     fusion: see `autopar.predicting.fusing`. eager: Python dispatches every kernel; else compiled code does.
     attention_factor: how many times longer fused attention takes than FlashAttention-2.
-    cut: of the blocks into pipeline stages: "balanced" by time, "even" by count (Megatron-LM), "threshold" (nanotron).
+    cut: of the blocks into pipeline stages: "balanced" by time, "even" by count (Megatron-LM), "threshold" (nanotron),
+        "ends": by count, where what comes before the blocks and after them counts as a block each (Llama 3,
+        Megatron-Core's account_for_embedding_in_pipeline_split).
     selective: what `recompute=selective` runs again: the core of "attention" (Korthikanti et al. 2022), or all but
         attention and every other of the "products" (torchtitan's "op").
     overlap: gradient reductions run beside the last backward pass (with ZeRO stage 3 they always do).
@@ -34,6 +36,8 @@ class Run:
         Observed on the same runs: a floor of 7 and 16 ms a layer and micro-batch with 16 and 32 ranks. In a pipeline
         the host waits for it, too.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
+    fragmentation: share of what is kept from forward to backward that the caching allocator takes on top, as its blocks
+        are cut to the wrong size.
     holds_buffers: the allocator gets buffers of collectives back when the device is done with them (`memory.py`).
     """
 
@@ -53,6 +57,7 @@ class Run:
     pipeline_stall_s: float = 2.2e-4
     far_tensor_s: float = 4e-5
     keeps_gathered: bool = False
+    fragmentation: float = 0.08
     holds_buffers: bool = True
 
     @staticmethod

@@ -71,6 +71,9 @@ def split(table: ModelTable, layout: Layout, pricer: Pricer, shape: Shape) -> li
     counts = _even(table.blocks, p)
     if layout.cut is not None:
         counts = list(cut_counts(layout, table.names))
+    elif cut == "ends" and not table.own:
+        counts = _even(table.blocks + 2, p)
+        counts[0], counts[-1] = counts[0] - 1, counts[-1] - 1
     elif layout.vpp == 1 and table.kinds and cut != "even":
         counts = _by_threshold(table, p) if cut == "threshold" else _balanced(table, pricer, shape, p)
     held = blocks_held(counts, layout.vpp)

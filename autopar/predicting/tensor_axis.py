@@ -27,7 +27,7 @@ from autopar.rules.schema import normalized, op_call
 from autopar.rules.types import AxisRule
 from autopar.sharding import OpOption, Pins, ShardingProblem, build_problem
 from autopar.solver import Choice, Problem, solve
-from autopar.trace import ParamInfo, Trace
+from autopar.trace import Trace
 
 _RANKS = 2
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
@@ -36,7 +36,7 @@ _PIECES = {
     torch.ops.aten.split_with_sizes.default,
     torch.ops.aten.slice.Tensor,
 }
-_LARGE = 4  # times the activation it makes: a table of that size is cut though that costs a collective
+_LARGE = 4  # times as many rows as an activation or a matrix: a table of that size is cut though it costs a collective
 _TIME_LIMIT_S = 20.0
 _GAP = 1e-3
 
@@ -124,11 +124,23 @@ def _inner_link(cluster: ClusterSpec) -> LinkSpec:
 
 
 def _large_tables(trace: Trace, tokens: int) -> set[str]:
-    """Lookup tables that nobody would keep whole on every rank."""
+    """Lookup tables that nobody would keep whole on every rank.
+
+    One of positions has a row for each token and is kept whole. One of the batch's own ids, of a vocabulary, is cut for
+    a long sequence too, if it is as large as that beside the matrices of a layer.
+    """
     flow, params = Dataflow.of(trace), {p.node: p for p in trace.params}
-    looked_up = {flow.operands_of[n][0].node.name for n in flow.ops if n.target is torch.ops.aten.embedding.default}
-    tables: list[ParamInfo] = [params[name] for name in looked_up & params.keys()]
-    return {p.fqn for p in tables if p.shape[0] > _LARGE * tokens}
+    ids = {i.node for i in trace.inputs if i.batch_dim is not None}
+    large = set()
+    for node in flow.ops:
+        if node.target is not torch.ops.aten.embedding.default:
+            continue
+        table, index = (operand.node.name for operand in flow.operands_of[node][:2])
+        if table in params:
+            rows, width = params[table].shape
+            if rows > _LARGE * (min(tokens, width) if index in ids else tokens):
+                large.add(params[table].fqn)
+    return large
 
 
 def dim_of(node: fx.Node) -> int:

@@ -15,7 +15,7 @@ from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
 from autopar.predicting.predict import Predictor
-from autopar.predicting.reductions import messages, reduction, returned, tied_s
+from autopar.predicting.reductions import messages, reduction, returned, rounds, tied_s
 from autopar.predicting.sizes import Floats
 from autopar.predicting.stages import Stage, again_work, blocks_held, kept_of, per_chunk, run_again, stage_work
 from autopar.predicting.step import accumulation_s, optimizer_s, send_parts_s, state_copy_s
@@ -165,7 +165,7 @@ class _StagePricer:
     # -- the end of a step ------------------------------------------------------------------
 
     def _reductions(self, chunks: tuple[ChunkCost, ...]) -> tuple[Reduction, ...]:
-        """The buckets of gradients, in the order in which they fill."""
+        """The buckets of gradients, in the order in which they fill; beside compute those of the last round only."""
         job = self.job
         if job.data_axis.size == 1 or job.layout.zero == 3:
             return ()
@@ -176,7 +176,7 @@ class _StagePricer:
             if job.run.overlap:
                 found += self._buckets(chunks, at, one.numbers, count, seconds)
             else:
-                found += [Reduction(seconds)] * count
+                found += [Reduction(seconds)] * count * rounds(job)
         # those that are ready first; chunks run backward last to first, the pieces of one in their order
         return tuple(sorted(found, key=lambda r: (-r.after[0], r.after[1]) if r.after else (0, 0)))
 

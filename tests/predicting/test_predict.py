@@ -222,10 +222,11 @@ def test_cuts_into_stages() -> None:
     table, layout, shape = predictor("llama").table, Layout(pp=4), Shape(1)
     counts = {
         cut: [s.blocks for s in split(table, layout, Pricer(CLUSTER, Run(cut=cut)), shape)]
-        for cut in ("even", "threshold", "balanced")
+        for cut in ("even", "threshold", "balanced", "ends")
     }
     assert counts["even"] == [2, 2, 2, 2]
-    assert sum(counts["threshold"]) == sum(counts["balanced"]) == LAYERS
+    assert sum(counts["threshold"]) == sum(counts["balanced"]) == sum(counts["ends"]) == LAYERS
+    assert counts["ends"] == [2, 3, 2, 1]  # with one more each for what comes before and after
     per_block, head = float(block("llama").parameters.sum()), VOCAB * HIDDEN
     share = (LAYERS * per_block + head) / 4
     assert (counts["threshold"][0] - 1) * per_block <= share < counts["threshold"][0] * per_block

@@ -73,11 +73,6 @@ class StagedPlan(Plan):
                 f"a plan with expert and context ranks (ep={layout.ep}, cp={layout.cp}) cannot be run yet, only "
                 "priced: rows of a cut sequence do not find their experts; pin cp=1 or ep=1"
             )
-        if layout.offload != "none":
-            return (
-                f"a plan with the optimizer's state on the host (offload={layout.offload}) cannot be run yet, only "
-                "priced; leave the pin offload out"
-            )
         if layout.devices != self.cluster.devices:
             return (
                 f"the plan uses {layout.devices} of {self.cluster.devices} devices, and ranks without work cannot be "

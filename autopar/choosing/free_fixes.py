@@ -99,7 +99,7 @@ def _changes(predictor: Predictor, pin: dict[str, Any], needed: int, deadline: f
     yield Change(memory_words(predictor.cluster, needed), limit, with_limit(predictor, needed), pin)
     rows = [_nodes(predictor, pin, deadline)]
     rows += [_other_values(predictor, pin, key) for key in pin]
-    rows += [_offload(predictor, pin), _batches(predictor, pin), _devices(predictor, pin, needed)]
+    rows += [_batches(predictor, pin), _devices(predictor, pin, needed)]
     for row in rows:
         for change in row:
             if time.perf_counter() > deadline:
@@ -163,12 +163,6 @@ def _values(predictor: Predictor, key: str) -> list[Any]:
         "recompute": list(RECOMPUTE), "schedule": list(SCHEDULES), "offload": list(OFFLOAD),
     }  # fmt: skip
     return known.get(key, [])
-
-
-def _offload(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:
-    """The optimizer's state on the host, where there is a link to it."""
-    if predictor.cluster.device.host_link_bytes_per_s and "offload" not in pin:
-        yield Change("offload optimizer state", {"offload": "optimizer"}, predictor, {**pin, "offload": "optimizer"})
 
 
 def _batches(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:

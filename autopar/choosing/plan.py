@@ -105,7 +105,8 @@ def choose(
 def is_staged(choice: LayoutChoice, global_batch: int) -> bool:
     """Whether the best layout has what only a plan by degrees can have."""
     layout = choice.best.layout
-    return layout.pp > 1 or layout.cp > 1 or layout.micro_batches(global_batch) > 1
+    by_degrees = layout.pp > 1 or layout.cp > 1 or layout.offload != "none"
+    return by_degrees or layout.micro_batches(global_batch) > 1
 
 
 def staged_plan(predictor: Predictor, choice: LayoutChoice, options: PlanOptions) -> StagedPlan:

@@ -28,6 +28,7 @@ from autopar.runtime.binding import bind_inputs
 from autopar.runtime.clipping import clip_grad_norm
 from autopar.runtime.execute import RankProgram, wait_for
 from autopar.runtime.failure import naming_dead_ranks
+from autopar.runtime.host_state import HostState
 from autopar.runtime.parameters import distribute_loaded, mirror, place, torch_placements
 from autopar.runtime.stage_peaks import peak_bytes_per_stage
 from autopar.runtime.staged import CompiledStages
@@ -78,6 +79,7 @@ class Program(nn.Module):
         self._planner = planner
         self._compiled: dict[object, Compiled | CompiledStages] = {}
         self._first: Compiled | CompiledStages | None = None
+        self._host_state: HostState | None = None
         mirror(self, model, world)
         self.register_load_state_dict_pre_hook(distribute_loaded)
         self.train(model.training)
@@ -264,6 +266,9 @@ class Program(nn.Module):
                 placed = nn.Parameter(compiled.place(fqn, source), requires_grad=param.requires_grad)
                 if compiled.mesh is not None:
                     torch.utils.swap_tensors(param, placed)
+        if isinstance(compiled, CompiledStages) and compiled.plan.named.offload == "optimizer":
+            self._host_state = HostState.of(dict(self.named_parameters()))
+            self._host_state.watch(self)
 
     def _buffer_values(self, trace: Trace) -> dict[str, torch.Tensor]:
         values = {b.node: self.get_buffer(b.fqn) for b in trace.buffers}

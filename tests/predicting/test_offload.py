@@ -85,6 +85,31 @@ def test_it_is_named_where_it_would_do() -> None:
     assert of.predict(replace(layout, offload="optimizer")).fits
 
 
+def test_it_is_chosen_where_nothing_else_fits() -> None:
+    pin = {"dp": 4, "tp": 2, "pp": 1, "zero": 0}
+    kept = predictor(8, batch=12)
+    least = LayoutSearch(kept, Space.of(kept, {**pin, "offload": "none"})).leanest()
+    assert least is not None
+    for more, expected in ((-(1 << 20), "optimizer"), (4 << 30, "none")):
+        of = predictor(8, int(least[1].total) + more)
+        best = LayoutSearch(of, Space.of(of, pin)).run(60).best
+        assert best.layout.offload == expected and best.fits
+    of = predictor(8, int(least[1].total) - (1 << 20))
+    with pytest.raises(Infeasible):
+        LayoutSearch(of, Space.of(of, {**pin, "offload": "none"})).run(60)
+
+
+def test_it_spares_recomputation_where_the_link_is_fast() -> None:
+    pin = {"dp": 4, "tp": 2, "pp": 1, "zero": 0}
+    of = predictor(8, 1100 << 20)
+    best = LayoutSearch(of, Space.of(of, pin)).run(60).best
+    assert (best.layout.offload, best.layout.recompute) == ("none", "full")
+    fast = linked(of, 100 * of.cluster.device.host_link_bytes_per_s, 1 << 40)
+    fast.forget_prices()
+    best = LayoutSearch(fast, Space.of(fast, pin)).run(60).best
+    assert (best.layout.offload, best.layout.recompute) == ("optimizer", "none")
+
+
 def test_the_simulated_step_takes_as_long_and_shows_the_copies() -> None:
     from autopar.simulating.simulate import simulate_layout
 
@@ -95,11 +120,11 @@ def test_the_simulated_step_takes_as_long_and_shows_the_copies() -> None:
     assert {task.name for task in found.tasks if task.lane == HOST_LINK} == {"state from the host", "state to the host"}
 
 
-def test_a_plan_with_it_says_that_it_cannot_be_run_yet() -> None:
+def test_a_plan_with_it_can_be_run() -> None:
     of = predictor(8, batch=24)
     plan = autopar.plan(model(), of.cluster, seq=SEQ, global_batch=12, pin={"offload": "optimizer", "pp": 1})
     assert isinstance(plan, StagedPlan) and plan.named.offload == "optimizer"
-    assert "offload=optimizer" in plan.not_yet
+    assert not plan.not_yet
     again = autopar.Plan.loads(plan.dumps())
     assert isinstance(again, StagedPlan) and again.named == plan.named
     assert "waits on the host" in str(plan.explain())

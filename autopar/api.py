@@ -14,13 +14,14 @@ from torch import nn
 from autopar.asked import check_options, default_call, plan_options
 from autopar.choosing.crowded import crowded
 from autopar.choosing.offer import best_layout, may_be_staged
+from autopar.choosing.op_fixes import Answer, Attempt, Question, explained, resized
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
 from autopar.codegen.schedule import emit_within, memory_estimate, persistent_memory
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.drawing import random_nodes
-from autopar.errors import AutoparError, PlanMismatch
+from autopar.errors import AutoparError, Infeasible, PlanMismatch
 from autopar.explain import Report
 from autopar.explaining.workbench import Workbench
 from autopar.figures import predicted_figures
@@ -104,7 +105,12 @@ def plan(
         rival = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
     if rival is not None:
         return _faster(rival, traced, time_limit_s, progress)
-    made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
+    try:
+        made = _plan_trace(traced, cluster, options, time_limit_s=time_limit_s, progress=progress)
+    except Infeasible as error:
+        spent_s = time.perf_counter() - began
+        asked = Question(cluster, options.global_batch, pin or {}, memory_limit_bytes, spent_s)
+        raise explained(error, asked, _again(model, call, options), time_limit_s) from None
     if dump_dir is not None:
         dump_stages(dump_dir, traced, made, emit_for(traced, made))
     return made.with_timings(trace_s=trace_s)
@@ -247,6 +253,25 @@ def _faster(
 def _no_dump(dump_dir: str | Path | None) -> None:
     if dump_dir is not None:
         raise AutoparError("dump_dir shows the steps of a plan op by op; this one is by degrees: pin pp=1, cp=1")
+
+
+def _again(model: nn.Module, call: Call, options: PlanOptions) -> Answer:
+    """What `plan` says after a change."""
+
+    def answer(changed: Attempt, time_limit_s: float) -> Plan:
+        there = call if changed.batch is None else resized(call, options.global_batch, changed.batch)
+        limits = {"optimizer": options.optimizer, "memory_limit_bytes": changed.limit_bytes}
+        how = (options.precision, limits, changed.pin, time_limit_s)
+        staged = best_layout(model, changed.cluster, there, *how, None)
+        if staged is not None:
+            return staged
+        traced = _traced(model, there, options.precision)
+        wanted = plan_options(
+            traced, changed.cluster, None, options.precision, options.optimizer, changed.limit_bytes, changed.pin
+        )
+        return _plan_trace(traced, changed.cluster, wanted, time_limit_s=time_limit_s)
+
+    return answer
 
 
 # -- the pipeline -----------------------------------------------------------------------

@@ -272,12 +272,12 @@ def _infeasible(tried: list[MeshSearch], settings: SearchSettings) -> Infeasible
         proven = f" (proven, by the planner's own account: within {max(0.0, 1 - bound / account):.1%} of the least)"
     return Infeasible(
         f"no plan fits {_gb(limit)} per device: the leanest needs {_gb(best.needed_bytes)}"
-        f" ({best.needed_bytes} bytes) on mesh {'x'.join(map(str, best.mesh)) or '1'}{where}; raise the limit to that,"
-        f" use more devices, or a smaller batch{proven}",
+        f" ({best.needed_bytes} bytes) on mesh {'x'.join(map(str, best.mesh)) or '1'}{where}{proven}",
         needed_bytes=best.needed_bytes,
         where=best.binding,
         bound_bytes=bound,
         short_by_bytes=max(0, best.needed_bytes - limit),
+        advice="raise the limit to that, use more devices, or a smaller batch",
     )
 
 

@@ -17,7 +17,7 @@ from autopar.plans import Plan
 from autopar.presets import PRESETS
 from autopar.units import bytes_text
 
-MOST_TIMES = 8  # as many nodes as there are, or as long as it took to find that nothing fits
+MOST_TIMES = 4  # as many nodes as there are, or as long as it took to find that nothing fits
 
 
 @dataclass(frozen=True)

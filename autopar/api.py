@@ -95,13 +95,8 @@ def plan(
     traced = _traced(model, call, precision)
     trace_s = time.perf_counter() - began
     options = plan_options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
-    rival = None
-    if (
-        not options.pin
-        and dump_dir is None
-        and cluster.nodes > 1
-        and crowded(traced, cluster, options.memory_limit_bytes)
-    ):
+    rival, free = None, not options.pin and dump_dir is None and cluster.nodes > 1
+    if free and crowded(traced, cluster, options.memory_limit_bytes):
         rival = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
     if rival is not None:
         return _faster(rival, traced, time_limit_s, progress)

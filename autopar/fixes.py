@@ -16,7 +16,7 @@ _BUYS, _BATCH = ("nodes", "memory_limit_bytes", "cluster"), ("global_batch", "se
 class Fix:
     """One change, the smallest of its kind that helps.
 
-    what: for people. change: what becomes of which layout key, pin, or of nodes, devices_per_node, global_batch,
+    what: for people. change: what becomes of which layout key, pin, or of nodes, devices_per_node, global_batch, seq,
         memory_limit_bytes (per device) or cluster (a preset); a pin that becomes None is left out.
     layout: in which the step then fits, in the keys of the command line. devices: that the cluster then has.
     step_time_s, peak_bytes: of that layout. slower: seconds per sample, relative to the layout that does not fit;

@@ -58,7 +58,13 @@ class _Finder:
             found = next((one for one in row if fits(self.predictor, one)), None)
             if found is not None:
                 yield self._fix(_difference(self.layout, found), {}, self.predictor, found)
-        for find in (self._smaller_batch, self._more_nodes, self._more_memory, self._other_device):
+        for find in (
+            self._smaller_batch,
+            self._shorter_sequences,
+            self._more_nodes,
+            self._more_memory,
+            self._other_device,
+        ):
             fix = find()
             if fix is not None:
                 yield fix
@@ -158,6 +164,17 @@ class _Finder:
         what = f"a global batch of {batch} instead of {of.global_batch}"
         return self._fix(what, {"global_batch": batch}, with_batch(of, batch), layout)
 
+    def _shorter_sequences(self) -> Fix | None:
+        """Half of them, and so on, where micro-batches are as small as they get; slower: by the token."""
+        if self.layout.micro_batch > 1:
+            return None
+        for parts, there in shorter(self.predictor):
+            if fits(there, self.layout):
+                what = f"sequences of {there.table.tokens} tokens instead of {self.predictor.table.tokens}"
+                fix = self._fix(what, {"seq": there.table.tokens}, there, self.layout)
+                return dataclasses.replace(fix, slower=(1 + (fix.slower or 0.0)) * parts - 1)
+        return None
+
     def _more_nodes(self) -> Fix | None:
         """The fewest nodes on which more of one degree makes it fit."""
         found: list[Fix] = []
@@ -205,6 +222,15 @@ class _Finder:
         made = there.price(layout)
         slower = made.step_time_s / there.global_batch / self.base_s - 1
         return Fix(what, change, after, there.cluster.devices, made.step_time_s, made.peak_bytes, slower)
+
+
+def shorter(predictor: Predictor) -> Iterator[tuple[int, Predictor]]:
+    """(parts, the same for sequences cut in so many), the longest first; none where there are no sequences."""
+    for parts in (2, 4, 8):
+        if predictor.table.tokens > parts and predictor.table.tokens % parts == 0:
+            there = predictor.with_tokens(predictor.table.tokens // parts)
+            if there is not None:
+                yield parts, there
 
 
 def moved(predictor: Predictor, cluster: ClusterSpec) -> Predictor:

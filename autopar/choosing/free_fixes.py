@@ -19,6 +19,7 @@ from autopar.choosing.fixes import (
     more_devices,
     moved,
     other_devices,
+    shorter,
     with_batch,
     with_limit,
 )
@@ -99,7 +100,7 @@ def _changes(predictor: Predictor, pin: dict[str, Any], needed: int, deadline: f
     yield Change(memory_words(predictor.cluster, needed), limit, with_limit(predictor, needed), pin)
     rows = [_nodes(predictor, pin, deadline)]
     rows += [_other_values(predictor, pin, key) for key in pin]
-    rows += [_batches(predictor, pin), _devices(predictor, pin, needed)]
+    rows += [_batches(predictor, pin), _sequences(predictor, pin), _devices(predictor, pin, needed)]
     for row in rows:
         for change in row:
             if time.perf_counter() > deadline:
@@ -170,6 +171,13 @@ def _batches(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:
     for batch in reversed(divisors(predictor.global_batch)[:-1]):
         what = f"a global batch of {batch} instead of {predictor.global_batch}"
         yield Change(what, {"global_batch": batch}, with_batch(predictor, batch), pin)
+
+
+def _sequences(predictor: Predictor, pin: dict[str, Any]) -> Iterator[Change]:
+    """Shorter ones, the longest first."""
+    for _, there in shorter(predictor):
+        what = f"sequences of {there.table.tokens} tokens instead of {predictor.table.tokens}"
+        yield Change(what, {"seq": there.table.tokens}, there, pin)
 
 
 def _devices(predictor: Predictor, pin: dict[str, Any], needed: int) -> Iterator[Change]:

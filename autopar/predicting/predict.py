@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from autopar.predicting.step import StepTime, step_time
 from autopar.predicting.table import ModelTable
 from autopar.predicting.tensor_axis import tensor_axis
 from autopar.predicting.work import Pricer
-from autopar.trace import trace_sample
+from autopar.trace import Sample, trace_sample
 
 if TYPE_CHECKING:
     from autopar.choosing.shortfall import Shortfall
@@ -88,6 +89,7 @@ class Predictor:
         self.heads, self.kv_heads = attention_heads(model)
         batch = _prime_for(model, seq)
         call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
+        self._retrace = _Retrace(weakref.ref(model), call, precision)
         self.sample = sample = trace_sample(model, call, precision=precision)
         self._traced_batch = batch
         self.run = run or Run.usual(keeps_scores(sample, _tokens(sample.trace.inputs)))
@@ -120,6 +122,16 @@ class Predictor:
         """The same model and batch, without another trace, on devices and links of another kind."""
         made = self.on(cluster)
         made.limit_bytes = checked_limit(memory_limit_bytes) or cluster.device.usable_bytes
+        made._read()
+        return made
+
+    def with_tokens(self, tokens: int) -> Predictor | None:
+        """The same model, batch and cluster for shorter sequences: traced again, once; None where the model is gone."""
+        sample = self._retrace.sample(self.table.tokens, tokens)
+        if sample is None:
+            return None
+        made = copy.copy(self)
+        made.sample = sample
         made._read()
         return made
 
@@ -256,6 +268,32 @@ def predict(
     if isinstance(layout, (str, Mapping, Layout)):
         return predictor.predict(layout)
     return [predictor.predict(one) for one in layout]
+
+
+@dataclass(frozen=True)
+class _Retrace:
+    """What it takes to trace a model for other sequences. known: samples by their tokens."""
+
+    model: weakref.ref[nn.Module]
+    call: Any
+    precision: str
+    known: dict[int, Sample] = field(default_factory=dict)
+
+    def sample(self, before: int, tokens: int) -> Sample | None:
+        """Of sequences of so many tokens, where they have `before` now."""
+        model = self.model()
+        if tokens not in self.known and model is not None:
+            call = pytree.tree_map_only(torch.Tensor, lambda t: _cut(t, before, tokens), self.call)
+            self.known[tokens] = trace_sample(model, call, precision=self.precision)
+        return self.known.get(tokens)
+
+
+def _cut(tensor: torch.Tensor, before: int, tokens: int) -> torch.Tensor:
+    """All dims of one for each token, but for the batch."""
+    for dim in range(1, tensor.dim()):
+        if tensor.shape[dim] == before:
+            tensor = tensor.narrow(dim, 0, tokens)
+    return tensor
 
 
 def checked_limit(limit_bytes: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,12 +24,16 @@ from autopar.prediction_text import lacking as describe_lacking
 from tests.choosing.test_search import LAYERS, SEQ, model, predictor
 
 GIB = 1 << 30
-MACHINES = ("nodes", "memory_limit_bytes", "cluster", "global_batch")
+MACHINES = ("nodes", "memory_limit_bytes", "cluster", "global_batch", "seq")
 
 
 def applied(of: Predictor, change: Mapping[str, Any]) -> Predictor:
     """The same model after a change to all but the layout, priced anew."""
     cluster = of.cluster
+    if "seq" in change:
+        shorter = of.with_tokens(change["seq"])
+        assert shorter is not None and shorter.table.tokens == change["seq"]
+        of = shorter
     if "cluster" in change:
         cluster = autopar.ClusterSpec.preset(change["cluster"], gpus=cluster.devices)
     made = of.on(replace(cluster, nodes=change.get("nodes", cluster.nodes)))
@@ -91,7 +96,8 @@ def test_named_layouts(keys: dict[str, Any], gpus: int, share: float) -> None:
         assert fix.layout == after.to_dict()
         assert fix.devices == there.cluster.devices
         slower = made.step_time_s / there.global_batch / (guess.step_time_s / of.global_batch) - 1
-        assert fix.slower == pytest.approx(slower, abs=1e-9)
+        tokens = of.table.tokens / there.table.tokens  # by the token, not by the sample
+        assert fix.slower == pytest.approx((1 + slower) * tokens - 1, abs=1e-9)
         assert not any(fits(*less) for less in one_step_less(of, layout, fix)), fix
 
 
@@ -192,6 +198,18 @@ def test_what_a_person_reads() -> None:
     said = describe_lacking(of.shortfall(guess), of.fixes(guess)).splitlines()
     assert said[0] == f"does not fit       {lacking}"
     assert [line.strip().rpartition(", ")[0] for line in said[2:]] == whats
+
+
+def test_shorter_sequences() -> None:
+    """One sample at a time is too long: half of it fits, the same as if it were traced that way from the start."""
+    net, cluster, layout = model(), autopar.ClusterSpec.preset("h100-sxm", gpus=8), Layout(dp=8, micro_batch=1)
+    of, half = (Predictor(net, cluster, seq=seq, global_batch=24) for seq in (SEQ, SEQ // 2))
+    of.limit_bytes = math.ceil(half.memory(layout).total)
+    fix = next(fix for fix in of.fixes(of.predict(layout)) if "seq" in fix.change)
+    assert (fix.change, fix.what) == ({"seq": SEQ // 2}, f"sequences of {SEQ // 2} tokens instead of {SEQ}")
+    assert fix.step_time_s == pytest.approx(half.predict(layout).step_time_s, rel=1e-9)
+    error = answer(of, {"dp": 8, "micro_batch": 1, "recompute": "none", "zero": 0, "offload": "none", "tp": 1})
+    assert any(fix.change == {"seq": SEQ // 2} for fix in error.fixes)
 
 
 def test_another_device() -> None:

@@ -396,7 +396,7 @@ def test_infeasible_is_exit_3_and_says_what_would_fit(
     argv = ["plan", "--model", "user_mlp:Mlp", "--cluster", "cpu", "--gpus", "2", "--global-batch", "8"]
     code, out, err = run(capsys, *argv, "--memory-limit-bytes", "1000")
     assert (code, out) == (cli.EXIT_INFEASIBLE, "")
-    message = err.splitlines()[-1]
+    message = next(line for line in err.splitlines() if line.startswith("autopar: error"))
     needed = re.fullmatch(r"autopar: error: no plan fits .*the leanest needs .*\((\d+) bytes\).*", message)
     assert needed is not None, message
     code, out, err = run(capsys, *argv, "--memory-limit-bytes", needed[1], "--json")

@@ -266,8 +266,10 @@ def test_a_parameter_pin_skips_meshes_that_cannot_hold_it() -> None:
 
 
 def test_stages_of_a_model_without_blocks() -> None:
-    with pytest.raises(Infeasible, match="pp=2, but the model has 1 block"):
-        make("mlp", gpus=8, pin={"pp": 2})
+    """Its modules are cut one after the other; more stages than modules there cannot be."""
+    assert make("mlp", gpus=8, pin={"pp": 2}).layout()["pp"] == 2
+    with pytest.raises(Infeasible, match="pp=8, but the model has"):
+        make("mlp", gpus=8, pin={"pp": 8})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ RANKS, TIMEOUT_S = 4, 900.0
 
 
 @pytest.mark.parametrize(
-    "names", [("llama", "gpt2"), pytest.param(("interleaved", "deep"), marks=pytest.mark.slow)], ids="-".join
+    "names",
+    # GPT-2's zero-bubble case was once seen to hang in a collective on a loaded machine: not to hold up every run of CI
+    [("llama",), *(pytest.param(names, marks=pytest.mark.slow) for names in (("gpt2",), ("interleaved", "deep")))],
+    ids="-".join,
 )
 def test_stages_on_four_processes(names: tuple[str, ...], tmp_path: Path) -> None:
     train_and_compare(names, RANKS, tmp_path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autopar.explaining.alternatives import Alternative
 from autopar.explaining.degrees import degree_table
 from autopar.explaining.measured import error_bars
+from autopar.explaining.memory_line import memory_line
 from autopar.explaining.simulated import simulated_line
 from autopar.explaining.stage_memory import stage_memory_rows
 from autopar.predicting.predict import Predictor
@@ -42,7 +43,7 @@ def page_data(report: LayoutReport) -> dict[str, Any]:
     }
 
 
-_WITHOUT_MODEL: Mapping[str, Any] = dict.fromkeys(("time_line", "next_best", "faster", "memory"))
+_WITHOUT_MODEL: Mapping[str, Any] = dict.fromkeys(("time_line", "memory_line", "next_best", "faster", "memory"))
 
 
 def _with_model(report: LayoutReport, predictor: Predictor) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def _with_model(report: LayoutReport, predictor: Predictor) -> dict[str, Any]:
     return {
         "time_line": replace(line, note=f"{line.note} {lengths}").to_dict(),
         "memory_at_peak": stage_memory_rows(predictor, plan.named),
+        "memory_line": memory_line(simulation),
         "next_best": [_row(a, plan.layout()) for a in report.alternatives],
         "memory": _memory(report),
         "faster": [

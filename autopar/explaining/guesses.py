@@ -12,6 +12,7 @@ from autopar.cluster import ClusterSpec
 from autopar.explaining.degrees import degree_table
 from autopar.explaining.faster import Faster, priced_again
 from autopar.explaining.measured import error_bars
+from autopar.explaining.memory_line import memory_line
 from autopar.explaining.neighbours import Neighbour, best_of_each_key, memory_worth, neighbour_line, neighbours
 from autopar.explaining.page.write import write_page
 from autopar.explaining.simulated import simulated_line
@@ -99,6 +100,7 @@ class PredictionReport:
             "degrees": degree_table(best.layout, cluster),
             "time_line": self.time_line.to_dict(),
             "memory_at_peak": stage_memory_rows(self.predictor, best.layout),
+            "memory_line": memory_line(self.simulation),
             "next_best": [n.to_dict() for n in best_of_each_key(self.neighbours)],
             "memory": memory_worth(best, self.neighbours, predictor.limit_bytes),
             "faster": [f.to_dict() for f in self.faster],

@@ -19,7 +19,7 @@ COARSE = "A pass is drawn from its beginning to its end, messages inside of it n
 
 def simulated_line(simulation: Simulation) -> TimeLine:
     """A simulated step, as a report draws it."""
-    stages = _some(simulation.stages)
+    stages = drawn_stages(simulation.stages)
     tasks = [task for task in simulation.tasks if task.stage in stages]
     alone = simulation.stages == 1
     notes = [NOTE]
@@ -36,7 +36,7 @@ def simulated_line(simulation: Simulation) -> TimeLine:
     return TimeLine(tuple(sorted(spans, key=lambda s: s.start_s)), " ".join(notes), tracks, dict(totals))
 
 
-def _some(stages: int) -> Sequence[int]:
+def drawn_stages(stages: int) -> Sequence[int]:
     """All stages, or a few evenly, the first and the last among them."""
     if stages <= MOST_STAGES:
         return range(stages)

@@ -141,6 +141,29 @@ def test_the_time_line_answers_the_keyboard(chrome: Browser, tmp_path: Path) -> 
 
 
 @needs_browser
+def test_memory_along_the_step_is_drawn_as_simulated(opened: tuple[Page, Any]) -> None:
+    page, data = opened
+    line = data.get("memory_line")
+    drawn = "[...document.querySelectorAll('#memory-line .course')]"
+    if line is None:
+        assert page.run(f"{drawn}.length") == 0
+        return
+    labels = page.run(f"{drawn}.map(s => s.getAttribute('aria-label'))")
+    assert len(labels) == len(line["tracks"])
+    assert all(bytes_text(t["peak_bytes"]) in said for t, said in zip(line["tracks"], labels, strict=True))
+    shown = {float(v) for v in page.run("[...document.querySelectorAll('data')].map(d => d.value)")}
+    assert {float(t["peak_bytes"]) for t in line["tracks"]} <= shown
+    # the area of each stage is as high as its highest point, all on one scale, and as long as the step
+    box = "(s => [...s.querySelectorAll('path')].map(p => p.getBBox()))"
+    tops = page.run(f"{drawn}.map(s => 1000 - Math.min(...{box}(s).map(b => b.y)))")
+    peaks = [t["peak_bytes"] for t in line["tracks"]]
+    assert [top / max(tops) for top in tops] == pytest.approx([peak / max(peaks) for peak in peaks], abs=1e-3)
+    widths = page.run(f"{drawn}.map(s => Math.max(...{box}(s).map(b => b.width)))")
+    assert widths == pytest.approx([1000] * len(widths), abs=0.1)
+    assert page.run("document.querySelectorAll('#memory-line .tick').length") == 5
+
+
+@needs_browser
 def test_on_paper_it_is_light_and_complete(opened: tuple[Page, Any]) -> None:
     page = opened[0]
     page.size(794)  # A4 at 96 dots an inch

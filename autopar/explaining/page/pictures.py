@@ -74,6 +74,51 @@ def _spread(count: int, must: int) -> list[int]:
     return sorted(even | {must})
 
 
+@dataclass(frozen=True)
+class Course:
+    """Memory of one stage along the step. paths: (kind, path) of areas on top of each other, in a square of STRIP.
+
+    peak_bytes, peak_s: how high it gets, and when first. held: bytes there, by kind. limit: where it stands.
+    """
+
+    name: str
+    paths: tuple[tuple[str, str], ...]
+    peak_bytes: int
+    peak_s: float
+    held: tuple[tuple[str, float], ...]
+    limit: float | None
+
+
+def courses(line: Mapping[str, Any], limit_bytes: float) -> tuple[Course, ...]:
+    """The tracks of a `memory_line`, on one scale."""
+    most = max((track["peak_bytes"] for track in line["tracks"]), default=0) or 1
+    scale = max(limit_bytes, most) * ROOM if most > limit_bytes / 8 else most * ROOM
+    limit = STRIP * (1 - limit_bytes / scale) if limit_bytes <= scale else None
+    return tuple(_course(line, track, scale, limit) for track in line["tracks"])
+
+
+def _course(line: Mapping[str, Any], track: Mapping[str, Any], scale: float, limit: float | None) -> Course:
+    length, points = line["length_s"] or 1.0, track["points"]
+    ends = [*(point[0] for point in points[1:]), length]
+    below, paths = [0.0] * len(points), []
+    for place, kind in enumerate(line["kinds"], 1):
+        above = [low + point[place] for low, point in zip(below, points, strict=True)]
+        if above != below:
+            edge = "".join(
+                f"H{STRIP * point[0] / length:.2f}V{STRIP * (1 - high / scale):.2f}H{STRIP * end / length:.2f}"
+                for point, high, end in zip(points, above, ends, strict=True)
+            )
+            back = "".join(
+                f"V{STRIP * (1 - low / scale):.2f}H{STRIP * point[0] / length:.2f}"
+                for point, low in reversed(list(zip(points, below, strict=True)))
+            )
+            paths.append((kind, f"M0 {STRIP * (1 - below[0] / scale):.2f}{edge}{back}Z"))
+        below = above
+    highest = max(points, key=lambda point: sum(point[1:]))
+    held = tuple(zip(line["kinds"], highest[1:], strict=True))
+    return Course(track["name"], tuple(paths), track["peak_bytes"], track["peak_s"], held, limit)
+
+
 # -- the time line ---------------------------------------------------------------------------------
 
 

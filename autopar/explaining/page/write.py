@@ -18,7 +18,19 @@ from autopar.units import signed_bytes, signed_seconds
 
 # What a report may leave out, or not know: the page then says so, or has nothing there.
 OPTIONAL = (
-    *("model", "precision", "pins", "solver", "error_bars", "degrees", "time_line", "memory", "faster", "resources_s"),
+    *(
+        "model",
+        "precision",
+        "pins",
+        "solver",
+        "error_bars",
+        "degrees",
+        "time_line",
+        "memory_line",
+        "memory",
+        "faster",
+        "resources_s",
+    ),
     *(
         "next_best_how",
         "faster_how",

@@ -14,7 +14,7 @@ import pytest
 from autopar.errors import Infeasible
 from tests.choosing.test_search import choose, everything, predictor
 
-QUICK, CASES, STEP = 10, 100, 10
+CASES, STEP = 100, 10
 
 
 def case(seed: int) -> tuple[int, int, dict[str, Any]]:
@@ -31,10 +31,7 @@ def case(seed: int) -> tuple[int, int, dict[str, Any]]:
     return gpus, batch, pin
 
 
-@pytest.mark.parametrize(
-    "first",
-    [pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(0, CASES, STEP)],
-)
+@pytest.mark.parametrize("first", range(0, CASES, STEP))
 def test_equals_brute_force(first: int) -> None:
     pipelines = fitting = 0
     for seed in range(first, first + STEP):

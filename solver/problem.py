@@ -242,3 +242,8 @@ def sum_of_choices(problem: Problem, pick: Callable[[Iterable[float]], float]) -
 def mean_conversions(problem: Problem) -> float:
     """Seconds of one conversion of every value, the mean of those that are possible."""
     return sum(v.convert_s[np.isfinite(v.convert_s)].mean() for v in problem.values if len(v.state_bytes))
+
+
+def asks_for_less(problem: Problem) -> bool:
+    """Whether it is fixed that something does not wait for the backward pass in memory, however much there is."""
+    return any(op.must_rerun for op in problem.ops) or not all(value.may_keep for value in problem.values)

@@ -1,10 +1,9 @@
 """`Search`: the cheapest solution that fits, with proof; and the least memory that any needs.
 
-First with memory free: if that optimum fits it is the answer (its bound holds in any case).
-Then with memory limited, starting from what was learnt. A caller that holds a solution of
-another problem for the same work (another mesh) gives its cost as a cutoff, and what memory
-was worth there: most often a first ascent at these prices then shows that there is nothing
-to find here.
+First with memory free: if that optimum fits it is the answer (its bound holds in any case). Then with memory limited,
+starting from what was learnt. A caller that holds a solution of another problem for the same work (another mesh) gives
+its cost as a cutoff, and what memory was worth there: most often a first ascent at these prices then shows that there
+is nothing to find here.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from autopar.solver.problem import (
     Problem,
     Solution,
     SolveResult,
+    asks_for_less,
     mean_conversions,
     sum_of_choices,
 )
@@ -83,7 +83,7 @@ class Search:
         self.stats: dict[str, float] = {}
         self.limit = problem.capacity_bytes
         self.hopeless = self.limit is not None and least_conceivable(problem, self.lives) > self.limit  # plainly
-        if self.limit is None and _asks_for_less(problem):
+        if self.limit is None and asks_for_less(problem):
             self.limit = NO_LIMIT  # where memory is free the model knows nothing of running again, nor of offload
         self._narrowed = self.narrowing(self.limit, excess=False)
 
@@ -210,8 +210,8 @@ class Search:
             self._raise_bound(min(proven, found.bound))
             self._report("bound tightened")
             self._widen(narrowing, found, proven)
-        if self.best is None and not self._has_cutoff() and limit is not None:
-            self._find_any(limit)
+        if self.best is None and not self._has_cutoff():
+            self._find_first() if limit is None else self._find_any(limit)
 
     def _take_turns(self) -> Narrowed:
         self.turns = self._narrowed.run(self.allowed, enough=self._enough(), seen=self._seen)
@@ -306,6 +306,12 @@ class Search:
         if self.best is None:
             self._raise_infeasible(proven=found.bound > EXCEEDED)
 
+    def _find_first(self) -> None:
+        """No solution in time, though memory is free: rounding asked for what cannot be. Take the time for one."""
+        self.allowed = self.everything()
+        found = self.narrowing(None, excess=False, clock=Clock(None)).limited(self.allowed)
+        found.stage.search(found.relaxed, self._accepting(found.restricted), np.inf, 1.0)
+
     def _raise_infeasible(self, *, proven: bool) -> None:
         """Nothing fits; or, not proven, nothing was found."""
         if self._explain or not proven:
@@ -392,8 +398,3 @@ class Search:
         peak = (found.peak_bytes, found.peak_time)
         seconds = self.clock.elapsed_s()
         return SolveResult(solution, status, found.cost_s, bound, gap, *peak, seconds, self.stats, self.paid_s)
-
-
-def _asks_for_less(problem: Problem) -> bool:
-    """Whether it is fixed that something does not wait for the backward pass in memory, however much there is."""
-    return any(op.must_rerun for op in problem.ops) or not all(value.may_keep for value in problem.values)

@@ -68,6 +68,14 @@ def test_no_time_at_all_still_gives_a_valid_solution(small_transformer, fraction
     assert (hasty.status == "optimal") == (hasty.gap <= 1e-4)
 
 
+@pytest.mark.parametrize("seed", [269, 920, 1547, 1846])
+def test_no_time_at_all_where_rounding_fails(seed: int) -> None:
+    """Memory is free, and yet what the relaxation rounds to needs conversions that cannot be."""
+    free = with_capacity(random_problem(seed), None)
+    hasty = solve(free, time_limit_s=0.0)
+    assert hasty.objective_s == evaluate(free, hasty.solution).cost_s >= brute_force(free).objective_s - 1e-9
+
+
 def test_a_transformer_within_memory(small_transformer) -> None:
     free = solve(small_transformer)
     assert free.status == "optimal"

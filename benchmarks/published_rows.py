@@ -73,8 +73,8 @@ FRAMEWORKS = {
     ),
     "torchtitan": Framework("float32", run=(("overlap", True),)),  # its mixed precision reduces in float32
     # scaling_benchmarks.py: ACCUMULATE_GRAD_IN_FP32 = True; models/base.py: build_model gives blocks to stages;
-    # trainer.py: with ZeRO, sync_gradients_across_dp(reduce_scatter=False)
-    "nanotron": Framework("float32", run=(("cut", "threshold"), ("reduces_whole", True))),
+    # trainer.py: with ZeRO, sync_gradients_across_dp(reduce_scatter=False); pauses: autopar/predicting/pauses.py
+    "nanotron": Framework("float32", run=(("cut", "threshold"), ("reduces_whole", True), ("pipeline_pause_s", 0.27))),
 }
 
 

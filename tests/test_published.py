@@ -114,7 +114,9 @@ def test_how_a_framework_runs_a_row(name: str, options: dict[str, Any]) -> None:
 
 
 def test_the_sweep_is_of_nanotron() -> None:
-    assert {c.run for c in SWEEP.values()} == {(("cut", "threshold"), ("reduces_whole", True))}
+    assert {c.run for c in SWEEP.values()} == {
+        (("cut", "threshold"), ("reduces_whole", True), ("pipeline_pause_s", 0.27))
+    }
 
 
 def test_internevo_prints_tokens_of_one_device() -> None:

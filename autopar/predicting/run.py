@@ -35,6 +35,8 @@ class Run:
     far_tensor_s: where a tensor group spans nodes, what each of its collectives takes on top, for each rank of it.
         Observed on the same runs: a floor of 7 and 16 ms a layer and micro-batch with 16 and 32 ranks. In a pipeline
         the host waits for it, too.
+    pipeline_pause_s: where a pipeline spans nodes, the pause in each send and each receive of the runs that have them
+        (`pauses.py`). Observed, not explained.
     keeps_gathered: with sequence parallelism, the gathered inputs of products are kept for the backward pass.
     fragmentation: share of what is kept from forward to backward that the caching allocator takes on top, as its blocks
         are cut to the wrong size.
@@ -56,6 +58,7 @@ class Run:
     accumulates_apart: bool = True
     pipeline_stall_s: float = 2.2e-4
     far_tensor_s: float = 4e-5
+    pipeline_pause_s: float = 0.0
     keeps_gathered: bool = False
     fragmentation: float = 0.08
     holds_buffers: bool = True

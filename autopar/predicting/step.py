@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autopar.cost.collectives import MeshAxis, collective_time_s
 from autopar.predicting.job import Job
+from autopar.predicting.pauses import paused_s
 from autopar.predicting.reductions import reduce_s, zero3_s
 from autopar.predicting.stages import Stage, StageWork, stage_work
 from autopar.predicting.work import Work
@@ -62,7 +63,7 @@ def step_time(job: Job, stages: list[Stage]) -> StepTime:
         tensor_messages_s=n * (sum(work.messages_s for work in passes) - expert_s),
         expert_messages_s=n * expert_s,
         bubble_s=_bubble_s(job, stages, slow, {s: _around_s(job, s, w) for s, w in work_of.items()}, send_s),
-        send_s=_sends_s(job, worst, send_s),
+        send_s=_sends_s(job, worst, send_s) + paused_s(job),
         gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
         gathers_s=n * gathers_s[slow],
         optimizer_s=max(optimizer_s(job, s) for s in work_of),

@@ -14,6 +14,7 @@ from itertools import islice
 from autopar.layouts import Layout
 from autopar.predicting.job import Job
 from autopar.predicting.memory import StageMemory, in_flight
+from autopar.predicting.pauses import pause_s
 from autopar.predicting.predict import Predictor
 from autopar.predicting.reductions import messages, reduction, returned, rounds, tied_s
 from autopar.predicting.sizes import Floats
@@ -115,7 +116,7 @@ class _StagePricer:
     def _forward(self, slices: list[Slice]) -> PassCost:
         works = [(s, self._work(s.part.forward)) for s in slices]
         pieces = tuple(self._piece(s.name, work, gather=s) for s, work in works)
-        return PassCost(pieces, sum(work.host_s for _, work in works))
+        return PassCost(pieces, sum(work.host_s for _, work in works) + self._waits_s)
 
     def _backward(self, slices: list[Slice], which: str) -> PassCost:
         """which: "all", or the gradients of "inputs" or "weights" only; what runs again does for the former."""
@@ -135,7 +136,12 @@ class _StagePricer:
                 work += Work(kernels_s=accumulation_s(self.job, self._numbers(one)))
             pieces.append(self._piece(one.name, work, gather=gather, scatter=scatter))
             host_s += work.host_s
-        return PassCost(tuple(pieces), host_s)
+        return PassCost(tuple(pieces), host_s + (self._waits_s if which != "weights" else 0.0))
+
+    @property
+    def _waits_s(self) -> float:
+        """Of the host in one pass, which receives from the stage before and sends to the next."""
+        return pause_s(self.job) * (2 - self.stage.first - self.stage.last)
 
     def _again(self, part: Part) -> Work:
         return again_work(part, self.job.layout, self.job.pricer, self.job.shape)

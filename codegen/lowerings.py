@@ -212,7 +212,11 @@ def _local_targets(op: Shards) -> dict[str, Any]:
 
 
 def _nll_loss(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]) -> Results:
-    """Sum the local targets' losses and weights; the all-reduced weights divide the sum if a mean is wanted."""
+    """Sum the local targets' losses and weights; the all-reduced weights divide the sum if a mean is wanted.
+
+    Without weights of classes the targets are counted apart from the losses: the ranks can agree on the count before
+    they have made any loss (`codegen/overlap.py`), and need not wait for each other in the middle of a step.
+    """
     op = Shards(ctx, node, rules, operands)
     reduction = op.traced.arg("reduction")
     changes = _local_targets(op)
@@ -220,12 +224,21 @@ def _nll_loss(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], ope
         return op.call(changes)
     loss, total = op.call(changes | {"reduction": _REDUCE_SUM})
     assert loss is not None and total is not None
-    for axis, rule in enumerate(rules):
-        if rule.lowering == "nll_loss":
-            total = ctx.all_reduce(total, axis, "sum")
+    axes = [axis for axis, rule in enumerate(rules) if rule.lowering == "nll_loss"]
+    if axes and op.traced.arg("weight") is None:
+        total = _count(op, changes, total.meta["val"].dtype)
+    for axis in axes:
+        total = ctx.all_reduce(total, axis, "sum")
     if reduction == _REDUCE_MEAN:
         loss = ctx.call(aten.div.Tensor, loss, total)
     return (loss, total)
+
+
+def _count(op: Shards, changes: dict[str, Any], dtype: torch.dtype) -> fx.Node:
+    """Of the local targets that are not ignored."""
+    call, target = op.ctx.call, changes.get("target", op.operands[op.slot("target")])
+    counted = call(aten.ne.Scalar, target, changes.get("ignore_index", op.traced.arg("ignore_index")))
+    return call(aten._to_copy.default, call(aten.sum.default, counted), dtype=dtype)
 
 
 def _nll_loss_backward(

@@ -4,26 +4,63 @@ A collective is issued right after its operand exists, but not before the collec
 front of it has been waited for by compute (so one is in flight while the ops of the
 previous one run: a prefetch of one). A wait moves down to the first use of its result,
 but no further than the start of the second collective after it, so that the buffers of
-at most two collectives are held. The order of the collectives never changes, so all
-ranks still issue the same ones in the same order.
+at most two collectives are held. What follows from whole numbers of the batch alone, as
+how many labels count, is agreed on first of all. Otherwise the order of the collectives
+does not change; it is the same on all ranks, as the graph is.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from autopar.codegen.builder import c10d, is_collective
 from autopar.codegen.repeats import last_touches
 
 _IN_FLIGHT = 2
+_MOST_OPS = 24  # that a number of the batch takes
 
 
 def overlap(graph: fx.Graph) -> None:
     """Reorder starts and waits of `graph` in place."""
     sink_views(graph)
+    agree_first(graph)
     sink_waits(graph)
     hoist_starts(graph)
     graph.lint()
+
+
+def agree_first(graph: fx.Graph) -> None:
+    """Move single numbers that follow from the batch's whole numbers, and their reductions, to the graph's start."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    anchor = placeholders[-1] if placeholders else None
+    for start in [n for n in graph.nodes if is_collective(n)]:
+        value = start.meta["val"]
+        if anchor is None or not isinstance(value, torch.Tensor) or value.dim():
+            continue
+        needed = _made_of(start)
+        if needed is None:
+            continue
+        for node in [n for n in graph.nodes if n in needed]:
+            anchor.append(node)
+            anchor = node
+
+
+def _made_of(start: fx.Node) -> set[fx.Node] | None:
+    """A node and all ops that it takes; None if they read other than whole numbers, or are many."""
+    needed, open_ends = set[fx.Node](), [start]
+    while open_ends:
+        node = open_ends.pop()
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+                return None
+        elif node not in needed:
+            needed.add(node)
+            open_ends += node.all_input_nodes
+        if len(needed) > _MOST_OPS or (is_collective(node) and node is not start):
+            return None
+    return needed
 
 
 def sink_views(graph: fx.Graph) -> None:

@@ -11,6 +11,8 @@ does not change; it is the same on all ranks, as the graph is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -18,36 +20,42 @@ from autopar.codegen.builder import c10d, is_collective
 from autopar.codegen.repeats import last_touches
 
 _IN_FLIGHT = 2
-_MOST_OPS = 24  # that a number of the batch takes
+_MOST_OPS = 24  # that a number of the batch takes: what it takes is held from the start on
 
 
 def overlap(graph: fx.Graph) -> None:
     """Reorder starts and waits of `graph` in place."""
     sink_views(graph)
-    agree_first(graph)
-    sink_waits(graph)
-    hoist_starts(graph)
+    first = agree_first(graph)
+    sink_waits(graph, first)
+    hoist_starts(graph, first)
     graph.lint()
 
 
-def agree_first(graph: fx.Graph) -> None:
-    """Move single numbers that follow from the batch's whole numbers, and their reductions, to the graph's start."""
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    anchor = placeholders[-1] if placeholders else None
+def agree_first(graph: fx.Graph) -> list[fx.Node]:
+    """Move single numbers that follow from the batch's whole numbers alone, and their reductions, to the start.
+
+    Returns the reductions. Nothing else need wait for them: they are a few bytes, on their way during all that follows.
+    """
+    found: list[fx.Node] = []
+    moved = set[fx.Node]()
     for start in [n for n in graph.nodes if is_collective(n)]:
         value = start.meta["val"]
-        if anchor is None or not isinstance(value, torch.Tensor) or value.dim():
-            continue
-        needed = _made_of(start)
+        needed = _made_of(start) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
         if needed is None:
             continue
-        for node in [n for n in graph.nodes if n in needed]:
+        anchor = found[-1] if found else [n for n in graph.nodes if n.op == "placeholder"][-1]
+        to_move = needed - moved
+        for node in [n for n in graph.nodes if n in to_move]:
             anchor.append(node)
             anchor = node
+        moved |= needed
+        found.append(start)
+    return found
 
 
 def _made_of(start: fx.Node) -> set[fx.Node] | None:
-    """A node and all ops that it takes; None if they read other than whole numbers, or are many."""
+    """A reduction and all ops that it takes; None if they read other than whole numbers, draw, or are many."""
     needed, open_ends = set[fx.Node](), [start]
     while open_ends:
         node = open_ends.pop()
@@ -55,12 +63,18 @@ def _made_of(start: fx.Node) -> set[fx.Node] | None:
             value = node.meta["val"]
             if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
                 return None
-        elif node not in needed:
-            needed.add(node)
-            open_ends += node.all_input_nodes
-        if len(needed) > _MOST_OPS or (is_collective(node) and node is not start):
+            continue
+        if node is not start and (is_collective(node) or _is_random(node)):
             return None
+        needed.add(node)
+        if len(needed) > _MOST_OPS:
+            return None
+        open_ends += [n for n in node.all_input_nodes if n not in needed]
     return needed
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def sink_views(graph: fx.Graph) -> None:
@@ -70,8 +84,11 @@ def sink_views(graph: fx.Graph) -> None:
         graph.output_node().prepend(node)
 
 
-def sink_waits(graph: fx.Graph) -> None:
-    """Move each wait to right before the first use of its result (or the start of a later collective)."""
+def sink_waits(graph: fx.Graph, first: Sequence[fx.Node] = ()) -> None:
+    """Move each wait to right before the first use of its result (or the start of a later collective).
+
+    first: collectives of single numbers, which hold next to nothing.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     starts = [n for n in graph.nodes if is_collective(n)]
     position = {node: i for i, node in enumerate(starts)}
@@ -79,7 +96,7 @@ def sink_waits(graph: fx.Graph) -> None:
         start = _start_of(wait)
         stops = [min(wait.users, key=lambda u: order[u])] if wait.users else []
         later = position[start] + _IN_FLIGHT
-        if later < len(starts):
+        if start not in first and later < len(starts):
             stops.append(starts[later])
         if stops:
             stop = min(stops, key=lambda n: order[n])
@@ -87,11 +104,17 @@ def sink_waits(graph: fx.Graph) -> None:
                 stop.prepend(wait)
 
 
-def hoist_starts(graph: fx.Graph) -> None:
-    """Move each start up to where its operands exist, but not above the previous collective's first wait."""
+def hoist_starts(graph: fx.Graph, first: Sequence[fx.Node] = ()) -> None:
+    """Move each start up to where its operands exist, but not above the previous collective's first wait.
+
+    first: collectives that the others need not wait for, only follow.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     floor: fx.Node | None = None
     for start in [n for n in graph.nodes if is_collective(n)]:
+        if start in first:
+            floor = start
+            continue
         before = [n for n in start.all_input_nodes if n.op != "placeholder"]
         last_placeholder = [n for n in graph.nodes if n.op == "placeholder"][-1:]
         anchors = before + ([floor] if floor is not None else []) + last_placeholder

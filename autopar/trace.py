@@ -21,7 +21,7 @@ from autopar.tracing.assemble import assemble
 from autopar.tracing.capture import capture, logging_calls
 from autopar.tracing.leaves import input_leaves
 from autopar.tracing.recording import install_recording_hooks, wants_recording_hooks
-from autopar.tracing.repeated import repeated_layers, with_layers
+from autopar.tracing.repeated import LayerRuns, layer_runs, repeated_layers, with_layers
 from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
 from autopar.tracing.types import (
     BufferInfo,
@@ -88,12 +88,14 @@ class Sample:
 
     layers: path prefix of the list of layers ("model.layers."), "" where the whole model was traced.
     middle: the one that stands for the others, by its number in the trace. count: how many the model has.
+    runs: of layers that are not all alike but in stretches, of which a few each were traced; layers is "" then.
     """
 
     trace: Trace
     layers: str
     middle: int
     count: int
+    runs: LayerRuns | None = None
 
 
 def trace_sample(
@@ -103,12 +105,13 @@ def trace_sample(
 
     Raises TraceError as `trace` does.
     """
-    repeated = repeated_layers(model) if isinstance(model, nn.Module) else None
-    if repeated is None:
+    runs = layer_runs(model) if isinstance(model, nn.Module) else None
+    if runs is None or len(runs.kept()) == runs.count:
         return Sample(_trace_flat(model, example_inputs, None, precision), "", 0, 0)
-    path, count = repeated
-    fewer = with_layers(model, path, [0, count // 2, count - 1])
-    return Sample(_trace_flat(fewer, example_inputs, None, precision), f"{path}.", 1, count)
+    fewer = _trace_flat(with_layers(model, runs.path, list(runs.kept())), example_inputs, None, precision)
+    if len(runs.lengths) == 1:
+        return Sample(fewer, f"{runs.path}.", 1, runs.count)
+    return Sample(fewer, "", 0, 0, runs)
 
 
 def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace | None:

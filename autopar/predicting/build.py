@@ -7,7 +7,9 @@ with the batch.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,12 +61,14 @@ class _Builder(Reading):
 
     def table(self) -> ModelTable:
         trained = [p for p in self.trace.params if p.fqn in self.trace.grads]
-        own = tuple(self._part(own_block(number)) for number in range(len(self.parts.own)))
+        own = tuple(self._own())
         blocks = len(own) or self.sample.count
         block = self._part(BLOCK) if blocks and not own else None
         middle = [n for n in self.flow.ops if self.parts.part_of[n.name] == BLOCK]
         others = [n for n in self.flow.ops if self.parts.part_of[n.name] not in (BLOCK, OTHER)]
-        flops = sum(map(op_flops_of, others)) + blocks * sum(map(op_flops_of, middle))
+        times = Counter(own_block(traced) for _, traced in self.parts.blocks)
+        flops = sum(op_flops_of(n) * times.get(self.parts.part_of[n.name], 1) for n in others)
+        flops += blocks * sum(map(op_flops_of, middle))
         ids = next((i for i in self.trace.inputs if i.batch_dim == 0), None)
         dtype = trained[0].dtype
         return ModelTable(
@@ -79,8 +83,21 @@ class _Builder(Reading):
             flops=flops / self.batch,
             experts=self.experts.count,
             own=own,
-            names=self.parts.own or tuple(f"{self.sample.layers}{number}" for number in range(blocks)),
+            names=self.parts.paths or tuple(f"{self.sample.layers}{number}" for number in range(blocks)),
         )
+
+    def _own(self) -> Iterator[Part]:
+        """Blocks that are not all alike. Of a traced one that stands for others, these have parameters of their own."""
+        made = [self._part(own_block(number)) for number in range(len(self.parts.own))]
+        users = Counter(p for name in self.parts.names for p in self._used(name))
+        seen: set[int] = set()
+        for path, number in self.parts.blocks:
+            part = made[number]
+            if number in seen:
+                numbers = {(n if users[n] > 1 else f"{path}: {n}"): size for n, size in part.numbers.items()}
+                part = replace(part, numbers=numbers)
+            seen.add(number)
+            yield part
 
     # -- kernels --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ each block is a part of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -13,6 +14,7 @@ from torch import fx
 from autopar.blocks import BlockIndex, traced_blocks
 from autopar.dataflow import Dataflow, is_backward, module_path
 from autopar.trace import Sample
+from autopar.tracing.repeated import LayerRuns
 
 BEFORE, BLOCK, AFTER, OTHER = "before", "block", "after", "other"
 
@@ -21,12 +23,19 @@ BEFORE, BLOCK, AFTER, OTHER = "before", "block", "after", "other"
 class Parts:
     """part_of: per op name, BEFORE, BLOCK (the middle layer), AFTER or OTHER (the layers that it stands for).
 
-    own: the paths of blocks that are parts of their own, instead of the middle layer, first to last; they are called
-    as `own_block` says.
+    own: the paths of traced blocks that are parts of their own, instead of the middle layer, first to last; they are
+    called as `own_block` says. blocks: those of the model then, in order: path, and number of the traced one that
+    stands for it.
     """
 
     part_of: dict[str, str]
     own: tuple[str, ...] = ()
+    blocks: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all blocks that are parts of their own."""
+        return tuple(path for path, _ in self.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,7 +68,17 @@ def parts(sample: Sample) -> Parts:
             else:
                 shared = BLOCK if current == sample.middle else OTHER
                 found[node.name] = own_block(current) if own and current is not None else shared
-    return Parts(found, own)
+    return Parts(found, own, tuple(_all_blocks(own, sample.runs)))
+
+
+def _all_blocks(own: Sequence[str], runs: LayerRuns | None) -> Iterator[tuple[str, int]]:
+    """The blocks of the whole model: (path, place in `own` of the one that was traced for it)."""
+    for number, path in enumerate(own):
+        place = None if runs is None else layer_of(f"{path}.", f"{runs.path}.")
+        if runs is None or place is None:
+            yield path, number
+        else:
+            yield from ((f"{runs.path}.{i}", number) for i, traced in enumerate(runs.stands()) if traced == place)
 
 
 def own_block(number: int) -> str:

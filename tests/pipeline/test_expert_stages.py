@@ -34,6 +34,9 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+_FAMILIES["dense first"] = (  # layers that are not all alike: as in DeepSeek-V3, whose first three have no experts
+    "DeepseekV3", {**_FAMILIES["deepseek"][1], "num_hidden_layers": 6, "first_k_dense_replace": 1},
+)  # fmt: skip
 
 
 @cache
@@ -68,6 +71,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("qwen3_moe", 8, {"pp": 2, "dp": 2, "ep": 2, "tp": 2, "micro_batch": 2, "sp": True}),
     ("deepseek", 4, {"pp": 2, "dp": 2, "ep": 2, "micro_batch": 2, "vpp": 2}),
     ("deepseek", 8, {"pp": 2, "dp": 4, "ep": 2, "zero": 1, "micro_batch": 1}),
+    ("dense first", 4, {"pp": 2, "dp": 2, "ep": 2, "micro_batch": 2}),
 ]
 
 

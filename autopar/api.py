@@ -13,7 +13,7 @@ from torch import nn
 
 from autopar.asked import check_options, default_call, plan_options
 from autopar.choosing.crowded import crowded
-from autopar.choosing.offer import best_layout, may_be_staged
+from autopar.choosing.offer import Terms, best_layout, may_be_staged
 from autopar.choosing.op_fixes import Answer, Attempt, Question, explained, resized
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
@@ -87,8 +87,8 @@ def plan(
     precision = check_options(precision, objective)
     call = example_inputs or default_call(model, global_batch, seq)
     began = time.perf_counter()
-    limits = {"optimizer": optimizer, "memory_limit_bytes": memory_limit_bytes}
-    staged = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress)
+    terms = Terms(precision, optimizer, memory_limit_bytes, pin, time_limit_s)
+    staged = best_layout(model, cluster, call, terms, progress)
     if staged is not None:
         _no_dump(dump_dir)
         return staged
@@ -97,7 +97,7 @@ def plan(
     options = plan_options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
     rival, free = None, not options.pin and dump_dir is None and cluster.nodes > 1
     if free and crowded(traced, cluster, options.memory_limit_bytes):
-        rival = best_layout(model, cluster, call, precision, limits, pin, time_limit_s, progress, anyway=True)
+        rival = best_layout(model, cluster, call, replace(terms, anyway=True), progress)
     if rival is not None:
         return _faster(rival, traced, time_limit_s, progress)
     try:
@@ -213,8 +213,9 @@ class _Planner:
         return _ready(traced, _matching(Plan.loads(text), traced), self.cluster, dump_to)
 
     def _staged(self, model: nn.Module, call: Call) -> str:
-        limits = {"optimizer": self.optimizer, "memory_limit_bytes": self.memory_limit_bytes}
-        made = best_layout(model, self.cluster, call, self.precision, limits, self.pin, self.time_limit_s, None, True)
+        limit, seconds = self.memory_limit_bytes, self.time_limit_s
+        terms = Terms(self.precision, self.optimizer, limit, self.pin, seconds, to_run=True)
+        made = best_layout(model, self.cluster, call, terms)
         return "" if made is None else made.dumps()
 
     def _stages(
@@ -255,9 +256,8 @@ def _again(model: nn.Module, call: Call, options: PlanOptions) -> Answer:
 
     def answer(changed: Attempt, time_limit_s: float) -> Plan:
         there = call if changed.batch is None else resized(call, options.global_batch, changed.batch)
-        limits = {"optimizer": options.optimizer, "memory_limit_bytes": changed.limit_bytes}
-        how = (options.precision, limits, changed.pin, time_limit_s)
-        staged = best_layout(model, changed.cluster, there, *how, None)
+        terms = Terms(options.precision, options.optimizer, changed.limit_bytes, changed.pin, time_limit_s)
+        staged = best_layout(model, changed.cluster, there, terms)
         if staged is not None:
             return staged
         traced = _traced(model, there, options.precision)

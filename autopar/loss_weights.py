@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -30,14 +31,18 @@ class LossWeights:
 
     def of(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[float]:
         """The weights of micro-batches. batches: inputs, and buffers and constants, by placeholder of `trace`."""
-        names = zip(_placeholders(self.loss.trace), _placeholders(self.trace), strict=True)
-        theirs = [(name, own) for name, own in names if own in batches[0]]
         cut = {i.node for i in self.trace.inputs if i.batch_dim == 0}
 
         def copied(own: str, tensor: torch.Tensor) -> torch.Tensor:
             return torch.cat([tensor] * self.copies) if own in cut and self.copies > 1 else tensor
 
-        return self.loss.weights([{name: copied(own, batch[own]) for name, own in theirs} for batch in batches])
+        return self.loss.weights([{name: copied(own, batch[own]) for name, own in self._taken} for batch in batches])
+
+    @cached_property
+    def _taken(self) -> tuple[tuple[str, str], ...]:
+        """What counting takes: its placeholder in the trace that counts, and in `trace`."""
+        names = zip(_placeholders(self.loss.trace), _placeholders(self.trace), strict=True)
+        return tuple((name, own) for name, own in names if name in self.loss.counts_from)
 
 
 def kind_of_loss(model: nn.Module, traced: Trace, part: Call, micro_batches: int, trace_of: TraceOf) -> Weight:

@@ -17,7 +17,7 @@ makes the loss of a batch something that no micro-batch knows: an error names th
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,6 +61,7 @@ class Weight:
 
 
 SUM, MEAN = Weight("sum"), Weight("mean")
+Count = Callable[[Mapping[str, torch.Tensor]], float]  # of the values of a micro-batch, by placeholder
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,17 @@ class MicroBatchLoss:
     weight: Weight
 
     @cached_property
-    def _counted(self) -> fx.Node:
-        """The node that counts."""
-        return next(n for n in self.trace.graph_module.graph.nodes if n.name == self.weight.counted)
+    def _count(self) -> Count:
+        """What a micro-batch counts."""
+        return counter(next(n for n in self.trace.graph_module.graph.nodes if n.name == self.weight.counted))
+
+    @cached_property
+    def counts_from(self) -> frozenset[str]:
+        """The placeholders that counting takes; what else a batch holds does not matter."""
+        if self.weight.counted is None:
+            return frozenset()
+        node = next(n for n in self.trace.graph_module.graph.nodes if n.name == self.weight.counted)
+        return frozenset(n.name for n in _ancestors(node) if n.op == "placeholder")
 
     def weights(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[float]:
         """The weight of each micro-batch's loss.
@@ -101,7 +110,7 @@ class MicroBatchLoss:
             return [1.0] * len(batches)
         if self.weight.kind == "mean":
             return [1 / len(batches)] * len(batches)
-        counts = [count_of(self._counted, values) for values in batches]
+        counts = [self._count(values) for values in batches]
         total = sum(counts)
         return [count / total if total else float("nan") for count in counts]  # as one device: nothing over nothing
 
@@ -287,18 +296,23 @@ def _made(placement: Placement | None, weight: Weight) -> Part | None:
     return Part(placement, weight if placement == PARTIAL else None)
 
 
-def count_of(node: fx.Node, values: Mapping[str, torch.Tensor]) -> float:
-    """What a node counts in one micro-batch: its value, or of a loss over class indices its targets."""
+def counter(node: fx.Node) -> Count:
+    """What a node counts in one micro-batch, of its values: its own value, or of a loss over class indices its
+    targets."""
     if str(getattr(node.target, "overloadpacket", "")) not in _LOSSES:
-        return float(_evaluate(node, values))
-    call = op_call(node)
+        return lambda values: float(_evaluate(node, values))
+    ignored = op_call(node).arg("ignore_index")
     nodes = dict(zip(("self", "target", "weight"), node.args, strict=False))
-    target = _evaluate(nodes["target"], values)
-    counted = target != call.arg("ignore_index")
     weight = nodes.get("weight")
-    if isinstance(weight, fx.Node):
-        return float(_evaluate(weight, values)[target[counted]].sum())
-    return float(counted.sum())
+
+    def count(values: Mapping[str, torch.Tensor]) -> float:
+        target = _evaluate(nodes["target"], values)
+        counted = target != ignored
+        if isinstance(weight, fx.Node):
+            return float(_evaluate(weight, values)[target[counted]].sum())
+        return float(counted.sum())
+
+    return count
 
 
 def _evaluate(node: Any, values: Mapping[str, torch.Tensor]) -> torch.Tensor:

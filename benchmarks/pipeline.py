@@ -1,6 +1,6 @@
 """Throughput of pipelines on gloo ranks: autopar beside `torch.distributed.pipelining` used by hand on the same cut.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/pipeline.py
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/pipeline.py [--slept]
 
 A Llama of random weights in float32, the same batches, fused AdamW on both sides; the two take turns, step by step.
 Prints, for each schedule, samples/s of both (medians of wall time) and their ratio, and the CPU seconds that all ranks
@@ -9,6 +9,11 @@ where every rank has a core of its own: with fewer cores, a rank that waits leav
 costs nothing. So a second table says how fast a core for every rank would be: the CPU seconds of each pass as recorded
 in this run, replayed (`benchmarks/pass_times.py`). Exits with 1 where autopar is slower than torch by hand in wall
 time, or where replayed samples/s do not rise in the order gpipe, 1f1b, interleaved, zero-bubble.
+
+With `--slept` only autopar's schedules run, in wall time, on a machine with any number of cores: what a pass takes is
+slept, from its floating-point operations (`benchmarks/slept_passes.py`); processes, schedules and messages are real.
+Exits with 1 where a schedule is slower than the one before it. GPipe and 1F1B idle equally long, in theory: what
+differs by less than one part in a hundred counts as equal.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +43,11 @@ from autopar.simulating.replay import Step
 from autopar.staged import StagedPlan
 from autopar.staging import stage_blocks
 from benchmarks.pass_times import PassTimes, step_s
+from benchmarks.slept_passes import SleptPasses, slept_step_s
 
 VOCAB, SEQ, LR = 512, 128, 1e-3
 LEAST_RATIO = 1.0  # of medians: as fast as by hand
+SAME = 0.01  # of wall time slept: GPipe and 1F1B wait equally long, but for messages
 SCHEDULES = {
     "gpipe": pipelining.ScheduleGPipe,
     "1f1b": pipelining.Schedule1F1B,
@@ -172,16 +181,43 @@ class Row(NamedTuple):
     hand_alone_s: float
 
 
+def compiled_for(
+    kind: str, model: nn.Module, tokens: torch.Tensor, args: argparse.Namespace
+) -> tuple[autopar.Program, CompiledStages]:
+    """Autopar's program of a schedule, a stage a rank; interleaved: two."""
+    chunks = 2 if kind == "interleaved" else 1
+    pin = {"pp": dist.get_world_size(), "micro_batch": args.micro_batch, "schedule": kind, "vpp": chunks}
+    example = ((), {"input_ids": tokens, "labels": tokens})
+    program = autopar.compile(model, autopar.ClusterSpec.local(), pin=pin, example_inputs=example)
+    compiled = program.prepare(example)
+    assert isinstance(compiled, CompiledStages)
+    return program, compiled
+
+
+def sleep(args: argparse.Namespace) -> int:
+    """Autopar's schedules with passes that sleep; a table on the last rank."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last:
+        print(f"{dist.get_world_size()} gloo ranks, passes slept at {args.flops_per_s:g} FLOP/s a rank, wall clock")
+        print(f"{'samples/s':<12} {'measured':>8} {'theory':>8}   (theory: the same passes, and nothing else)")
+    found = {}
+    for kind in args.schedules:
+        tokens = torch.randint(VOCAB, (args.batch, SEQ), generator=torch.Generator().manual_seed(0))
+        program, compiled = compiled_for(kind, build_model(args.layers, args.hidden), tokens, args)
+        passes = SleptPasses(compiled.pipeline.stages, args.flops_per_s)
+        found[kind] = slept_step_s(partial(program.train_step, input_ids=tokens, labels=tokens), args.steps)
+        alone_s = passes.alone_s(compiled.pipeline.schedule.steps)
+        if last:
+            print(f"{kind:<12} {args.batch / found[kind]:>8.3f} {args.batch / alone_s:>8.3f}", flush=True)
+    times = [found[kind] for kind in SCHEDULES if kind in found]
+    return int(any(later > (1 + SAME) * before for before, later in pairwise(times)))
+
+
 def compare(kind: str, args: argparse.Namespace) -> tuple[Row, float]:
     """What steps of autopar and of torch by hand took, and the largest difference of their losses."""
     model = build_model(args.layers, args.hidden)
-    chunks = 2 if kind == "interleaved" else 1
-    pin = {"pp": dist.get_world_size(), "micro_batch": args.micro_batch, "schedule": kind, "vpp": chunks}
     tokens = torch.randint(VOCAB, (args.batch, SEQ), generator=torch.Generator().manual_seed(0))
-    example = ((), {"input_ids": tokens, "labels": tokens})
-    program = autopar.compile(copy.deepcopy(model), autopar.ClusterSpec.local(), pin=pin, example_inputs=example)
-    compiled = program.prepare(example)
-    assert isinstance(compiled, CompiledStages)
+    program, compiled = compiled_for(kind, copy.deepcopy(model), tokens, args)
     mine = by_autopar(program, compiled.pipeline)
     theirs = by_hand(model, compiled.plan, args.batch // args.micro_batch, kind)
     worst = 0.0
@@ -202,10 +238,16 @@ def main() -> int:
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--slept", action="store_true", help="passes sleep instead of computing; wall clock")
+    parser.add_argument("--flops-per-s", type=float, default=1.5e10, help="with --slept: of a rank")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if args.slept:
+        status = sleep(args)
+        dist.destroy_process_group()
+        return status
     rows: dict[str, Row] = {}
     last = dist.get_rank() == dist.get_world_size() - 1
     if last:

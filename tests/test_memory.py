@@ -15,6 +15,7 @@ import autopar
 from autopar.errors import AutoparError
 from autopar.runtime import world
 from autopar.runtime.memory import measure_peak
+from tests.peaks import peak_of_training
 from tests.vision import ResNet
 
 TOLERANCE = 0.05
@@ -88,17 +89,8 @@ def compare(layers: int, pin: dict[str, Any], limit_fraction: float, name: str =
     free = autopar.plan(model, cluster, example_inputs=call, pin=pin, time_limit_s=10)
     limit = int(free.predicted["peak_bytes"] * limit_fraction) if limit_fraction < 1 else None
     program = autopar.compile(model, cluster, example_inputs=call, pin=pin, memory_limit_bytes=limit, time_limit_s=10)
-    optimizer = torch.optim.AdamW(program.parameters())
-
-    def step() -> None:
-        program.train_step(**batch)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
     assert program.plan is not None
-    counters = 4 * len(optimizer.state)  # Adam counts its steps in one float32 a tensor, which no plan predicts
-    return measure_peak(step, program, optimizer, *batch.values()) - counters, program.plan
+    return peak_of_training(program, batch), program.plan
 
 
 def check(layers: int, pin: dict[str, Any], limit_fraction: float, name: str = "llama") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -30,42 +31,53 @@ def may_be_staged(
         return any(key in (pin or {}) for key in STAGED_KEYS)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a layout is asked for, beside the model, its inputs and the cluster: options as of `plan`.
+
+    to_run: only layouts that run today, on all devices. anyway: also where there would be no need for stages.
+    """
+
+    precision: str
+    optimizer: str
+    memory_limit_bytes: int | None
+    pin: Mapping[str, Any] | None
+    time_limit_s: float
+    to_run: bool = False
+    anyway: bool = False
+
+
 def best_layout(
     model: nn.Module,
     cluster: ClusterSpec,
     call: Call,
-    precision: str,
-    limits: Mapping[str, Any],
-    pin: Mapping[str, Any] | None,
-    time_limit_s: float,
-    progress: Callable[[str], None] | None,
-    to_run: bool = False,
-    anyway: bool = False,
+    terms: Terms,
+    progress: Callable[[str], None] | None = None,
 ) -> StagedPlan | None:
-    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made.
-
-    to_run: only of layouts that run today, on all devices. anyway: also where there would be no need for stages.
-    """
+    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made."""
+    limits: dict[str, Any] = {"optimizer": terms.optimizer, "memory_limit_bytes": terms.memory_limit_bytes}
     try:
         batch = global_batch_of(call)
-        asked = wish(pin, cluster, model, batch, limits["optimizer"])
-        if asked.apart and not anyway:
+        asked = wish(terms.pin, cluster, model, batch, terms.optimizer)
+        if asked.apart and not terms.anyway:
             return None
         began = time.perf_counter()
-        predictor = Predictor(model, cluster, example_inputs=call, global_batch=batch, precision=precision, **limits)
+        predictor = Predictor(
+            model, cluster, example_inputs=call, global_batch=batch, precision=terms.precision, **limits
+        )
     except LayoutError:
-        if any(key in (pin or {}) for key in STAGED_KEYS):
+        if any(key in (terms.pin or {}) for key in STAGED_KEYS):
             raise
         return None  # what `predict` does not know is planned op by op
     trace_s = time.perf_counter() - began
     try:
-        choice = choose(predictor, asked.pin, time_limit_s, progress, to_run=to_run)
+        choice = choose(predictor, asked.pin, terms.time_limit_s, progress, to_run=terms.to_run)
     except Infeasible as error:
-        if anyway or (error.needed_bytes is None and not asked.wanted):
+        if terms.anyway or (error.needed_bytes is None and not asked.wanted):
             return None  # there is no such layout, whatever the memory
-        raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, time_limit_s)) from None
+        raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, terms.time_limit_s)) from None
     if not (asked.wanted or is_staged(choice, batch)):
         return None
     limit, pins = predictor.limit_bytes, dict(asked.pin)
-    options = PlanOptions(batch, precision, str(limits["optimizer"]), limit, pins)
+    options = PlanOptions(batch, terms.precision, terms.optimizer, limit, pins)
     return staged_plan(predictor, choice, options).with_timings(trace_s=trace_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ def bind_inputs(
     trace: Trace, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """The call's tensors by placeholder name; raises PlanMismatch where the call differs from what was planned."""
-    leaves = input_leaves(model.forward, args, kwargs)
+    return bind_leaves(trace, input_leaves(model.forward, args, kwargs))
+
+
+def bind_leaves(trace: Trace, leaves: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`bind_inputs` for the leaves of a call, by path (`input_leaves`)."""
     for fixed in trace.fixed_inputs:
         if fixed.path not in leaves or not _same(leaves[fixed.path], fixed.value):
             found = leaves.get(fixed.path, "nothing")

@@ -154,12 +154,9 @@ class Program(nn.Module):
             raise RuntimeFailure("train_step computes gradients: call it outside of torch.no_grad()")
         params = dict(self.named_parameters())
         with naming_dead_ranks(compiled.meshes):
-            loss, grads = compiled.step(self._model[0], call, self._shared_values(compiled.trace))
+            loss, grads = compiled.step(self._model[0], call, self._shared_values(compiled.trace, params))
             self._update_buffers(compiled)
-        with torch.no_grad():
-            for fqn, grad in grads.items():
-                param = params[fqn]
-                param.grad = grad if param.grad is None else param.grad.add_(grad)
+        accumulate([params[fqn] for fqn in grads], list(grads.values()))
         return loss
 
     def _staged_evaluation(self, call: Call) -> Any:
@@ -168,13 +165,13 @@ class Program(nn.Module):
         assert isinstance(compiled, CompiledStages)
         check_autocast(compiled.plan)
         with naming_dead_ranks(compiled.meshes):
-            loss = compiled.evaluate(self._model[0], call, self._shared_values(compiled.trace))
+            params = dict(self.named_parameters())
+            loss = compiled.evaluate(self._model[0], call, self._shared_values(compiled.trace, params))
             self._update_buffers(compiled)
         made = compiled.trace
         return made.rebuild_output([loss if o.node == made.loss else None for o in made.outputs if o.node is not None])
 
-    def _shared_values(self, trace: Trace) -> dict[str, torch.Tensor]:
-        params = dict(self.named_parameters())
+    def _shared_values(self, trace: Trace, params: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {p.node: local_detached(params[p.fqn]) for p in trace.params} | self._buffer_values(trace)
 
     def _update_buffers(self, compiled: CompiledStages) -> None:

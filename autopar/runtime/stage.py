@@ -18,6 +18,7 @@ from autopar.codegen.emit import Version
 from autopar.codegen.fold import fold
 from autopar.codegen.stage_types import Message, StagePass, StageProgram, gradient_dtypes, own_gradients, wider
 from autopar.runtime.execute import bind_groups
+from autopar.simulating.schedules import FORWARD, INPUTS, WEIGHTS
 
 Values = Mapping[str, torch.Tensor]
 
@@ -46,7 +47,7 @@ class Stage:
 
     stages: how many the pipeline has. group: the ranks of the same coordinates in all stages. group_names,
     coordinates: of the stage's mesh, as of `RankProgram`. sum_dtype: in which gradients are added up over micro-batches
-    and ranks where it is wider than theirs; they are rounded once, when the step ends.
+    and ranks where it is wider than theirs; they are rounded once, when the step ends. passes: by kind.
     """
 
     submod = None  # torch asks whether it is an FSDP module
@@ -67,10 +68,9 @@ class Stage:
         self.group, self.group_rank, self.group_size = group, dist.get_rank(group), dist.get_world_size(group)
         self.stage_index_to_group_rank: dict[int, int] = {}  # set by the schedule
         self._coordinates = list(coordinates)
-        self._forward, self._backward, self._weights = (
-            _Pass(one, group_names) for one in (program.forward, program.backward, program.weights)
-        )
-        self._gather = None if program.gather is None else _Pass(program.gather, group_names)
+        graphs = {FORWARD: program.forward, INPUTS: program.backward, WEIGHTS: program.weights}
+        self.passes = {kind: BoundPass(one, group_names) for kind, one in graphs.items()}
+        self._gather = None if program.gather is None else BoundPass(program.gather, group_names)
         self._gathered: Flying = {}
         self._reduce = _executable(program.reduce, group_names)
         self._for_weights = frozenset(program.weights.inputs)
@@ -117,7 +117,7 @@ class Stage:
         """The forward pass of a micro-batch, whose message has arrived."""
         flying = self._flying.setdefault(micro_batch, {})
         results = self._run(
-            self._forward, micro_batch, keep=self._after_forward if self._backward_follows else frozenset()
+            self.passes[FORWARD], micro_batch, keep=self._after_forward if self._backward_follows else frozenset()
         )
         self._sends[micro_batch], rest = _split(results, len(self.program.sends_forward.values))
         self.outputs[micro_batch], saved = _split(rest, len(self.program.outputs))
@@ -131,7 +131,7 @@ class Stage:
             self.backward_weight_one_chunk(micro_batch)
 
     def _backward_part(self, micro_batch: int) -> None:
-        results = self._run(self._backward, micro_batch, keep=self._for_weights)
+        results = self._run(self.passes[INPUTS], micro_batch, keep=self._for_weights)
         self._sends[micro_batch], rest = _split(results, len(self.program.sends_backward.values))
         early, saved = _split(rest, len(self.program.grads_early))
         self._flying[micro_batch].update(zip(self.program.saved_backward, saved, strict=True))
@@ -139,10 +139,10 @@ class Stage:
 
     def backward_weight_one_chunk(self, micro_batch: int, **_: Any) -> None:
         """The gradients that nobody waits for."""
-        self._add(self.program.grads_late, self._run(self._weights, micro_batch, keep=frozenset()))
+        self._add(self.program.grads_late, self._run(self.passes[WEIGHTS], micro_batch, keep=frozenset()))
         del self._flying[micro_batch]
 
-    def _run(self, graph: _Pass, micro_batch: int, keep: frozenset[Version]) -> list[torch.Tensor]:
+    def _run(self, graph: BoundPass, micro_batch: int, keep: frozenset[Version]) -> list[torch.Tensor]:
         """One pass. keep: versions that a later pass of the micro-batch takes again; others are let go with it."""
         flying = self._flying[micro_batch]
         inputs: list[Any] = list(self._coordinates)
@@ -207,8 +207,8 @@ class Stage:
         """Nothing: `finish` reduces, when all stages have ended."""
 
 
-class _Pass:
-    """A stage pass, bound to process groups."""
+class BoundPass:
+    """A stage pass, bound to process groups. run: on its inputs, in a list that it empties."""
 
     def __init__(self, one: StagePass, group_names: Sequence[str]) -> None:
         self.inputs = one.inputs

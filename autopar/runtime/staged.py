@@ -12,16 +12,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar._torch_compat import dtensor_maker
-from autopar.batch_parts import Call, split_call
+from autopar.batch_parts import Call, split_leaves
 from autopar.drawing import random_nodes
 from autopar.loss_weights import LossWeights
 from autopar.placements import State
-from autopar.runtime.binding import bind_inputs
+from autopar.runtime.binding import bind_leaves
 from autopar.runtime.parameters import torch_placements
 from autopar.runtime.rank_pipeline import RankPipeline
 from autopar.runtime.stage_meshes import StageMeshes, place_on_stage
 from autopar.staged import StagedPlan
-from autopar.trace import Trace
+from autopar.trace import Trace, input_leaves
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,20 @@ class CompiledStages:
         self, model: nn.Module, call: Call, shared: Mapping[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         """How much each micro-batch's loss counts, and what it brings."""
-        parts = [bind_inputs(self.trace, model, *one) for one in split_call(model, call, self.pipeline.micro_batches)]
-        (tangent,) = self.trace.tangents
-        like = next(n.meta["val"] for n in self.trace.graph_module.graph.nodes if n.name == tangent)
+        leaves = split_leaves(input_leaves(model.forward, *call), self.pipeline.micro_batches)
+        parts = [bind_leaves(self.trace, one) for one in leaves]
+        tangent, like = self._tangent
         weights = [
             torch.full(like.shape, weight, dtype=like.dtype, device=self.meshes.place.device)
             for weight in self.loss.of([{**shared, **part} for part in parts])
         ]
         return weights, [{**part, tangent: weight} for part, weight in zip(parts, weights, strict=True)]
+
+    @cached_property
+    def _tangent(self) -> tuple[str, torch.Tensor]:
+        """The placeholder of the loss's gradient, and what it is like."""
+        (tangent,) = self.trace.tangents
+        return tangent, next(n.meta["val"] for n in self.trace.graph_module.graph.nodes if n.name == tangent)
 
     def _loss(self, weights: list[torch.Tensor]) -> torch.Tensor:
         assert self.trace.loss is not None

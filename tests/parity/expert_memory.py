@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import autopar
-from autopar.runtime.memory import measure_peak
+from tests.peaks import peak_of_training
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "experts.py"
 
@@ -31,16 +31,7 @@ def main() -> None:
     ids = torch.randint(example.VOCAB, (example.BATCH, example.SEQ), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.clone()}
     program.prepare(((), batch))
-    optimizer = torch.optim.AdamW(program.parameters())
-
-    def step() -> None:
-        program.train_step(**batch)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    counters = 4 * len(optimizer.state)  # how many steps were taken, a float for each parameter
-    measured = measure_peak(step, program, optimizer, *batch.values()) - counters
+    measured = peak_of_training(program, batch)
     assert program.plan is not None
     sys.stdout.write(f"peak {measured} {program.plan.predicted['peak_bytes']}\n")
     dist.barrier()

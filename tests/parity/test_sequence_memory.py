@@ -14,9 +14,9 @@ import autopar
 from autopar.codegen.memory import simulate_memory
 from autopar.errors import Infeasible
 from autopar.runtime import world
-from autopar.runtime.memory import measure_peak
 from autopar.trace import trace
 from autopar.verification import emit_for
+from tests.peaks import peak_of_training
 
 RANKS = (1, 2, 4, 8)
 TOKENS, TOLERANCE = 2048, 0.05
@@ -80,15 +80,7 @@ def test_what_is_predicted_is_measured(ranks: int, monkeypatch: pytest.MonkeyPat
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         program = autopar.compile(model, plan.cluster, plan=plan)
-        optimizer = torch.optim.AdamW(program.parameters())
-
-        def step() -> None:
-            program.train_step(**batch)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        measured = measure_peak(step, program, optimizer, *batch.values()) - 4 * len(optimizer.state)
+        measured = peak_of_training(program, batch)
     finally:
         dist.destroy_process_group()
         world.device_mesh.cache_clear()

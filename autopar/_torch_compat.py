@@ -67,6 +67,11 @@ _CAPTURE_DYNAMO_CONFIG: dict[str, Any] = {
 }
 
 
+# Raises where an element of a tensor is false. transformers checks with it that a prompt has as many places for an
+# image as the image has features.
+CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all
+
+
 def fake_tensor_mode() -> FakeTensorMode:
     """A fake mode that also takes real constant tensors (a list of tensors held by a module, `torch.tensor(...)`)."""
     return FakeTensorMode(allow_non_fake_inputs=True)

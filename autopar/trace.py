@@ -18,7 +18,7 @@ from autopar._torch_compat import capture_environment, fake_tensor_mode, has_dev
 from autopar.errors import TraceError
 from autopar.precision import MODEL, autocast_dtype, check_parameters
 from autopar.tracing.assemble import assemble
-from autopar.tracing.capture import capture, logging_calls
+from autopar.tracing.capture import capture, left_out_calls
 from autopar.tracing.leaves import input_leaves
 from autopar.tracing.recording import install_recording_hooks, wants_recording_hooks
 from autopar.tracing.repeated import LayerRuns, layer_runs, repeated_layers, with_layers
@@ -144,7 +144,7 @@ def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, preci
             check_tensor(leaf, f"input {path!r}")
             if leaf.requires_grad:
                 raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
-    with capture_environment(logging_calls()):
+    with capture_environment(left_out_calls()):
         try:
             return _captured(model, (args, kwargs), leaves, device, precision)
         except TraceError as error:

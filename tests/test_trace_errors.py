@@ -40,6 +40,11 @@ def branch(m, x):
     return x.sum()
 
 
+def flag(m, x):
+    found = (x > 0).any().item()
+    return m.layer(x).sum() if found else x.sum()  # HERE
+
+
 def item(m, x):
     return (m.layer(x) * x.sum().item()).sum()  # HERE
 
@@ -122,6 +127,7 @@ def disabled(m, x):
 
 CASES: list[tuple[Callable[..., Any], str, str]] = [
     (branch, "branches on the value of a tensor", "torch.where"),
+    (flag, "branches on the value of a tensor", "torch.where"),
     (breaks, "breaks the graph on purpose", "graph_break"),
     (disabled, "kept out of graphs by torch.compiler.disable", "remove that decorator"),
     (item, r"reads the value of a tensor \(\.item", "keep the value in a tensor"),
@@ -131,7 +137,7 @@ CASES: list[tuple[Callable[..., Any], str, str]] = [
     (mask, "shape of a result depends on values", "torch.where"),
     (unique, "shape of a result depends on values", "torch.where"),
     (numpy_call, "calls a NumPy function", "torch function of the same name"),
-    (wrong_shape, "broadcast a dimension of length 3", "torch operations"),
+    (wrong_shape, "broadcast a dimension of length 3", "runs on one device with these example inputs"),
     (raises, r"its code raises ValueError\('x is no good'\)", "example inputs"),
     (changes_input, "changes its input 'x' in place", "clone it first"),
     (changes_parameter, "changes its parameter 'layer.weight' in place", "make it a buffer"),
@@ -183,6 +189,15 @@ def logs(m, x):
 
 def test_logging_is_left_out_of_the_graph() -> None:
     assert trace(Model(logs), ((torch.ones(8, 4),), {})).num_forward > 0
+
+
+def checks(m, x):
+    torch._check_tensor_all(x > 0, lambda: "x must be positive")
+    return m.layer(x).sum()
+
+
+def test_a_check_of_values_is_left_out_of_the_graph() -> None:
+    assert trace(Model(checks), ((torch.ones(8, 4),), {})).num_forward > 0
 
 
 def attaches(m, x):

@@ -187,7 +187,7 @@ def capture(
     """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line.
 
     autocast: the dtype of an autocast around the call, None for none.
-    To be called in `capture_environment(logging_calls())`.
+    To be called in `capture_environment(left_out_calls())`.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     arguments = _Arguments(tuple(leaves), spec)
@@ -207,8 +207,8 @@ def capture(
     return RawJoint(joint, result.leaves, result.out_spec, result.loss_index)
 
 
-def logging_calls() -> set[Callable[..., Any]]:
-    """Logging and warnings: they leave no trace in the graph and are left out of it."""
+def left_out_calls() -> set[Callable[..., Any]]:
+    """Logging, warnings and checks of a tensor's values: no result depends on them, and the graph does without."""
     names = ("debug", "info", "warning", "error", "critical", "exception", "log", "warning_once", "info_once")
     calls: set[Callable[..., Any]] = {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
-    return calls | {warnings.warn}
+    return calls | {warnings.warn, compat.CHECK_OF_VALUES}

@@ -29,6 +29,8 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
      "remove that decorator, or move what it does out of forward"),
     ("data-dependent branching", "the code branches on the value of a tensor",
      "use torch.where, or decide on a plain Python value passed as an argument"),
+    ("could not guard on data-dependent", "the code branches on the value of a tensor",
+     "use torch.where, or decide on a plain Python value passed as an argument"),
     ("_local_scalar_dense", "the code reads the value of a tensor (.item(), float(), int())",
      "keep the value in a tensor, or pass it as a plain Python argument"),
     ("tolist()", "the code reads the values of a tensor (.tolist())",
@@ -119,7 +121,9 @@ def _explain(error: Exception, text: str) -> tuple[str, str]:
     if raised:
         return f"its code raises {raised.group(1).strip()}", "check that it runs with these example inputs"
     if isinstance(error, compat.TorchDynamoException):
-        return _reason(own_words), "rewrite this line with torch operations on fixed shapes"
+        reason, its_own = _reason(own_words)
+        runs = "check that this line runs on one device with these example inputs"
+        return reason, runs if its_own else "rewrite this line with torch operations on fixed shapes"
     return f"{type(error).__name__}: {_first_line(text)}", "check that it runs on one device with these example inputs"
 
 
@@ -127,13 +131,16 @@ def _first_line(text: str) -> str:
     return next((line.strip().rstrip(".") for line in text.splitlines() if line.strip()), "no reason given")
 
 
-def _reason(text: str) -> str:
-    """The cause inside Dynamo's message: `got RuntimeError('...')`, else its explanation, else its first line."""
+def _reason(text: str) -> tuple[str, bool]:
+    """The cause inside Dynamo's message: `got RuntimeError('...')`, else its explanation, else its first line.
+
+    And whether it is an exception of the op itself, on shapes as the model gives them.
+    """
     inner = re.search(r"got (\w+\((['\"]).*?\2\))", text, re.DOTALL)
     if inner:
-        return inner.group(1)
+        return inner.group(1), True
     explanation = re.search(r"Explanation: (.+?)(?:\n\s*\n|$)", text, re.DOTALL)
-    return " ".join(explanation.group(1).split()).rstrip(".") if explanation else _first_line(text)
+    return (" ".join(explanation.group(1).split()).rstrip(".") if explanation else _first_line(text)), False
 
 
 def _from_exception(error: BaseException) -> str | None:

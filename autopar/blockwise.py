@@ -6,8 +6,9 @@ length, of which only the positions in the whole sequence are given. What a chun
 the whole sequence ever exists. The numbers come from torch's fused kernels.
 
     block_attention           -> (out, logsumexp); a query that sees nothing gets 0 and -inf
-    merge_attention           two results of the same queries over different keys, as if over all of them
+    further_attention         such results made, in place, as if over these keys as well
     block_attention_backward  -> gradients, given out and logsumexp over *all* keys: the parts only add up
+    further_attention_backward  gradients so far (of keys and values glued along the batch) and these, in place
 
 [batch, head, sequence, width]; keys and values may have fewer heads (grouped queries). Sums are in the dtype of the
 logsumexp: float32 for narrower tensors.
@@ -36,7 +37,12 @@ _library.define(
     f"Tensor? attn_mask, {_PLACES}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "merge_attention(Tensor out, Tensor logsumexp, Tensor more_out, Tensor more_logsumexp) -> (Tensor, Tensor)"
+    "further_attention(Tensor(a!) out, Tensor(b!) logsumexp, Tensor query, Tensor key, Tensor value, "
+    f"Tensor? attn_mask, {_PLACES}) -> (Tensor(a!), Tensor(b!))"
+)
+_library.define(
+    "further_attention_backward(Tensor(a!) grad_query, Tensor(b!) grad_both, Tensor grad_out, Tensor query, "
+    f"Tensor both, Tensor out, Tensor logsumexp, Tensor? attn_mask, {_PLACES}) -> (Tensor(a!), Tensor(b!))"
 )
 
 
@@ -160,8 +166,9 @@ def _attend(
         if len(wanted) == 1 and piece.rows == (0, rows):
             return made, made_lse
         if piece.rows in done:
-            made, made_lse = _merge(out[:, :, at], lse[:, :, at], made, made_lse)
-        elif any(a < piece.rows[1] and piece.rows[0] < b for a, b in done):
+            _merge(out[:, :, at], lse[:, :, at], made, made_lse)
+            continue
+        if any(a < piece.rows[1] and piece.rows[0] < b for a, b in done):
             raise ValueError(f"rows {piece.rows} overlap {done}")
         out[:, :, at], lse[:, :, at] = made, made_lse
         done.append(piece.rows)
@@ -180,23 +187,37 @@ def _fake_attention(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, query.new_empty((batch, rows, heads), dtype=kernels.wide(query.dtype)).transpose(1, 2)
 
 
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, more_out: torch.Tensor, more_lse: torch.Tensor
+def _attend_further(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    query_starts: Sequence[int],
+    key_starts: Sequence[int],
+    is_causal: bool,
+    window: int,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    top = torch.maximum(lse, more_lse)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    share, more_share = (lse - top).exp_(), (more_lse - top).exp_()
-    total = share + more_share
-    divisor = total.masked_fill(total == 0.0, 1.0)
-    made = out * (share / divisor).unsqueeze(-1)
-    made = made.addcmul_(more_out.to(made.dtype), (more_share / divisor).unsqueeze(-1))
-    return made, top.add_(total.log_())
+    rows, keys = query.shape[2], key.shape[2]
+    for piece in pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window):
+        mask = _mask_of(piece, attn_mask, key_starts, window, query, keys)
+        at, seen, causal = slice(*piece.rows), slice(*piece.columns), piece.sight is Sight.CAUSAL
+        made = kernels.forward(query[:, :, at], key[:, :, seen], value[:, :, seen], mask, causal, scale)
+        _merge(out[:, :, at], lse[:, :, at], *made)
+    return out, lse
 
 
-def _fake_merge(
-    out: torch.Tensor, lse: torch.Tensor, more_out: torch.Tensor, more_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
+def _merge(out: torch.Tensor, lse: torch.Tensor, more_out: torch.Tensor, more_lse: torch.Tensor) -> None:
+    """Two results over different keys, in the place of the first.
+
+    Of the whole sum of exponentials, exp(lse) + exp(more), the second has the share 1 / (1 + exp(lse - more)).
+    """
+    apart = more_lse - lse  # nan where neither sees anything
+    share = apart.sigmoid().nan_to_num_(0.0)
+    out.lerp_(more_out.to(out.dtype), share.unsqueeze(-1).to(out.dtype))
+    torch.logaddexp(lse, more_lse, out=lse)
 
 
 # -- backward -------------------------------------------------------------------------------
@@ -218,9 +239,17 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, keys = query.shape[2], key.shape[2]
     grads = _fake_gradients(query, key, value)
-    for grad in grads:
-        grad.zero_()
-    for piece in pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window):
+    wanted = pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window)
+    if any(piece.rows == (0, rows) and piece.columns == (0, keys) for piece in wanted[:1]):
+        first, wanted = wanted[0], wanted[1:]
+        mask = _mask_of(first, attn_mask, key_starts, window, query, keys)
+        results = kernels.Results(grad_out, out, logsumexp)
+        made = kernels.backward(results, query, key, value, mask, first.sight is Sight.CAUSAL, scale)
+        grads = (made[0].to(grads[0].dtype), made[1].to(grads[1].dtype), made[2].to(grads[2].dtype))
+    else:
+        for grad in grads:
+            grad.zero_()
+    for piece in wanted:
         mask = _mask_of(piece, attn_mask, key_starts, window, query, keys)
         at, seen = slice(*piece.rows), slice(*piece.columns)
         results = kernels.Results(*(x[:, :, at] for x in (grad_out, out, logsumexp)))
@@ -230,6 +259,35 @@ def _attend_backward(
         for grad, part, where in zip(grads, made, (at, seen, seen), strict=True):
             grad[:, :, where] += part
     return grads
+
+
+def _attend_further_backward(
+    grad_query: torch.Tensor,
+    grad_both: torch.Tensor,
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    both: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    query_starts: Sequence[int],
+    key_starts: Sequence[int],
+    is_causal: bool,
+    window: int,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, keys = query.shape[2], both.shape[2]
+    (key, value), grads = both.chunk(2), (grad_query, *grad_both.chunk(2))
+    for piece in pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window):
+        mask = _mask_of(piece, attn_mask, key_starts, window, query, keys)
+        at, seen = slice(*piece.rows), slice(*piece.columns)
+        results = kernels.Results(*(x[:, :, at] for x in (grad_out, out, logsumexp)))
+        made = kernels.backward(
+            results, query[:, :, at], key[:, :, seen], value[:, :, seen], mask, piece.sight is Sight.CAUSAL, scale
+        )
+        for grad, part, where in zip(grads, made, (at, seen, seen), strict=True):
+            grad[:, :, where] += part
+    return grad_query, grad_both
 
 
 def _fake_gradients(*like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,9 +305,11 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
 
 _library.impl("block_attention", _attend, "CompositeExplicitAutograd")
 _library.impl("block_attention_backward", _attend_backward, "CompositeExplicitAutograd")
-_library.impl("merge_attention", _merge, "CompositeExplicitAutograd")
+_library.impl("further_attention", _attend_further, "CompositeExplicitAutograd")
+_library.impl("further_attention_backward", _attend_further_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("autopar::block_attention", lambda query, *_: _fake_attention(query), lib=_library)
 torch.library.register_fake(
     "autopar::block_attention_backward", lambda g, q, k, v, *_: _fake_gradients(q, k, v), lib=_library
 )
-torch.library.register_fake("autopar::merge_attention", _fake_merge, lib=_library)
+torch.library.register_fake("autopar::further_attention", lambda out, lse, *_: (out, lse), lib=_library)
+torch.library.register_fake("autopar::further_attention_backward", lambda q, both, *_: (q, both), lib=_library)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from autopar.placements import PARTIAL, State, runs_left, shard_dim
+from autopar.placements import PARTIAL, State, is_dealt, runs_left, shard_dim
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
@@ -43,8 +43,9 @@ def cut(tensor: torch.Tensor, state: State, mesh: tuple[int, ...], rank: int) ->
         dim = shard_dim(placement)
         if dim is not None:
             runs = runs_left(placement, state[:axis], mesh[:axis])
-            parts = (run.chunk(size, dim)[coordinate] for run in tensor.chunk(runs, dim))
-            tensor = torch.cat(tuple(parts), dim)
+            chunks = [coordinate] if not is_dealt(placement) else [coordinate, 2 * size - 1 - coordinate]
+            found = [run.tensor_split(size * len(chunks), dim) for run in tensor.chunk(runs, dim)]
+            tensor = torch.cat([run[chunk] for run in found for chunk in chunks], dim)
         elif placement == PARTIAL and coordinate:
             tensor = torch.zeros_like(tensor)
     return tensor.contiguous()
@@ -58,12 +59,22 @@ def glue(locals_: Sequence[torch.Tensor], state: State, mesh: tuple[int, ...]) -
         dim = shard_dim(placement)
         if dim is not None:
             runs = runs_left(placement, state[:axis], mesh[:axis])
-            parts = [torch.cat([p.chunk(runs, dim)[i] for i in range(runs) for p in group], dim) for group in groups]
+            parts = [torch.cat(_in_row(group, runs, dim, is_dealt(placement)), dim) for group in groups]
         elif placement == PARTIAL:
             parts = [torch.stack(group).sum(0) for group in groups]
         else:
             parts = [_same_on_all(group) for group in groups]
     return parts[0]
+
+
+def _in_row(group: Sequence[torch.Tensor], runs: int, dim: int, dealt: bool) -> list[torch.Tensor]:
+    """The pieces of a dim in order: of every run its parts, dealt ones as their first halves and the others back."""
+    found = []
+    for run in range(runs):
+        parts = [part.chunk(runs, dim)[run] for part in group]
+        found += parts if not dealt else [p.chunk(2, dim)[0] for p in parts]
+        found += [p.chunk(2, dim)[1] for p in reversed(parts)] if dealt else []
+    return found
 
 
 def _same_on_all(group: Sequence[torch.Tensor]) -> torch.Tensor:

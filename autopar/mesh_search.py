@@ -12,6 +12,7 @@ from autopar.cluster import ClusterSpec
 from autopar.cost.model import CostModel
 from autopar.cost.optimizer import OptimizerSpec
 from autopar.dataflow import ViewMaps
+from autopar.dealing import fold_of
 from autopar.memory_types import MemoryEstimate
 from autopar.pins import Forbidden, PinRequest, resolve_pins
 from autopar.placements import State
@@ -77,7 +78,7 @@ class MeshSearch:
         self.costs = CostModel(settings.cluster, mesh)
         pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        views = ViewMaps(mesh, trace.fold if request.cuts_sequences else None)
+        views = ViewMaps(mesh, fold_of(trace) if request.cuts_sequences else None)
         self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, views=views)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None

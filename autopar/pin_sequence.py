@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from autopar.dataflow import resolve, result_metas
-from autopar.placements import PARTIAL, REPLICATE, Placement, shard_dim, shard_runs
+from autopar.placements import PARTIAL, REPLICATE, Placement, is_dealt, shard_dim, shard_runs
 from autopar.rules import operands
 from autopar.sharding import OpOption
 from autopar.trace import Trace
@@ -27,7 +27,7 @@ def along_sequence(tensor: torch.Tensor, placement: str, lead: tuple[int, ...]) 
     dim = shard_dim(placement)
     if dim is None or not tensor.dim():
         return None
-    if shard_runs(placement) > 1:
+    if shard_runs(placement) > 1 or is_dealt(placement):
         return True
     batch, sequence = lead
     if dim == 0:

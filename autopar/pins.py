@@ -27,7 +27,7 @@ from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
-from autopar.placements import PARTIAL, State, in_groups, is_placement, shard_dim, shard_runs
+from autopar.placements import PARTIAL, State, in_groups, is_dealt, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
 from autopar.sharding import ChoiceFilter, OpOption, Pins
@@ -124,7 +124,7 @@ def _placements(key: str, value: Any) -> State:
             f"('R', 'S(0)'), 'keep', 'recompute' or 'offload', got {value!r}"
         )
     for item in items:
-        if item == PARTIAL or in_groups(item):
+        if item == PARTIAL or in_groups(item) or is_dealt(item):
             raise PinError(f"pin {key!r}: a parameter cannot be stored as {item!r}")
     return tuple(items)
 

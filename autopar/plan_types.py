@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autopar.placements import Fold, State, shard_runs
+from autopar.placements import Fold, Placement, State, is_dealt, shard_runs
 from autopar.rules.types import AxisRule
 
 
@@ -46,10 +47,20 @@ class Decisions:
     offloaded: frozenset[str] = frozenset()
 
     def fold(self, of: Fold | None) -> Fold | None:
-        """The trace's fold, if anything is cut run by run."""
-        return of if self._folded else None
+        """The trace's fold, if anything is cut run by run or dealt out."""
+        if of is None or not (self._folded or self.dealt):
+            return None
+        return replace(of, dealt=self.dealt)
 
     @cached_property
     def _folded(self) -> bool:
+        return any(shard_runs(p) > 1 for p in self._placements())
+
+    @cached_property
+    def dealt(self) -> bool:
+        """Whether anything is dealt out."""
+        return any(map(is_dealt, self._placements()))
+
+    def _placements(self) -> Iterator[Placement]:
         states = (s for d in self.nodes.values() for s in (*d.operand_states, *d.result_states) if s is not None)
-        return any(shard_runs(p) > 1 for state in states for p in state)
+        return (placement for state in states for placement in state)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from autopar.explaining.difference import PlanDifference
     from autopar.explaining.workbench import Workbench
 
-SCHEMA_VERSION = 3  # 1: plans op by op; 2: also plans by degrees (`autopar.staged`); 3: with offload to the host
+SCHEMA_VERSION = 4
+# 1: plans op by op; 2: also plans by degrees (`autopar.staged`); 3: with offload to the host; 4: with what is dealt out
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
     }
     staged = plan.staged_data()
     return {
-        "autopar_plan": 1 if staged is None and not plan.decisions.offloaded else 3,
+        "autopar_plan": 4 if plan.decisions.dealt else 1 if staged is None and not plan.decisions.offloaded else 3,
         **({} if staged is None else {"staged": staged}),
         "torch_version": plan.torch_version,
         "graph_hash": plan.graph_hash,

@@ -4,7 +4,7 @@ A step changes the placement on one mesh axis with one collective (or a local sl
 
     P    -> R      all_reduce              P    -> S(d)   reduce_scatter
     S(d) -> R      all_gather              S(d) -> S(e)   all_to_all
-    R    -> S(d)   slice (local)
+    R    -> S(d)   slice (local)           S(d) -> D(d)   permute: two messages of half a rank's part each
 
 Where several axes cut one dim, the later axis cuts inside the earlier one, so an axis
 may only start or stop cutting a dim while no later axis cuts it. The cheapest sequence
@@ -33,8 +33,11 @@ from autopar.placements import (
     Fold,
     Placement,
     State,
+    cut_alike,
+    dealt,
     experts,
     in_groups,
+    is_dealt,
     local_shape,
     own,
     runs_left,
@@ -48,7 +51,7 @@ from autopar.placements import (
 class Step:
     """One change of placement on one axis. `nbytes`: the larger of a rank's tensor before and after."""
 
-    kind: str  # "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "slice"
+    kind: str  # "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute", "slice"
     axis: int
     before: State
     after: State
@@ -64,6 +67,15 @@ class Step:
     def to_front(self) -> bool:
         """Whether what is scattered lies as it leaves."""
         return self.after[self.axis] == shard(0)
+
+    @property
+    def reorders(self) -> int:
+        """How often chunks that are dealt out are put in order, or out of it, besides other copies of the layout.
+
+        What is cut along its first dim is copied for nothing else: that one copy is `from_front` or `to_front`.
+        """
+        ends = [p for p in (self.before[self.axis], self.after[self.axis]) if is_dealt(p)]
+        return sum(self.kind == "all_to_all" or shard_dim(p) != 0 or shard_runs(p) > 1 for p in ends)
 
     @property
     def folded_dim(self) -> int | None:
@@ -119,7 +131,10 @@ _OF_ANY_LENGTH = ("all_reduce", "all_gather", "slice")
 
 def step_kind(before: Placement, after: Placement) -> str | None:
     """The operation that turns one placement into another on one axis, None if there is none."""
-    return _KINDS.get((before[0], after[0])) if before != after else None
+    if before == after:
+        return None
+    kind = _KINDS.get((before[0].replace("D", "S"), after[0].replace("D", "S")))
+    return "permute" if kind == "all_to_all" and cut_alike(before, after) else kind
 
 
 def enumerate_states(
@@ -128,7 +143,10 @@ def enumerate_states(
     """All states that a tensor of this shape can be in on this mesh; "P" only if `partial`; fold: see `Fold`; by its
     groups only if `grouped` (then along dim 0, not together with equal parts of it, and by owners on one axis)."""
     options: list[Placement] = [REPLICATE, *(shard(d) for d in range(len(shape))), *([PARTIAL] if partial else [])]
-    if fold is not None:
+    if fold is not None and fold.dealt:
+        options += [dealt(d) for d, size in enumerate(shape) if size == fold.run]
+        options += [dealt(d, fold.runs) for d, size in enumerate(shape) if size == fold.length and fold.runs > 1]
+    elif fold is not None:
         options += [shard(d, fold.runs) for d, size in enumerate(shape) if size == fold.length]
     if grouped and shape:
         options += [own(0), experts(0)]
@@ -149,7 +167,9 @@ def step_s(step: Step, costs: StepCosts) -> float:
     """
     if step.kind == "slice":
         return costs.copy_s(step.nbytes / step.parts)
-    seconds = costs.collective_s(step.kind, step.nbytes, step.axis)
+    if step.kind == "permute":
+        return 2 * costs.collective_s("permute", step.nbytes / 2, step.axis) + 3 * costs.copy_s(step.nbytes)
+    seconds = costs.collective_s(step.kind, step.nbytes, step.axis) + step.reorders * costs.copy_s(step.nbytes)
     if step.kind == "all_to_all":
         seconds += 2 * costs.copy_s(step.nbytes)
     elif step.kind != "all_reduce" and not (step.from_front if step.kind == "all_gather" else step.to_front):
@@ -243,7 +263,7 @@ def _step_peak(step: Step, size: dict[State, int], by_exchange: bool) -> int:
         return after + (after if not step.from_front else 0)
     if step.kind == "all_to_all":
         return after + max(before if not step.to_front else 0, after if not step.from_front else 0)
-    return after
+    return 2 * after if step.kind == "permute" else after
 
 
 def _steps_from(
@@ -256,12 +276,21 @@ def _steps_from(
             continue
         axis = changed[0]
         kind = step_kind(state[axis], other[axis])
-        touched = {state[axis], other[axis]} - {REPLICATE, PARTIAL}
-        if kind is None or any(p in touched for p in state[axis + 1 :]):
+        touched = (state[axis], other[axis])
+        if kind is None or any(cut_alike(p, q) for p in state[axis + 1 :] for q in touched):
             continue
         if kind not in _OF_ANY_LENGTH and any(p[0] == "E" for p in (*state, *other)):
             continue
-        yield index, Step(kind, axis, state, other, max(nbytes[here], nbytes[index]), mesh[axis])
+        step = Step(kind, axis, state, other, max(nbytes[here], nbytes[index]), mesh[axis])
+        if step.folded_dim is None or all(_between_runs(s, step, mesh) for s in (state, other)):
+            yield index, step
+
+
+def _between_runs(state: State, step: Step, mesh: Sequence[int]) -> bool:
+    """Whether a state cuts the dim that a step sees as runs from end to end between runs only."""
+    runs = max(shard_runs(step.before[step.axis]), shard_runs(step.after[step.axis]))
+    cuts = (n for p, n in zip(state, mesh, strict=True) if shard_dim(p) == step.folded_dim and shard_runs(p) == 1)
+    return runs % math.prod(cuts) == 0
 
 
 def _dijkstra(source: int, arcs: list[list[tuple[int, Step, float]]]) -> tuple[list[float], list[Step | None]]:

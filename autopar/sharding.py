@@ -34,7 +34,7 @@ from autopar.dataflow import (
 from autopar.errors import PinError
 from autopar.grouping import grouped_values
 from autopar.opcost import op_seconds
-from autopar.placements import State, can_be_held, replicated
+from autopar.placements import State, can_be_held, can_be_put_in_order, replicated
 from autopar.plan_types import Decisions, NodeDecision
 from autopar.redistribute import ConversionTables
 from autopar.rules import AxisRule, axis_rules, compatible
@@ -275,7 +275,7 @@ class _Builder:
         for name, operand, whole in outputs:
             value = self.value_index[operand.value]
             preimages = self._preimages(operand, self.states[value])
-            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if can_be_held(s)]
+            wanted = [replicated(len(self.mesh))] if whole else [s for s in preimages if can_be_put_in_order(s)]
             uses = sorted({self.states[value].index(preimages[s]) for s in wanted})
             self.output_states[name] = tuple(self.states[value][u] for u in uses)
             if name not in self.trace.whole_outputs:

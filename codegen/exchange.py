@@ -32,6 +32,59 @@ def _equal(coord: int, rank: int, parts: int) -> int:
     return 1 - ((coord - rank) % parts + parts - 1) // parts
 
 
+# -- halves of what ranks hold, dealt out ("D" in `autopar.placements`) ---------------------
+
+
+def even_chunk(rank: int, parts: int) -> int:
+    """Of the 2 x parts chunks, those that `rank` works on are one of even and one of odd number: `rank` and its mirror.
+
+    Arithmetic alone, as simulated ranks are numbers that cannot be compared.
+    """
+    return rank + (rank % 2) * (2 * parts - 1 - 2 * rank)
+
+
+def odd_chunk(rank: int, parts: int) -> int:
+    """The other one."""
+    return 2 * parts - 1 - even_chunk(rank, parts)
+
+
+def dealt_to(parts: int, odd: int) -> tuple[int, ...]:
+    """Which rank gets the even (odd) one of the two chunks that each rank has of a sequence in order."""
+    chunks = (2 * rank + odd for rank in range(parts))
+    return tuple(min(chunk, 2 * parts - 1 - chunk) for chunk in chunks)
+
+
+def taken_back(destinations: tuple[int, ...]) -> tuple[int, ...]:
+    """The way back."""
+    return tuple(destinations.index(rank) for rank in range(len(destinations)))
+
+
+def lower_first(x: torch.Tensor, dim: int, coord: int) -> torch.Tensor:
+    """Two chunks along a dim, the one of even number first, in the order of their numbers; and back again."""
+    return torch.cat(_chunks(x, dim, (coord % 2, 1 - coord % 2), x.shape[dim] // 2), dim)
+
+
+def own_chunks(x: torch.Tensor, dim: int, coord: int, parts: int) -> torch.Tensor:
+    """What is dealt to a rank of a whole dim."""
+    return torch.cat(_chunks(x, dim, (coord, 2 * parts - 1 - coord), x.shape[dim] // (2 * parts)), dim)
+
+
+def deal_all(x: torch.Tensor, dim: int, parts: int) -> torch.Tensor:
+    """A whole dim, as the parts dealt to each rank one after the other."""
+    numbers = [number for rank in range(parts) for number in (rank, 2 * parts - 1 - rank)]
+    return torch.cat(_chunks(x, dim, numbers, x.shape[dim] // (2 * parts)), dim)
+
+
+def put_in_order(x: torch.Tensor, dim: int, parts: int) -> torch.Tensor:
+    """The reverse of `deal_all`."""
+    places = [2 * number for number in range(parts)] + [2 * parts - 1 - 2 * number for number in range(parts)]
+    return torch.cat(_chunks(x, dim, places, x.shape[dim] // (2 * parts)), dim)
+
+
+def _chunks(x: torch.Tensor, dim: int, numbers: Sequence[int], size: int) -> list[torch.Tensor]:
+    return [torch.ops.aten.slice.Tensor(x, dim, number * size, number * size + size) for number in numbers]
+
+
 def around(parts: int) -> tuple[int, ...]:
     """To the next rank, the last one to the first."""
     return tuple((rank + 1) % parts for rank in range(parts))

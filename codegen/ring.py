@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import fx
 
 from autopar.blockwise import ours
-from autopar.codegen.exchange import around
+from autopar.codegen.exchange import around, dealt_to, even_chunk, odd_chunk, taken_back
 from autopar.codegen.shards import LowerContext, Results, Shards, aten
 from autopar.rules import AxisRule
-from autopar.rules.ring import RING, RING_BACKWARD, hops, is_dealt_out, window_of
+from autopar.rules.ring import RING, RING_BACKWARD, comes_dealt, hops, is_dealt_out, window_of
 
 _SEQUENCE = 2
 
@@ -24,36 +25,26 @@ _SEQUENCE = 2
 # -- which rank has what ---------------------------------------------------------------------
 
 
-def even_chunk(rank: int, parts: int) -> int:
-    """Of the 2 x parts chunks, those that `rank` works on are one of even and one of odd number: `rank` and its mirror.
+class Order(Enum):
+    """Which chunks a rank works on.
 
-    Arithmetic alone, as simulated ranks are numbers that cannot be compared.
+    IN_ORDER: one, by rank. EXCHANGED: one from either end, that of even number first. DEALT: the same, as placements
+    have it ("D"): the lower one first.
     """
-    return rank + (rank % 2) * (2 * parts - 1 - 2 * rank)
+
+    IN_ORDER = "in order"
+    EXCHANGED = "exchanged"
+    DEALT = "dealt"
 
 
-def odd_chunk(rank: int, parts: int) -> int:
-    """The other one."""
-    return 2 * parts - 1 - even_chunk(rank, parts)
-
-
-def dealt_to(parts: int, odd: int) -> tuple[int, ...]:
-    """Which rank gets the even (odd) one of the two chunks that each rank has at first."""
-    chunks = (2 * rank + odd for rank in range(parts))
-    return tuple(min(chunk, 2 * parts - 1 - chunk) for chunk in chunks)
-
-
-def taken_back(destinations: tuple[int, ...]) -> tuple[int, ...]:
-    """The way back."""
-    return tuple(destinations.index(rank) for rank in range(len(destinations)))
-
-
-def starts_of(coord: int, hop: int, parts: int, length: int, dealt_out: bool) -> list[int]:
+def starts_of(coord: int, hop: int, parts: int, length: int, order: Order) -> list[int]:
     """Where in the sequence the keys start that have come in `hop` hops: of one chunk, or of two."""
-    rank = (coord - hop) % parts
-    if not dealt_out:
+    rank, half = (coord - hop) % parts, length // 2
+    if order is Order.IN_ORDER:
         return [rank * length]
-    return [even_chunk(rank, parts) * (length // 2), odd_chunk(rank, parts) * (length // 2)]
+    if order is Order.DEALT:
+        return [rank * half, (2 * parts - 1 - rank) * half]
+    return [even_chunk(rank, parts) * half, odd_chunk(rank, parts) * half]
 
 
 # -- what both passes share ------------------------------------------------------------------
@@ -82,9 +73,12 @@ class _Ring:
         return hops(self.op.traced, self.parts)
 
     @property
-    def dealt_out(self) -> bool:
+    def order(self) -> Order:
         """See `autopar.rules.ring`."""
-        return is_dealt_out(self.op.traced)
+        if not is_dealt_out(self.op.traced):
+            return Order.IN_ORDER
+        dealt = comes_dealt(self.op.rules[self.axis], self.op.slot("key"))
+        return Order.DEALT if dealt else Order.EXCHANGED
 
     def operand(self, name: str) -> fx.Node:
         """A local operand by the name of its argument."""
@@ -93,7 +87,7 @@ class _Ring:
     def starts(self, hop: int) -> fx.Node:
         """The list of starts of what a rank has after some hops."""
         length = self.op.operand_shape(self.op.slot("key"))[_SEQUENCE]
-        return self.op.ctx.call(starts_of, self.op.ctx.coord(self.axis), hop, self.parts, length, self.dealt_out)
+        return self.op.ctx.call(starts_of, self.op.ctx.coord(self.axis), hop, self.parts, length, self.order)
 
     def places(self, hop: int) -> tuple[object, ...]:
         """The last arguments of a block op."""
@@ -115,12 +109,13 @@ class _Ring:
 
     def deal(self, x: fx.Node) -> fx.Node:
         """The two chunks of a tensor that this rank works on, in place of the two that it holds."""
-        return self._exchanged(x, *(dealt_to(self.parts, odd) for odd in (0, 1))) if self.dealt_out else x
+        there = (dealt_to(self.parts, odd) for odd in (0, 1))
+        return self._exchanged(x, *there) if self.order is Order.EXCHANGED else x
 
     def undeal(self, x: fx.Node) -> fx.Node:
         """The reverse of `deal`."""
         back = (taken_back(dealt_to(self.parts, odd)) for odd in (0, 1))
-        return self._exchanged(x, *back) if self.dealt_out else x
+        return self._exchanged(x, *back) if self.order is Order.EXCHANGED else x
 
     def _exchanged(self, x: fx.Node, even: tuple[int, ...], odd: tuple[int, ...]) -> fx.Node:
         call = self.op.ctx.call
@@ -157,20 +152,20 @@ def ring(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands
     of = _Ring.of(op, RING)
     query, mask = of.deal(of.operand("query")), of.mask()
     both = of.deal(of.glued(of.operand("key"), of.operand("value")))
+    whole, whole_lse = op.traced.outputs[:2]
+    assert whole is not None and whole_lse is not None
     out: fx.Node | None = None
     lse: fx.Node | None = None
     for hop in range(of.hops + 1):
         following = of.sent_on(both) if hop < of.hops else None
         seen = (query, *of.parted(both), mask, *of.places(hop))
-        made = of.results(ctx.call(ours.block_attention.default, *seen), 2)
         if out is None or lse is None:
-            out, lse = made
+            out, lse = of.results(ctx.call(ours.block_attention.default, *seen), 2)
+            out = of.cast(out, whole_lse.dtype, whole.dtype) if of.hops else out
         else:
-            out, lse = of.results(ctx.call(ours.merge_attention.default, out, lse, *made), 2)
+            out, lse = of.results(ctx.call(ours.further_attention.default, out, lse, *seen), 2)
         both = both if following is None else following
     assert out is not None and lse is not None
-    whole, whole_lse = op.traced.outputs[:2]
-    assert whole is not None and whole_lse is not None
     out = of.cast(out, whole.dtype, whole_lse.dtype) if of.hops else out
     if mask is not None:  # a query that sees nothing: the kernels say 0
         lse = ctx.call(aten.masked_fill.Scalar, lse, ctx.call(aten.eq.Scalar, lse, -torch.inf), 0.0)
@@ -188,11 +183,14 @@ def ring_backward(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
     for hop in range(of.hops + 1):
         following = of.sent_on(both) if hop < of.hops else None
         carried = None if grad_both is None else of.sent_on(grad_both)
-        seen = (grad_out, query, *of.parted(both), out, lse, of.mask(), *of.places(hop))
-        mine, *theirs = of.results(ctx.call(ours.block_attention_backward.default, *seen), 3)
-        made = of.glued(*theirs)
-        grad_query = mine if grad_query is None else ctx.call(aten.add.Tensor, grad_query, mine)
-        grad_both = made if carried is None else ctx.call(aten.add.Tensor, carried, made)
+        rest = (out, lse, of.mask(), *of.places(hop))
+        if grad_query is None or carried is None:
+            seen = (grad_out, query, *of.parted(both), *rest)
+            grad_query, *theirs = of.results(ctx.call(ours.block_attention_backward.default, *seen), 3)
+            grad_both = of.glued(*theirs)
+        else:
+            further = (grad_query, carried, grad_out, query, both, *rest)
+            grad_query, grad_both = of.results(ctx.call(ours.further_attention_backward.default, *further), 2)
         both = both if following is None else following
     assert grad_query is not None and grad_both is not None
     if of.hops:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from autopar.codegen.builder import GraphBuilder
-from autopar.placements import State, shard_runs
+from autopar.codegen.exchange import deal_all, dealt_to, lower_first, own_chunks, put_in_order, taken_back
+from autopar.placements import State, is_dealt, shard_runs
 from autopar.redistribute import Step
 
 aten = torch.ops.aten
@@ -28,23 +29,25 @@ def emit_path(builder: GraphBuilder, x: fx.Node, path: Sequence[Step], *, keep_s
     """
     for step in path:
         x = _emit_step(builder, x, step)
-        if step.kind == "slice" and not keep_source_alive:
+        is_view = step.kind == "slice" and not is_dealt(step.after[step.axis])
+        if is_view and not keep_source_alive:
             x = builder.call(aten.clone.default, x, memory_format=torch.contiguous_format)
-        keep_source_alive = step.kind == "slice" and keep_source_alive
+        keep_source_alive = is_view and keep_source_alive
     return x
 
 
 def _emit_step(builder: GraphBuilder, x: fx.Node, step: Step) -> fx.Node:
     """One step. A dim that is cut run by run is seen as two, the number of the run and the place in it."""
     source, target, folded = step.source_dim, step.target_dim, step.folded_dim
+    dealt = is_dealt(step.before[step.axis]), is_dealt(step.after[step.axis])
     if folded is None:
         ragged = any(p[0] == "E" for p in step.before)
-        return _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target, ragged))
+        return _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target, *dealt, ragged))
     source, target = (_unfolded(step.before, step, source), _unfolded(step.after, step, target))
     shape = list(x.meta["val"].shape)
     runs = step.runs_of(step.before, builder.mesh)
     x = builder.reshape(x, [*shape[:folded], runs, shape[folded] // runs, *shape[folded + 1 :]])
-    x = _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target))
+    x = _EMITTERS[step.kind](builder, x, _Move(step.axis, step.parts, source, target, *dealt))
     made = list(x.meta["val"].shape)
     return builder.reshape(x, [*made[:folded], made[folded] * made[folded + 1], *made[folded + 2 :]])
 
@@ -57,12 +60,14 @@ def _unfolded(state: State, step: Step, dim: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class _Move:
-    """A step on the tensor at hand: on which axis, of how many ranks, from which dim to which."""
+    """A step on the tensor at hand: on which axis, of how many ranks, from which dim to which; is either dealt out?"""
 
     axis: int
     parts: int
     source_dim: int | None
     target_dim: int | None
+    source_dealt: bool = False
+    target_dealt: bool = False
     ragged: bool = False  # only the run knows how many rows (dim 0) there are
 
 
@@ -72,22 +77,41 @@ def _all_reduce(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
 
 def _reduce_scatter(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
     dim = required(move.target_dim)
+    x = builder.call(deal_all, x, dim, move.parts) if move.target_dealt else x
     return builder.reduce_scatter(blocks_to_front(builder, x, dim, move.parts), move.axis)
 
 
 def _all_gather(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
     dim = required(move.source_dim)
-    return blocks_from_front(builder, builder.all_gather(x, move.axis), dim, move.parts, ragged=move.ragged)
+    x = blocks_from_front(builder, builder.all_gather(x, move.axis), dim, move.parts, ragged=move.ragged)
+    return builder.call(put_in_order, x, dim, move.parts) if move.source_dealt else x
 
 
 def _all_to_all(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
     source, target = required(move.source_dim), required(move.target_dim)
+    x = builder.call(deal_all, x, target, move.parts) if move.target_dealt else x
     sent = blocks_to_front(builder, x, target, move.parts)
-    return blocks_from_front(builder, builder.all_to_all(sent, move.axis), source, move.parts)
+    x = blocks_from_front(builder, builder.all_to_all(sent, move.axis), source, move.parts)
+    return builder.call(put_in_order, x, source, move.parts) if move.source_dealt else x
+
+
+def _permute(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
+    """Deal out what lies in order, or the reverse: each of the two chunks that a rank has goes to one other rank."""
+    dim, coord = required(move.source_dim), builder.coord(move.axis)
+    destinations = [dealt_to(move.parts, odd) for odd in (0, 1)]
+    if move.source_dealt:
+        x, destinations = builder.call(lower_first, x, dim, coord), [taken_back(to) for to in destinations]
+    half = x.meta["val"].shape[dim] // 2
+    halves = (builder.call(aten.slice.Tensor, x, dim, at, at + half) for at in (0, half))
+    moved = [builder.permute(h, move.axis, to) for h, to in zip(halves, destinations, strict=True)]
+    x = builder.call(aten.cat.default, moved, dim)
+    return x if move.source_dealt else builder.call(lower_first, x, dim, coord)
 
 
 def _slice(builder: GraphBuilder, x: fx.Node, move: _Move) -> fx.Node:
     dim = required(move.target_dim)
+    if move.target_dealt:
+        return builder.call(own_chunks, x, dim, builder.coord(move.axis), move.parts)
     size = x.meta["val"].shape[dim] // move.parts
     start = builder.call(operator.mul, builder.coord(move.axis), size)
     return builder.call(aten.slice.Tensor, x, dim, start, builder.call(operator.add, start, size))
@@ -98,6 +122,7 @@ _EMITTERS = {
     "reduce_scatter": _reduce_scatter,
     "all_gather": _all_gather,
     "all_to_all": _all_to_all,
+    "permute": _permute,
     "slice": _slice,
 }
 

@@ -45,7 +45,7 @@ def model_and_batch(tokens: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def train(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Losses, and the parameters at the end, by name."""
+    """Losses, and logits and parameters at the end, by name."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
@@ -54,11 +54,13 @@ def train(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
         optimizer.step()
         optimizer.zero_grad()
         found[f"loss of step {step}"] = loss.detach()
+    with torch.no_grad():
+        found["logits"] = whole(model(**batch).logits)  # in the order of the tokens, whoever held them
     return found | {name: whole(param) for name, param in model.named_parameters()}
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """A parameter put together from its parts."""
+    """A tensor put together from its parts."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

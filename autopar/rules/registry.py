@@ -18,7 +18,7 @@ from autopar.rules.folds import folded_rules
 from autopar.rules.groups import grouped_rules
 from autopar.rules.linear import linear_rules, shared_bias_rules
 from autopar.rules.random import random_rules
-from autopar.rules.ring import ONE_AXIS, ring_rules
+from autopar.rules.ring import ONE_AXIS, dealt_ring, ring_rules
 from autopar.rules.schema import OpCall, bind, is_random, op_call, operands, results
 from autopar.rules.shared_heads import shared_head_rules
 from autopar.rules.types import AxisRule, RuleSet
@@ -29,7 +29,7 @@ _MEMO: dict[Hashable, RuleSet] = {}
 def axis_rules(node: fx.Node, axis_size: int, fold: Fold | None = None) -> RuleSet:
     """All legal ways to run a call_function node of a joint graph on a mesh axis of `axis_size` ranks.
 
-    fold: of dims that may be cut run by run, too.
+    fold: of dims that may be cut run by run, or dealt out, too.
 
     The replicated rule is always there, and first. Every other rule divides evenly.
     `RuleSet.known` is False where nothing but replication is known. Rules depend on the
@@ -101,7 +101,8 @@ def _find(call: OpCall, axis_size: int, grouped: bool) -> RuleSet:
 def _with_folds(found: RuleSet, call: OpCall, axis_size: int, fold: Fold) -> RuleSet:
     if axis_size == 1 or not found.known or is_random(call):
         return found
-    more = (r for r in folded_rules(call, found.rules, fold) if _is_legal(r, call, axis_size))
+    rules = [*folded_rules(call, found.rules, fold), *(dealt_ring(call, axis_size) if fold.dealt else ())]
+    more = (r for r in rules if _is_legal(r, call, axis_size))
     return RuleSet(tuple(dict.fromkeys((*found.rules, *more))), known=True)
 
 

@@ -30,6 +30,7 @@ from autopar.runtime.execute import RankProgram, wait_for
 from autopar.runtime.failure import naming_dead_ranks
 from autopar.runtime.gradients import accumulate, gradient_sources, is_watched, tangent
 from autopar.runtime.host_state import HostState
+from autopar.runtime.ordering import OutputOrder
 from autopar.runtime.parameters import distribute_loaded, mirror, place, torch_placements
 from autopar.runtime.stage_peaks import peak_bytes_per_stage
 from autopar.runtime.staged import CompiledStages
@@ -43,6 +44,7 @@ class Compiled:
 
     def __init__(self, trace: Trace, plan: Plan, rank_program: RankProgram, mesh: DeviceMesh | None) -> None:
         self.trace, self.plan, self.rank_program, self.mesh = trace, plan, rank_program, mesh
+        self.order = OutputOrder(trace, plan, rank_program.emitted.output_states)
         self.backward_needs = {name for name, _ in rank_program.emitted.backward_inputs}
         self.device_type = plan.cluster.device.kind
         self.gradient_makers: dict[
@@ -108,7 +110,7 @@ class Program(nn.Module):
         return result
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool) -> tuple[Any, list[torch.Tensor]]:
-        """What the model returns; without `wait`, also those of its tensors that may still be on their way."""
+        """What the model returns; without `wait` the loss alone, and the tensors that may still be on their way."""
         compiled = self.prepare((args, kwargs))
         assert isinstance(compiled, Compiled)
         check_autocast(compiled.plan)
@@ -124,7 +126,8 @@ class Program(nn.Module):
             self.get_buffer(fqn).copy_(by_name[node])
         leaves = [o.node for o in trace.outputs if o.node is not None]
         under_way = [] if wait else [outputs[i] for i in compiled.rank_program.under_way]
-        return trace.rebuild_output([self._wrap(compiled, name, by_name[name]) for name in leaves]), under_way
+        wanted = [self._wrap(compiled, n, by_name[n]) if wait or n == trace.loss else None for n in leaves]
+        return trace.rebuild_output(wanted), under_way
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward in one; gradients are accumulated in `.grad`; returns the loss, detached, on every rank.
@@ -280,7 +283,7 @@ class Program(nn.Module):
     def _wrap(self, compiled: Compiled, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in compiled.trace.whole_outputs or compiled.mesh is None:
             return tensor
-        state = compiled.rank_program.emitted.output_states[name]
+        tensor, state = compiled.order.put(compiled.rank_program, name, tensor)
         return DTensor.from_local(tensor, compiled.mesh, torch_placements(state), run_check=False)
 
 

@@ -141,7 +141,7 @@ class Trace:
     def fold(self) -> Fold | None:
         """How batch and sequence lie in one dim, if the first batched input has both."""
         first = next((i for i in self.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
-        if first is None or min(first.shape[:2]) < 2:
+        if first is None or first.shape[1] < 2:
             return None
         return Fold(first.shape[0] * first.shape[1], first.shape[0])
 

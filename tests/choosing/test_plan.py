@@ -132,7 +132,7 @@ def broken(**changes: Any) -> str:
         ({"others": [{"layout": {"tp": 1}, "step_time_s": "fast", "peak_bytes": 1}]}, "wrong type"),
         ({"counts": {"cells": "many"}}, "expected whole numbers"),
         ({"staged": []}, "wrong type"),
-        ({"autopar_plan": 4}, "newer autopar"),
+        ({"autopar_plan": 5}, "newer autopar"),
     ],
 )
 def test_corrupt_files(changes: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from autopar.codegen.lowerings import lower
-from autopar.placements import State, in_groups, local_shape, runs_left, shard_dim
+from autopar.placements import State, in_groups, is_dealt, local_shape, runs_left, shard_dim
 from autopar.rules import AxisRule, axis_rules, compatible, operands, results
 
 ALL_REDUCE = "all_reduce"
@@ -125,7 +125,8 @@ def cut(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> list[torch.T
         dim = shard_dim(placement)
         if dim is not None:
             runs = runs_left(placement, state[:axis], mesh[:axis])
-            parts = [chunk for part in parts for chunk in _split(part, size, dim, runs)]
+            split = _dealt if is_dealt(placement) else _split
+            parts = [chunk for part in parts for chunk in split(part, size, dim, runs)]
         elif placement == "P":
             parts = [summand for part in parts for summand in _summands(part, size)]
         else:
@@ -139,6 +140,19 @@ def _split(tensor: torch.Tensor, size: int, dim: int, runs: int) -> list[torch.T
         return list(tensor.tensor_split(size, dim))
     by_run = [run.tensor_split(size, dim) for run in tensor.chunk(runs, dim)]
     return [torch.cat(part, dim) for part in zip(*by_run, strict=True)]
+
+
+def _dealt(tensor: torch.Tensor, size: int, dim: int, runs: int) -> list[torch.Tensor]:
+    """Of every run of a dim the i-th chunk and the i-th from the end, by rank."""
+    by_run = [run.tensor_split(2 * size, dim) for run in tensor.chunk(runs, dim)]
+    return [torch.cat([c for run in by_run for c in (run[rank], run[-1 - rank])], dim) for rank in range(size)]
+
+
+def _gathered(group: Sequence[torch.Tensor], dim: int, runs: int) -> torch.Tensor:
+    """The reverse of `_dealt`."""
+    size, by_rank = len(group), [part.chunk(2 * runs, dim) for part in group]
+    order = [(rank, 0) for rank in range(size)] + [(rank, 1) for rank in reversed(range(size))]
+    return torch.cat([by_rank[rank][2 * run + half] for run in range(runs) for rank, half in order], dim)
 
 
 def _summands(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
@@ -157,6 +171,9 @@ def glue(parts: Sequence[torch.Tensor], state: State, mesh: Sequence[int], toler
         dim = shard_dim(placement)
         if dim is not None:
             runs = runs_left(placement, state[:axis], mesh[:axis])
+            if is_dealt(placement):
+                parts = [_gathered(group, dim, runs) for group in groups]
+                continue
             parts = [torch.cat([p.chunk(runs, dim)[i] for i in range(runs) for p in group], dim) for group in groups]
         elif placement == "P":
             parts = [torch.stack(group).sum(0) for group in groups]

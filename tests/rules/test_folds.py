@@ -15,6 +15,7 @@ from tests.rules.cases import GROUPS, aten, randn
 from tests.rules.harness import case, check, sampled
 
 FOLDS = (Fold(8, 2), Fold(16, 4), Fold(32, 4))
+DEALT = (Fold(8, 2, dealt=True), Fold(16, 1, dealt=True), Fold(32, 4, dealt=True))
 PAIRS_PER_OP = 4
 
 
@@ -28,7 +29,7 @@ def more_rules(node: torch.fx.Node, size: int, fold: Fold) -> list[AxisRule]:
 def test_every_rule_of_a_fold_is_sound(group: str) -> None:
     torch.manual_seed(0)
     for node in GROUPS[group]():
-        for fold in FOLDS:
+        for fold in (*FOLDS, *DEALT):
             more = more_rules(node, 2, fold)
             for rule in more:
                 check(node, (rule,), (2,))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import fx
 
+from autopar import blockwise
 from autopar.blockwise import Sight, ours, pieces
 from autopar.codegen import ring
 from autopar.cost.compute import op_flops
@@ -73,12 +72,13 @@ def test_dealt_out_chunks_balance(parts: int) -> None:
         assert ring.dealt_to(parts, 0)[even // 2] == ring.dealt_to(parts, 1)[odd // 2] == rank
 
 
+@pytest.mark.parametrize("order", [ring.Order.EXCHANGED, ring.Order.DEALT])
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_every_rank_has_the_same_work_at_every_hop(parts: int) -> None:
+def test_every_rank_has_the_same_work_at_every_hop(parts: int, order: ring.Order) -> None:
     length = 64
 
     def scores(rank: int, hop: int) -> int:
-        starts = [ring.starts_of(rank, h, parts, length, True) for h in (0, hop)]
+        starts = [ring.starts_of(rank, h, parts, length, order) for h in (0, hop)]
         total = 0
         for piece in pieces(*starts, (length, length), is_causal=True, window=0):
             height, width = piece.rows[1] - piece.rows[0], piece.columns[1] - piece.columns[0]
@@ -120,11 +120,11 @@ def test_a_missing_rescale_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [next(iter(fused((1, 2, 16, 4), (1, 2, 16, 4))))]
     checked(nodes)
 
-    def unscaled(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> Any:
-        return out + more, torch.logaddexp(lse, more_lse)
+    def unscaled(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+        out += more
+        torch.logaddexp(lse, more_lse, out=lse)
 
-    merge = SimpleNamespace(default=unscaled)
-    monkeypatch.setattr(ring, "ours", SimpleNamespace(block_attention=ours.block_attention, merge_attention=merge))
+    monkeypatch.setattr(blockwise, "_merge", unscaled)
     with pytest.raises(AssertionError, match="off by"):
         checked(nodes)
 

@@ -10,7 +10,7 @@ that to sum everywhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from autopar.pricing import Price
@@ -27,11 +27,16 @@ def sent_bytes(kind: str, whole_bytes: int, parts: int) -> Fraction:
     return Fraction(times * whole_bytes * (parts - 1), parts)
 
 
-def planned_traffic(priced: Price, mesh: Sequence[int]) -> Traffic:
-    """What a plan pays for: its conversions, and the collectives inside of ops."""
+def planned_traffic(priced: Price, mesh: Sequence[int], times: Mapping[str, int] | None = None) -> Traffic:
+    """What a plan pays for: its conversions, and the collectives inside of ops.
+
+    times: how often values are converted, by name, if more than once: a tied parameter, and its gradient, by every
+    pipeline stage that uses it.
+    """
     found: Traffic = Counter()
-    steps = [(kind, axis, nbytes) for transfer in priced.transfers for kind, axis, nbytes, _ in transfer.steps]
-    for kind, axis, nbytes in (*steps, *priced.inner):
+    steps = [(t.value, kind, axis, nbytes) for t in priced.transfers for kind, axis, nbytes, _ in t.steps]
+    inner = [("", kind, axis, nbytes) for kind, axis, nbytes in priced.inner]
+    for value, kind, axis, nbytes in (*steps, *inner):
         if kind != "slice":
-            found[kind, axis] += sent_bytes(kind, nbytes, mesh[axis])  # type: ignore[assignment]
+            found[kind, axis] += (times or {}).get(value, 1) * sent_bytes(kind, nbytes, mesh[axis])  # type: ignore[assignment]
     return found

@@ -7,7 +7,7 @@ stage that nobody asks for a value does not compute it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -79,6 +79,33 @@ class LocalStages:
         for node in emitted.backward.nodes:
             if node.op == "call_function":
                 self.of[node] = self._backward_stage(node)
+        for node in reversed(list(self.of)):
+            self._convert_where_used(node)
+
+    def _convert_where_used(self, converted: fx.Node) -> None:
+        """Of a gradient that a stage takes both as it was made and converted, only the former has to travel there."""
+        here, version = self.of[converted], version_of(converted)
+        if here is None or version is None or not self.is_backward_op(converted):
+            return
+        chain = [converted]
+        while (before := _only_operand(chain[-1])) is not None and version_of(before) is None:
+            chain.append(before)
+        source = version_of(before) if before is not None else None
+        if before is None or source is None or source[0] != version[0] or any(self.of[link] != here for link in chain):
+            return
+        last = max(self._users(converted), default=here)
+        if last < here and any(stage <= last for stage in self._users(before, but=chain)):
+            self.of.update(dict.fromkeys(chain, last))
+
+    def _users(self, node: fx.Node, but: Sequence[fx.Node] = ()) -> Iterator[int]:
+        """The stages that use a node's result, seen through what has no stage; one past the last for a result
+        of the program."""
+        for user in node.users:
+            stage = self.of.get(user)
+            if user not in but and user.op == "output":
+                yield self.stages.count
+            elif user not in but:
+                yield from self._users(user) if stage is None else (stage,)
 
     def _forward_stage(self, node: fx.Node) -> int | None:
         own = self._stage_of_origin(node)
@@ -143,6 +170,12 @@ def follows(node: fx.Node) -> bool:
     (base, *_) = node.all_input_nodes
     whole = base.meta["val"]
     return isinstance(whole, torch.Tensor) and node.meta["val"].numel() >= whole.numel()
+
+
+def _only_operand(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node takes, if it is one and some node's result."""
+    tensors = [i for i in node.all_input_nodes if holds_tensors(i)]
+    return tensors[0] if len(tensors) == 1 and tensors[0].op != "placeholder" else None
 
 
 class Demands:

@@ -123,9 +123,13 @@ def _is_received(node: fx.Node) -> bool:
 
 
 def summed_first(gradient: fx.Node) -> fx.Node:
-    """What is to be added up over micro-batches in place of a gradient: the operand of its first collective."""
+    """What is to be added up over micro-batches in place of a gradient: the operand of its first collective, but for
+    those whose result each micro-batch's backward pass takes as well."""
     chain, _ = linear_chain(gradient)
-    starts = [link for link in chain if is_collective(link)]
-    if not starts:
-        return gradient
-    return next(i for i in starts[-1].all_input_nodes if isinstance(i.meta["val"], torch.Tensor))
+    found = gradient
+    for at, link in enumerate(chain):
+        if any(set(one.users) - {*chain, gradient.graph.output_node()} for one in chain[: at + 1]):
+            break
+        if is_collective(link):
+            found = next(i for i in link.all_input_nodes if isinstance(i.meta["val"], torch.Tensor))
+    return found

@@ -14,7 +14,7 @@ from autopar.explaining.attribution import Attribution
 from autopar.mesh_search import SearchSettings
 from autopar.pins import MESH_KEYS
 from autopar.placements import Fold
-from autopar.plan_types import NodeDecision
+from autopar.plan_types import Decisions, NodeDecision
 from autopar.plans import Plan, PlanOptions
 from autopar.rules import axis_rules
 from autopar.trace import Trace
@@ -45,15 +45,18 @@ class Workbench:
         """The plan with the rules of its ops as they are known here: a plan file leaves out their collectives."""
         if not self.from_text:
             return plan
-        nodes = {n.name: n for n in self.trace.graph_module.graph.nodes}
-        given, fold = plan.decisions, plan.decisions.fold(self.trace.fold)
-        decided = {name: _with_known_rules(nodes[name], d, plan.mesh, fold) for name, d in given.nodes.items()}
-        return replace(plan, decisions=replace(given, nodes=decided))
+        return replace(plan, decisions=with_known_rules(self.trace, plan.decisions, plan.mesh))
 
     def attribution(self, plan: Plan) -> Attribution:
         """Where the time of a plan for this model goes."""
         costs = CostModel(plan.cluster, plan.mesh)
         return Attribution(self.trace, plan.decisions, costs, OptimizerSpec(plan.options.optimizer))
+
+
+def with_known_rules(trace: Trace, given: Decisions, mesh: tuple[int, ...]) -> Decisions:
+    """Decisions that were read from text, with the collectives inside of ops, which text leaves out."""
+    nodes, fold = {n.name: n for n in trace.graph_module.graph.nodes}, given.fold(trace.fold)
+    return replace(given, nodes={n: _with_known_rules(nodes[n], d, mesh, fold) for n, d in given.nodes.items()})
 
 
 def _with_known_rules(node: fx.Node, decision: NodeDecision, mesh: tuple[int, ...], fold: Fold | None) -> NodeDecision:

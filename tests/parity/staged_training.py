@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import autopar.api
-from autopar.runtime.make_stages import staged_program
+from autopar.runtime.make_stages import StagedProgram, staged_program
 from autopar.sample import Call
 from autopar.staged import StagedPlan
 from autopar.trace import Trace, trace
@@ -23,7 +23,7 @@ from tests.widen import WidenCasts, widened
 STEPS = 3
 
 
-def assert_trains_alike(model: nn.Module, call: Call, plan: StagedPlan) -> None:
+def assert_trains_alike(model: nn.Module, call: Call, plan: StagedPlan) -> StagedProgram:
     """`verify` on the first step, then three steps of AdamW: everything equal to the eager model's."""
 
     def trace_of(one: Call) -> Trace:
@@ -52,6 +52,7 @@ def assert_trains_alike(model: nn.Module, call: Call, plan: StagedPlan) -> None:
             one.step()
             one.zero_grad()
     _assert_equal({n: p.detach() for n, p in mine.items()}, {n: p.detach() for n, p in eager.named_parameters()}, "end")
+    return made
 
 
 def _with_parameters(case: StagedCase, values: dict[str, torch.Tensor]) -> StagedCase:

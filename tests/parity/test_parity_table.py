@@ -14,8 +14,10 @@ import pytest
 import autopar
 import autopar.api
 from autopar.plans import Plan
+from autopar.runtime.make_stages import staged_program
 from autopar.staged import StagedPlan
 from autopar.trace import trace
+from tests.parity.staged_traffic import assert_sends_what_is_paid_for
 from tests.parity.staged_training import assert_trains_alike
 from tests.pipeline.models import DEEP
 from tests.widen import widened
@@ -50,6 +52,7 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "images-zero2": ("resnet", {"pp": 2, "dp": 4, "zero": 2, "micro_batch": 2}),
 }  # fmt: skip
 QUICK = {("resnet", "pp4-dp2")}
+UNLIKE = ("t5", "resnet")  # between whose stages not always the same goes
 
 
 def cases() -> Iterator[Any]:
@@ -64,11 +67,30 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("family", "pin"), list(cases()))
 def test_trains_as_on_one_device(family: str, pin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss, all gradients, and parameters after three steps."""
+    """Loss, all gradients, and parameters after three steps; and it sends what its plan pays for."""
     monkeypatch.setattr(autopar.api, "trace", lambda model, call: widened(trace(model, call)))
     model, call = DEEP[family](LAYERS)()
-    cluster = autopar.ClusterSpec.preset("cpu", gpus=RANKS)
-    plan = Plan.loads(autopar.plan(model, cluster, example_inputs=call, pin=pin).dumps())
+    asked = planned(family, pin)
+    plan = Plan.loads(asked.dumps())
     assert isinstance(plan, StagedPlan)
     assert all(plan.layout_keys[key] == value for key, value in pin.items())
-    assert_trains_alike(model, call, plan)
+    made = assert_trains_alike(model, call, plan)
+    assert_sends_what_is_paid_for(asked, made, alike=family not in UNLIKE)
+
+
+def planned(family: str, pin: dict[str, Any]) -> StagedPlan:
+    """The plan of a row."""
+    model, call = DEEP[family](LAYERS)()
+    plan = autopar.plan(model, autopar.ClusterSpec.preset("cpu", gpus=RANKS), example_inputs=call, pin=pin)
+    assert isinstance(plan, StagedPlan)
+    return plan
+
+
+def test_a_tied_tensor_parallel_model_sends_what_its_plan_pays_for() -> None:
+    """A tied parameter is reduced by both of its stages, and a gradient that the next stage takes both as summands and
+    as their sum goes there once."""
+    (model, call), plan = DEEP["gpt2"](LAYERS)(), planned("gpt2", PIPELINES["pp2-dp2-tp2"])
+    made = staged_program(
+        model, call, plan, lambda one: trace(model, one), autopar.api._plan_trace, lambda make: make()
+    )
+    assert_sends_what_is_paid_for(plan, made, alike=True)

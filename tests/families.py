@@ -119,6 +119,14 @@ def _clip() -> dict[str, Any]:
     return {"input_ids": _tokens(), "pixel_values": _images(), "return_loss": True}
 
 
+def _image_in_text() -> dict[str, torch.Tensor]:
+    """A prompt with places (token 2) for the features of an image, and labels on the text behind them."""
+    places = torch.full((BATCH, (IMAGE // 4) ** 2), 2)
+    text = _tokens()
+    labels = torch.cat([places.new_full(places.shape, -100), text], 1)
+    return {"input_ids": torch.cat([places, text], 1), "pixel_values": _images(), "labels": labels}
+
+
 def _speech() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(BATCH, 8, 32, dtype=torch.float64), "labels": _tokens()}
 
@@ -259,6 +267,14 @@ OTHERS: dict[str, Family] = {
     "upnet": _module(vision.UpNet, lambda: (_images(), torch.randint(0, 8, (BATCH, IMAGE, IMAGE)))),
     "lstm": _module(vision.Recurrent, lambda: (_tokens(64, 4), _tokens(64, 4))),
     "encoder_decoder": _module(vision.EncoderDecoder, lambda: (_padded(64), _tokens(64))),
+    "llava": _transformer(
+        "LlavaForConditionalGeneration", _image_in_text, image_token_id=2, vision_feature_layer=-1,
+        text_config={"model_type": "llama", **_TEXT, "num_key_value_heads": HEADS, "use_cache": False},
+        vision_config={"model_type": "clip_vision_model", **_VISION, "projection_dim": 32},
+    ),
+    "siglip": _transformer(
+        "SiglipModel", _clip, text_config={**_TEXT, **_TOKENS, "projection_size": HIDDEN}, vision_config={**_VISION},
+    ),
 }  # fmt: skip
 
 FAMILIES = {**NAMED, **OTHERS}
@@ -275,6 +291,7 @@ REMARKS: dict[str, str] = {
     "resnet": "batch statistics are those of the global batch",
     "mobilenet": "depthwise convolutions; batch statistics are those of the global batch",
     "swin": "`as_strided` and its gradient read memory by strides and run whole",
+    "llava": "the image's features are put into the text by `masked_scatter`, which runs whole",
     "wav2vec2": "after `freeze_feature_encoder()`: its feature encoder sets `requires_grad` while it runs",
 }
 

@@ -225,8 +225,9 @@ def _nll_loss(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], ope
     loss, total = op.call(changes | {"reduction": _REDUCE_SUM})
     assert loss is not None and total is not None
     axes = [axis for axis, rule in enumerate(rules) if rule.lowering == "nll_loss"]
-    if axes and op.traced.arg("weight") is None:
-        total = _count(op, changes, total.meta["val"].dtype)
+    whole = op.traced.outputs[1]
+    if axes and whole is not None and op.traced.arg("weight") is None:
+        total = _count(op, changes, whole.dtype)
     for axis in axes:
         total = ctx.all_reduce(total, axis, "sum")
     if reduction == _REDUCE_MEAN:

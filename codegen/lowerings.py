@@ -18,7 +18,16 @@ from torch import fx
 from autopar.codegen.draws import draw
 from autopar.codegen.experts import expert_rows, from_groups, to_groups
 from autopar.codegen.ring import ring, ring_backward
-from autopar.codegen.shards import LowerContext, Lowering, Results, Shards, aten, local, with_dense_rows
+from autopar.codegen.shards import (
+    LowerContext,
+    Lowering,
+    Results,
+    Shards,
+    as_kernels_read,
+    aten,
+    local,
+    with_dense_rows,
+)
 from autopar.codegen.shared_heads import (
     SHARED_HEADS,
     SHARED_HEADS_BACKWARD,
@@ -246,7 +255,7 @@ def _nll_loss_backward(
     ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operands: list[fx.Node]
 ) -> Results:
     """The gradient at the local targets. total_weight is the whole batch's, so a mean is the mean over all of it."""
-    op = Shards(ctx, node, rules, operands)
+    op = Shards(ctx, node, rules, as_kernels_read(ctx, node, operands))
     return op.call(_local_targets(op))
 
 

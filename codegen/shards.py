@@ -78,6 +78,7 @@ _CONTIGUOUS = _GROUP_NORMS | {
     "aten._weight_norm_interface_backward",
     "aten.native_layer_norm_backward",
     "aten._fused_rms_norm_backward",
+    "aten.nll_loss2d_backward",
 }
 # Kernels that take these operands to have the elements of a row (of the last dim) side by side; else they read others.
 _DENSE_ROWS = ("query", "key", "value", "out", "grad_out")
@@ -187,13 +188,19 @@ def local(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...], operand
         return _as_strided(op) if name == "aten.as_strided" else drop_whole(ctx, node, operands)
     if name in _SIZE_ARGUMENTS:
         return op.call({_SIZE_ARGUMENTS[name]: op.result_sizes()})
-    if name in _CONTIGUOUS:
-        op = replace(op, operands=[ctx.call(aten.contiguous.default, x) for x in operands])
+    op = replace(op, operands=as_kernels_read(ctx, node, operands))
     if name in _GROUP_NORMS:
         return op.call(_group_norm_sizes(op))
     if name in _CONVOLUTIONS:
         return op.call(_convolution_sizes(op))
     return op.call({})
+
+
+def as_kernels_read(ctx: LowerContext, node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:
+    """Operands of a kernel, made contiguous where it takes them to be."""
+    if str(getattr(node.target, "overloadpacket", node.target)) not in _CONTIGUOUS:
+        return operands
+    return [ctx.call(aten.contiguous.default, x) for x in operands]
 
 
 def with_dense_rows(ctx: LowerContext, node: fx.Node, operands: list[fx.Node]) -> list[fx.Node]:

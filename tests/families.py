@@ -127,6 +127,10 @@ def _image_in_text() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.cat([places, text], 1), "pixel_values": _images(), "labels": labels}
 
 
+def _segments() -> dict[str, torch.Tensor]:
+    return {"pixel_values": _images(32), "labels": torch.randint(0, 16, (BATCH, 32, 32))}
+
+
 def _speech() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(BATCH, 8, 32, dtype=torch.float64), "labels": _tokens()}
 
@@ -274,6 +278,11 @@ OTHERS: dict[str, Family] = {
     ),
     "siglip": _transformer(
         "SiglipModel", _clip, text_config={**_TEXT, **_TOKENS, "projection_size": HIDDEN}, vision_config={**_VISION},
+    ),
+    "segformer": _transformer(
+        "SegformerForSemanticSegmentation", _segments, num_labels=16, num_encoder_blocks=2, depths=[1, 1],
+        sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[2, 4],
+        mlp_ratios=[2, 2], decoder_hidden_size=32, drop_path_rate=0.0, classifier_dropout_prob=0.0, **_NO_DROPOUT,
     ),
 }  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Every use of torch's private API, in one place.
 
-Tested with torch 2.13.0. The functions here are thin: they name what is used and hide
-how torch spells it, so that a new release of torch means one file to look at.
+Tested with torch 2.13.0. These thin functions hide how torch spells what is used: a new release means one file to see.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 pytree = _torch_pytree  # registered by transformers for its outputs
 resolve_process_group = _resolve_process_group
 default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
+CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all  # raises where an element is false: in transformers
 
 # ---------------------------------------------------------------------------
 # Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.
@@ -65,11 +65,6 @@ _CAPTURE_DYNAMO_CONFIG: dict[str, Any] = {
     "suppress_errors": False,
     "verbose": False,
 }
-
-
-# Raises where an element of a tensor is false. transformers checks with it that a prompt has as many places for an
-# image as the image has features.
-CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all
 
 
 def fake_tensor_mode() -> FakeTensorMode:

@@ -108,7 +108,7 @@ def test_one_call_for_each_model_machine_and_batch() -> None:
     def predict(
         model: torch.nn.Module, cluster: Any, layouts: list[Any], *, seq: int, global_batch: int, run: Run
     ) -> list[Any]:
-        assert run == Run(cut="threshold", reduces_whole=True)
+        assert run == Run(cut="threshold", reduces_whole=True, pipeline_pause_s=0.27)
         calls.append((type(model).__name__, cluster.devices, len(layouts), seq, global_batch))
         return [
             SimpleNamespace(

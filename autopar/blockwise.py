@@ -16,7 +16,7 @@ logsumexp: float32 for narrower tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -243,22 +243,43 @@ def _attend_backward(
     if any(piece.rows == (0, rows) and piece.columns == (0, keys) for piece in wanted[:1]):
         first, wanted = wanted[0], wanted[1:]
         mask = _mask_of(first, attn_mask, key_starts, window, query, keys)
-        results = kernels.Results(grad_out, out, logsumexp)
-        made = kernels.backward(results, query, key, value, mask, first.sight is Sight.CAUSAL, scale)
+        made = kernels.backward(
+            kernels.Results(grad_out, out, logsumexp), query, key, value, mask, first.sight is Sight.CAUSAL, scale
+        )
         grads = (made[0].to(grads[0].dtype), made[1].to(grads[1].dtype), made[2].to(grads[2].dtype))
     else:
         for grad in grads:
             grad.zero_()
+    results = kernels.Results(grad_out, out, logsumexp)
+    _add_backward(
+        grads,
+        wanted,
+        results,
+        (query, key, value),
+        lambda p: _mask_of(p, attn_mask, key_starts, window, query, keys),
+        scale,
+    )
+    return grads
+
+
+def _add_backward(
+    grads: Sequence[torch.Tensor],
+    wanted: Sequence[Piece],
+    results: kernels.Results,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask_of: Callable[[Piece], torch.Tensor | None],
+    scale: float | None,
+) -> None:
+    """Add what pieces give to the gradients of query, key and value."""
+    query, key, value = operands
     for piece in wanted:
-        mask = _mask_of(piece, attn_mask, key_starts, window, query, keys)
-        at, seen = slice(*piece.rows), slice(*piece.columns)
-        results = kernels.Results(*(x[:, :, at] for x in (grad_out, out, logsumexp)))
+        at, seen, causal = slice(*piece.rows), slice(*piece.columns), piece.sight is Sight.CAUSAL
+        here = kernels.Results(*(x[:, :, at] for x in (results.grad_out, results.out, results.logsumexp)))
         made = kernels.backward(
-            results, query[:, :, at], key[:, :, seen], value[:, :, seen], mask, piece.sight is Sight.CAUSAL, scale
+            here, query[:, :, at], key[:, :, seen], value[:, :, seen], mask_of(piece), causal, scale
         )
         for grad, part, where in zip(grads, made, (at, seen, seen), strict=True):
             grad[:, :, where] += part
-    return grads
 
 
 def _attend_further_backward(
@@ -278,15 +299,16 @@ def _attend_further_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, keys = query.shape[2], both.shape[2]
     (key, value), grads = both.chunk(2), (grad_query, *grad_both.chunk(2))
-    for piece in pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window):
-        mask = _mask_of(piece, attn_mask, key_starts, window, query, keys)
-        at, seen = slice(*piece.rows), slice(*piece.columns)
-        results = kernels.Results(*(x[:, :, at] for x in (grad_out, out, logsumexp)))
-        made = kernels.backward(
-            results, query[:, :, at], key[:, :, seen], value[:, :, seen], mask, piece.sight is Sight.CAUSAL, scale
-        )
-        for grad, part, where in zip(grads, made, (at, seen, seen), strict=True):
-            grad[:, :, where] += part
+    wanted = pieces(_ints(query_starts), _ints(key_starts), (rows, keys), is_causal, window)
+    results = kernels.Results(grad_out, out, logsumexp)
+    _add_backward(
+        grads,
+        wanted,
+        results,
+        (query, key, value),
+        lambda p: _mask_of(p, attn_mask, key_starts, window, query, keys),
+        scale,
+    )
     return grad_query, grad_both
 
 

@@ -70,6 +70,7 @@ class LayoutSearch:
     def run(self, time_limit_s: float) -> LayoutChoice:
         """The fastest layout that fits; raises Infeasible."""
         began = time.perf_counter()
+        self._prepare()
         cells = Cells.of(self.space, self._one_block_fits, lambda group: GroupCosts.of(self.predictor, group))
         bound_s, visited, timed_out = float("inf"), 0, False
         for cell in cells:
@@ -93,6 +94,12 @@ class LayoutSearch:
     @property
     def _best_s(self) -> float:
         return min((p.step_time_s for p in self.found.values()), default=float("inf"))
+
+    def _prepare(self) -> None:
+        shapes = [self.predictor.shape(group.layout(1, group.least_dp)) for group in self.space.groups()]
+        for part in self.predictor.table.parts:
+            for one in (part.forward, part.backward):
+                self.predictor.pricer.prepare(one, shapes)
 
     def _one_block_fits(self, group: Group) -> bool:
         """Whether the tensors of one micro-batch have room in a stage of one block, or of what comes after the blocks.
@@ -141,14 +148,14 @@ class LayoutSearch:
             if layout.zero == 2:
                 continue
             if layout.zero not in by_zero:
-                by_zero[layout.zero] = self._price(predictor, replace(first, zero=layout.zero)).step_time_s
+                by_zero[layout.zero] = self._step_s(predictor, replace(first, zero=layout.zero))
             order = (layout.schedule, layout.vpp)
             if order not in by_schedule:
                 there = replace(first, schedule=layout.schedule, vpp=layout.vpp)
-                by_schedule[order] = self._price(predictor, there).step_time_s
+                by_schedule[order] = self._step_s(predictor, there)
         for layout in leaves:
             if layout.zero == 2:
-                yield self._price(predictor, layout).step_time_s, layout
+                yield self._step_s(predictor, layout), layout
                 continue
             schedule_s = by_schedule[layout.schedule, layout.vpp] - by_zero[first.zero]
             yield by_zero[layout.zero] + schedule_s, layout
@@ -248,6 +255,10 @@ class LayoutSearch:
     def _price(self, predictor: Predictor, layout: Layout) -> Prediction:
         self.priced += 1
         return predictor.price(layout)
+
+    def _step_s(self, predictor: Predictor, layout: Layout) -> float:
+        self.priced += 1
+        return predictor.step_time_s(layout)
 
     def _infeasible(self, timed_out: bool) -> Infeasible:
         if timed_out:

@@ -45,17 +45,17 @@ class Job:
         """[10]: what a share of each kind counts."""
         return self.shape.weights
 
-    @property
+    @cached_property
     def data_axis(self) -> MeshAxis:
         """The ranks that share the weights of one stage and tensor rank."""
         return MeshAxis(self.layout.dp * self.layout.cp, self.layout.tp)
 
-    @property
+    @cached_property
     def zero_axis(self) -> MeshAxis:
         """Those among them that share the optimizer's state."""
         return self._sharing(self.data_axis)
 
-    @property
+    @cached_property
     def expert_axis(self) -> MeshAxis:
         """The ranks that share the weights of the same experts: one of each group of expert ranks."""
         return MeshAxis(self.data_axis.size // self.layout.ep, self.layout.tp * self.layout.ep)
@@ -63,7 +63,7 @@ class Job:
     def _sharing(self, axis: MeshAxis) -> MeshAxis:
         return MeshAxis(min(self.run.zero_ranks or axis.size, axis.size), axis.stride)
 
-    @property
+    @cached_property
     def pipeline_axis(self) -> MeshAxis:
         """The stages of one pipeline."""
         return MeshAxis(self.layout.pp, self.layout.tp * self.layout.cp * self.layout.dp)
@@ -74,6 +74,15 @@ class Job:
 
     def parameters(self, stage: Stage) -> Floats:
         """[10] the same, of all ranks."""
+        if stage not in self._parameters:
+            self._parameters[stage] = self._summed(stage)
+        return self._parameters[stage]
+
+    @cached_property
+    def _parameters(self) -> dict[Stage, Floats]:
+        return {}
+
+    def _summed(self, stage: Stage) -> Floats:
         made: Floats = np.zeros(KINDS)
         if self.table.own:
             held = {name: size for part, _ in stage.parts(self.table) for name, size in part.numbers.items()}
@@ -81,6 +90,16 @@ class Job:
         for part, times in stage.parts(self.table):
             made = made + times * part.parameters
         return made - self.table.after.tied if stage.first and stage.last else made
+
+    def held(self, stage: Stage) -> tuple[Replicas, ...]:
+        """The parameters of a rank of the stage, by who else has them."""
+        if stage not in self._held:
+            self._held[stage] = self.replicas(self.parameters(stage))
+        return self._held[stage]
+
+    @cached_property
+    def _held(self) -> dict[Stage, tuple[Replicas, ...]]:
+        return {}
 
     def replicas(self, parameters: Floats) -> tuple[Replicas, ...]:
         """[10] parameters, by who else has them: those of experts apart where several ranks hold experts."""
@@ -92,9 +111,9 @@ class Job:
             Replicas(float(experts @ self.weights), self.expert_axis, self._sharing(self.expert_axis)),
         )
 
-    def owned(self, parameters: Floats) -> float:
+    def owned(self, held: tuple[Replicas, ...]) -> float:
         """Of these, how many numbers a rank keeps the optimizer's state of."""
-        return sum(r.numbers / (r.zero_axis.size if self.layout.zero else 1) for r in self.replicas(parameters))
+        return sum(one.numbers / (one.zero_axis.size if self.layout.zero else 1) for one in held)
 
     def tensors(self, stage: Stage) -> int:
         """Parameters of one rank of the stage, by the piece."""
@@ -104,7 +123,7 @@ class Job:
         """What a rank of the stage keeps on its host."""
         if self.layout.offload != "optimizer":
             return 0.0
-        return self.owned(self.parameters(stage)) * self.precision.state
+        return self.owned(self.held(stage)) * self.precision.state
 
     def streaming_s(self, nbytes: float) -> float:
         """Seconds to read and write that much memory."""

@@ -63,7 +63,7 @@ def in_flight(layout: Layout, micro_batches: int, at: int) -> float:
 def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     """The peak on the ranks of stage `at`."""
     table, layout, precision, run = job.table, job.layout, job.precision, job.run
-    weights, held = job.weights, job.replicas(job.parameters(stage))
+    weights, held = job.weights, job.held(stage)
     kept = float(kept_on(stage, table, layout, run) @ weights)
     extra = max((rise for part, _ in stage.parts(table) for rise in (0.0, *rises(part, job))), default=0.0)
     gathered = 0.0
@@ -100,8 +100,9 @@ def _gradients(job: Job, of: Replicas) -> float:
 def _state_numbers(job: Job, stage: Stage) -> float:
     """Parameters whose state is on the device at once: all, or, offloaded, those of one part of the model."""
     if job.layout.offload != "optimizer":
-        return job.owned(job.parameters(stage))
-    return max((job.owned(part.parameters) for part, times in stage.parts(job.table) if times), default=0.0)
+        return job.owned(job.held(stage))
+    there = (part.parameters for part, times in stage.parts(job.table) if times)
+    return max((job.owned(job.replicas(one)) for one in there), default=0.0)
 
 
 def _buffers(job: Job, stage: Stage, flights: float, others: float) -> float:

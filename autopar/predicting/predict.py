@@ -141,8 +141,12 @@ class Predictor:
 
     def price(self, layout: Layout) -> Prediction:
         """Price a layout that is known to be possible."""
-        time = step_time(self.job(layout), list(self.stages(layout)))
-        return self._prediction(layout, time, self.stages(layout), self.memory(layout))
+        job, stages = self.job(layout), self.stages(layout)
+        return self._prediction(layout, step_time(job, stages), stages, self._fullest(job)[2])
+
+    def step_time_s(self, layout: Layout) -> float:
+        """What `price` says, without the memory."""
+        return step_time(self.job(layout), self.stages(layout)).total_s
 
     def memory(self, layout: Layout) -> StageMemory:
         """Of the fullest stage."""
@@ -150,10 +154,13 @@ class Predictor:
 
     def fullest(self, layout: Layout) -> tuple[int, Stage, StageMemory]:
         """The stage that needs most memory: the how many-th it is, what it holds, and its peak."""
+        return self._fullest(self.job(layout))
+
+    def _fullest(self, job: Job) -> tuple[int, Stage, StageMemory]:
         first_of: dict[Stage, int] = {}  # later stages of the same kind hold fewer micro-batches
-        for at, stage in enumerate(self.stages(layout)):
+        for at, stage in enumerate(self.stages(job.layout)):
             first_of.setdefault(stage, at)
-        found = ((at, s, self.stage_memory(layout, s, at)) for s, at in first_of.items())
+        found = ((at, s, stage_memory(job, s, at)) for s, at in first_of.items())
         return max(found, key=lambda one: one[2].total)
 
     def stage_memory(self, layout: Layout, stage: Stage, at: int) -> StageMemory:

@@ -46,7 +46,7 @@ def reduce_s(job: Job, stage: Stage, work: StageWork) -> float:
     if job.data_axis.size == 1 or job.layout.zero == 3:
         return exchange_s
     seconds, bucket, times = 0.0, job.run.bucket_bytes, rounds(job)
-    for one in job.replicas(job.parameters(stage)):
+    for one in job.held(stage):
         seconds += _in_messages(job, reduction(job), one.numbers * job.precision.gradient, bucket, one.axis)
     seconds *= times
     if job.run.overlap:  # beside the backward passes that come after what is reduced
@@ -68,7 +68,7 @@ def returned(job: Job, stage: Stage, work: StageWork) -> tuple[tuple[int, float]
     """
     if job.data_axis.size == 1 or job.layout.zero not in (1, 2):
         return ()
-    found = tuple(_sent_back(job, stage, one) for one in job.replicas(job.parameters(stage)))
+    found = tuple(_sent_back(job, stage, one) for one in job.held(stage))
     if not job.run.gathers_ahead:
         return found
     whole_s = sum(count * seconds for count, seconds in found)
@@ -97,7 +97,7 @@ def zero3_s(job: Job, stage: Stage, work: StageWork) -> float:
         return 0.0
     gather_s = scatter_s = 0.0
     blocks = max(1, stage.blocks)  # one message each (FSDP)
-    for one in job.replicas(job.parameters(stage)):
+    for one in job.held(stage):
         gathered, scattered = one.numbers * job.precision.parameter, one.numbers * job.precision.gradient
         gather_s += _in_messages(job, "all_gather", gathered, gathered / blocks, one.axis)
         scatter_s += _in_messages(job, "reduce_scatter", scattered, scattered / blocks, one.axis)

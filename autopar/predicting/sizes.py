@@ -16,6 +16,7 @@ with its own micro-batch: a rank has as many as without them if experts are load
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +44,17 @@ class Shape:
 
     @property
     def weights(self) -> Floats:
-        """[10]: how many of each kind of share there are."""
-        t, e, rows = float(self.tensor), float(self.expert), self.micro_batch / self.context
-        grown = np.array([rows, rows / t, rows / t if self.sequence else rows])
-        return np.array([1.0, 1 / t, 1 / e, 1 / (t * e), *grown, *(self.load * grown)])
+        """[10]: how many of each kind of share there are; not to be written to."""
+        return _weights(self)
+
+
+@lru_cache(maxsize=1 << 14)
+def _weights(shape: Shape) -> Floats:
+    t, e, rows = float(shape.tensor), float(shape.expert), shape.micro_batch / shape.context
+    grown = (rows, rows / t, rows / t if shape.sequence else rows)
+    made = np.array([1.0, 1 / t, 1 / e, 1 / (t * e), *grown, *(shape.load * one for one in grown)])
+    made.flags.writeable = False
+    return made
 
 
 def share(amount: float, kind: int) -> Floats:

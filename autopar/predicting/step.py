@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.cost.collectives import MeshAxis, collective_time_s
@@ -45,7 +46,7 @@ class StepTime:
         )
 
 
-def step_time(job: Job, stages: list[Stage]) -> StepTime:
+def step_time(job: Job, stages: Sequence[Stage]) -> StepTime:
     """Price one step."""
     work_of = {  # many stages are alike
         s: _with_accumulation(job, s, stage_work(job.table, s, job.layout, job.pricer, job.shape)) for s in set(stages)
@@ -95,7 +96,7 @@ def accumulation_s(job: Job, numbers: float) -> float:
     return job.streaming_s(numbers * (job.precision.parameter + 2 * job.precision.gradient))
 
 
-def _bubble_s(job: Job, stages: list[Stage], slow: Stage, around_s: dict[Stage, float], send_s: float) -> float:
+def _bubble_s(job: Job, stages: Sequence[Stage], slow: Stage, around_s: dict[Stage, float], send_s: float) -> float:
     """What a pipeline adds to the slowest stage's own work: one micro-batch through all the others, both ways.
 
     Interleaved stages make it 1/vpp of that (Narayanan et al. 2021).
@@ -161,7 +162,7 @@ def optimizer_s(job: Job, stage: Stage) -> float:
     gradient_passes = 4 + (2 if job.table.dtype == "float16" else 0)
     copied, precision = 4 if job.table.itemsize < 4 else 0, job.precision
     nbytes = gradient_passes * precision.gradient + 2 * precision.state + copied + precision.parameter
-    return job.streaming_s(job.owned(job.parameters(stage)) * nbytes)
+    return job.streaming_s(job.owned(job.held(stage)) * nbytes)
 
 
 def state_copy_s(job: Job, stage: Stage) -> float:

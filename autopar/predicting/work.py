@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from autopar.predicting.table import Pass
 # the buffer, contiguity, the stream's events, the work object, the wait, and Python around all of them. From the floor
 # of 4.4 ms a layer and micro-batch that eager tensor parallelism shows at any degree on one node of H100.
 _COLLECTIVE_OPS = 28
+_AT_ONCE = 64  # shapes: their tables of tiles stay in a processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Pricer:
     def __init__(self, cluster: ClusterSpec, run: Run) -> None:
         self.cluster, self.device, self.run = cluster, cluster.device, run
         self._known: dict[tuple[int, Shape], Work] = {}
+        self._products_s: dict[tuple[int, bytes], float] = {}  # by sizes, which several shapes may have
         self._stacked: dict[int, _Arrays] = {}
 
     def work(self, of: Pass, shape: Shape) -> Work:
@@ -101,14 +104,25 @@ class Pricer:
             self._known[key] = self._price(of, shape)
         return self._known[key]
 
+    def prepare(self, of: Pass, shapes: Sequence[Shape]) -> None:
+        """Price the matrix products of many shapes at once, which takes a fraction of what one by one does."""
+        arrays, unknown = self._arrays(of), {shape.weights.tobytes(): shape.weights for shape in shapes}
+        keys = list(unknown)
+        for begin in range(0, len(keys), _AT_ONCE):
+            some = keys[begin : begin + _AT_ONCE]
+            dims = np.stack([np.maximum(arrays.dims @ unknown[key], 1.0) for key in some])  # [shapes, products, 4]
+            seconds: Floats = np.zeros(len(some))
+            for dtype, rows in arrays.products.items():
+                batch, m, n, k = np.moveaxis(dims[:, rows], 2, 0)
+                seconds = seconds + gemm_times_s(self.device, m, n, k, batch, dtype).sum(axis=1)
+            self._products_s.update(((id(of), key), s) for key, s in zip(some, seconds.tolist(), strict=True))
+
     def _price(self, of: Pass, shape: Shape) -> Work:
         arrays, weights = self._arrays(of), shape.weights
         works, moved = arrays.flops @ weights, arrays.bytes @ weights
-        dims = np.maximum(arrays.dims @ weights, 1.0)
-        seconds = attention_s = 0.0
-        for dtype, rows in arrays.products.items():
-            batch, m, n, k = dims[rows].T
-            seconds += float(np.sum(gemm_times_s(self.device, m, n, k, batch, dtype)))
+        if (id(of), weights.tobytes()) not in self._products_s:
+            self.prepare(of, [shape])
+        seconds, attention_s = self._products_s[id(of), weights.tobytes()], 0.0
         for kernel, work, nbytes in zip(of.kernels, works.tolist(), moved.tolist(), strict=True):
             if kernel.dims is None:
                 kernel_s = _kernel_s(self.device, kernel.kind, work, nbytes, kernel.dtype, kernel.name)

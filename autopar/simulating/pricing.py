@@ -176,7 +176,7 @@ class _StagePricer:
         if job.data_axis.size == 1 or job.layout.zero == 3:
             return ()
         found: list[Reduction] = []
-        for at, one in enumerate(job.replicas(job.parameters(self.stage))):
+        for at, one in enumerate(job.held(self.stage)):
             nbytes = one.numbers * job.precision.gradient
             count, seconds = messages(job, reduction(job), nbytes, job.run.bucket_bytes, one.axis)
             if job.run.overlap:

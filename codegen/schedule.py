@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autopar.codegen.beside import compute_beside
 from autopar.codegen.emit import EmittedProgram, emit
 from autopar.codegen.flat import fill_in_place
 from autopar.codegen.inplace import write_in_place
@@ -65,12 +66,19 @@ def emit_within(
 ) -> tuple[EmittedProgram, MemoryTimeline]:
     """The emitted program and its simulated memory; overlapped and bucketed if that stays within the limit."""
     with torch.no_grad():
-        small = costs.bucket_bytes // 4
-        for bucket_bytes, overlapped in ((costs.bucket_bytes, True), (small, True), (small, False), (0, False)):
+        large, small = costs.bucket_bytes, costs.bucket_bytes // 4
+        moved = True
+        for bucket_bytes, overlapped, beside in (
+            (large, True, True), (large, True, False), (small, True, False), (small, False, False), (0, False, False),
+        ):  # fmt: skip
+            if (bucket_bytes, overlapped, beside) == (large, True, False) and not moved:
+                continue  # nothing else than what did not fit
             program = emit(trace, decisions, mesh, costs, bucket_bytes=bucket_bytes)
             if overlapped:
                 overlap(program.forward)
                 overlap(program.backward)
+            if beside:
+                moved = compute_beside(program.backward)
             fill_in_place(program.backward)
             write_in_place(program)
             timeline = simulate_memory(program, persistent_bytes)

@@ -157,8 +157,7 @@ class GraphBuilder:
     def permute(self, x: fx.Node, axis: int, destinations: Sequence[int]) -> fx.Node:
         """`x` of the rank of the axis that sends to this one; rank i sends to destinations[i]."""
         x = self.contiguous(x)
-        received = self._waited(start_permute, x, self.coord(axis), tuple(destinations), group_token(axis))
-        return self.reshape(received, x.meta["val"].shape)
+        return self._waited(start_permute, x, self.coord(axis), tuple(destinations), group_token(axis))
 
     def _waited(self, collective: Callable[..., Any], *args: Any) -> fx.Node:
         return self.call(c10d.wait_tensor.default, self.call(collective, *args))

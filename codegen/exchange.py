@@ -14,7 +14,7 @@ c10d = torch.ops._c10d_functional
 
 
 def start_permute(x: torch.Tensor, coord: int, destinations: Sequence[int], group: str) -> torch.Tensor:
-    """Start sending `x`, contiguous, to rank destinations[coord] of the group; the result, flat, is to be waited for.
+    """Start sending `x`, contiguous, to rank destinations[coord] of the group; the result is to be waited for.
 
     destinations: of each rank of the group, a permutation.
     """
@@ -24,7 +24,7 @@ def start_permute(x: torch.Tensor, coord: int, destinations: Sequence[int], grou
     sent = [size * is_me[sources[peer]] for peer in range(parts)]
     received = [size * is_me[destination] for destination in destinations]
     made: torch.Tensor = c10d.all_to_all_single(x.view(-1), received, sent, group)
-    return made
+    return made.view(x.shape)
 
 
 def _equal(coord: int, rank: int, parts: int) -> int:

@@ -1,7 +1,8 @@
 """Ring attention as a rank runs it (`autopar.rules.ring` says when, and what it costs).
 
 Keys and values are one message: glued along the batch. The next part is sent before the present one is computed on.
-Gradients of keys and values follow their keys one hop behind, and return home when they have been everywhere.
+Gradients of keys and values follow their keys one hop behind, and return home when they have been everywhere. A rank
+adds its own to them when it has computed these: until then they are on their way.
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ def ring_backward(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
     of = _Ring.of(op, RING_BACKWARD)
     grad_out, query, out, lse = (of.deal(of.operand(n)) for n in ("grad_out", "query", "out", "logsumexp"))
     both = of.deal(of.glued(of.operand("key"), of.operand("value")))
+    dtype, wide = op.traced.out.dtype, op.traced.inputs[op.slot("logsumexp")].dtype
     grad_query: fx.Node | None = None
     grad_both: fx.Node | None = None
     for hop in range(of.hops + 1):
@@ -189,12 +191,13 @@ def ring_backward(ctx: LowerContext, node: fx.Node, rules: tuple[AxisRule, ...],
             grad_query, *theirs = of.results(ctx.call(ours.block_attention_backward.default, *seen), 3)
             grad_both = of.glued(*theirs)
         else:
-            further = (grad_query, carried, grad_out, query, both, *rest)
-            grad_query, grad_both = of.results(ctx.call(ours.further_attention_backward.default, *further), 2)
+            none_yet = ctx.call(aten.zeros_like.default, both, dtype=wide, memory_format=torch.contiguous_format)
+            further = (grad_query, none_yet, grad_out, query, both, *rest)
+            grad_query, own = of.results(ctx.call(ours.further_attention_backward.default, *further), 2)
+            grad_both = ctx.call(aten.add.Tensor, carried, own)
         both = both if following is None else following
     assert grad_query is not None and grad_both is not None
     if of.hops:
         grad_both = of.home(grad_both)
-    dtype, wide = op.traced.out.dtype, op.traced.inputs[op.slot("logsumexp")].dtype
     grads = (grad_query, *of.parted(of.undeal(grad_both)))
     return tuple(of.cast(g, dtype, wide) for g in (of.undeal(grads[0]), *grads[1:]))

@@ -16,8 +16,6 @@ Rows are taken by index_select, which copies them a row at a time: a quarter of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 
@@ -41,26 +39,30 @@ def counts_of(ends: Tensor, parts: int) -> Tensor:
     return torch.diff(ends, prepend=ends.new_zeros(1)).to(torch.int64).view(parts, -1)
 
 
-def by_group(received: Tensor) -> Tensor:
-    """The order in which rows that came rank by rank stand group by group. received: [ranks, groups] counts."""
-    groups = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
-    return torch.argsort(torch.repeat_interleave(groups, received.reshape(-1)), stable=True)
-
-
 def sizes(counts: Tensor) -> list[int]:
     """Rows for or from each rank."""
     found: list[int] = counts.sum(1).tolist()
     return found
 
 
-def in_order(blocks: Sequence[Tensor], received: Tensor) -> Tensor:
-    """Received blocks, one a rank, in the order of the groups."""
-    return torch.cat(list(blocks)).index_select(0, by_group(received))
+def in_order(rows: Tensor, received: list[list[int]]) -> Tensor:
+    """Rows that came rank by rank, in the order of the groups. received: [ranks][groups] counts.
+
+    They move as whole blocks, one for each rank and group: rows one by one would have to be found by sorting.
+    """
+    return _blocks_turned(rows, received)
 
 
-def by_rank(rows: Tensor, received: Tensor) -> Tensor:
+def by_rank(rows: Tensor, received: list[list[int]]) -> Tensor:
     """The inverse: rows in the order of the groups, as they came, rank by rank."""
-    return rows.index_select(0, torch.argsort(by_group(received)))
+    return _blocks_turned(rows, [list(of_group) for of_group in zip(*received, strict=True)])
+
+
+def _blocks_turned(rows: Tensor, counts: list[list[int]]) -> Tensor:
+    """Blocks of rows that stand by first and second index, by second and first."""
+    blocks = rows.split([count for of_one in counts for count in of_one])
+    width = len(counts[0])
+    return torch.cat([block for second in range(width) for block in blocks[second::width]])
 
 
 # -- between processes ----------------------------------------------------------------------------
@@ -80,13 +82,13 @@ def _exchange_counts(ends: Tensor, parts: int, group: str) -> Tensor:
 
 
 def _dispatch_rows(rows: Tensor, ends: Tensor, received: Tensor, declared: int, group: str) -> Tensor:
-    sent = sizes(counts_of(ends, received.shape[0]))
-    return _exchanged(rows, sent, sizes(received), group).index_select(0, by_group(received))
+    sent, got = sizes(counts_of(ends, received.shape[0])), received.tolist()
+    return in_order(_exchanged(rows, sent, [sum(of_rank) for of_rank in got], group), got)
 
 
 def _combine_rows(rows: Tensor, ends: Tensor, received: Tensor, count: int, group: str) -> Tensor:
-    sent = sizes(counts_of(ends, received.shape[0]))
-    return _exchanged(by_rank(rows, received), sizes(received), sent, group)
+    sent, got = sizes(counts_of(ends, received.shape[0])), received.tolist()
+    return _exchanged(by_rank(rows, got), [sum(of_rank) for of_rank in got], sent, group)
 
 
 # -- between simulated ranks: one list entry per member of a group, in order ------------------------
@@ -99,11 +101,11 @@ def _simulated_counts(ends: list[Tensor]) -> list[Tensor]:
 
 def _simulated_dispatch(rows: list[Tensor], ends: list[Tensor], received: list[Tensor]) -> list[Tensor]:
     blocks = [r.split(sizes(counts_of(e, len(rows)))) for r, e in zip(rows, ends, strict=True)]
-    return [in_order([b[i] for b in blocks], got) for i, got in enumerate(received)]
+    return [in_order(torch.cat([b[i] for b in blocks]), got.tolist()) for i, got in enumerate(received)]
 
 
 def _simulated_combine(rows: list[Tensor], ends: list[Tensor], received: list[Tensor]) -> list[Tensor]:
-    blocks = [by_rank(r, got).split(sizes(got)) for r, got in zip(rows, received, strict=True)]
+    blocks = [by_rank(r, got.tolist()).split(sizes(got)) for r, got in zip(rows, received, strict=True)]
     return [torch.cat([b[i] for b in blocks]) for i in range(len(rows))]
 
 

@@ -114,7 +114,7 @@ class LayoutSearch:
     def _single_blocks(self) -> list[Stage]:
         table = self.predictor.table
         if table.own:
-            return [Stage(1, False, False, (number,)) for number in range(table.blocks)]
+            return [Stage(1, False, False, (number,)) for number in table.firsts]
         return [Stage(1, False, False)] if table.blocks else []
 
     # -- one cell -----------------------------------------------------------------------------

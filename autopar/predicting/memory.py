@@ -65,7 +65,8 @@ def stage_memory(job: Job, stage: Stage, at: int) -> StageMemory:
     table, layout, precision, run = job.table, job.layout, job.precision, job.run
     weights, held = job.weights, job.held(stage)
     kept = float(kept_on(stage, table, layout, run) @ weights)
-    extra = max((rise for part, _ in stage.parts(table) for rise in (0.0, *rises(part, job))), default=0.0)
+    kinds = {id(part.forward): part for part, _ in stage.parts(table)}.values()
+    extra = max((rise for part in kinds for rise in (0.0, *rises(part, job))), default=0.0)
     gathered = 0.0
     if layout.zero == 3 and table.kinds:
         gathered = 2 * max(float(block.parameters @ weights) for block in table.kinds) * precision.parameter

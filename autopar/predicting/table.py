@@ -126,10 +126,18 @@ class ModelTable:
     own: tuple[Part, ...] = ()
     names: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[Part, ...]:
         """The blocks, of those that are alike one."""
-        return self.own or (() if self.block is None else (self.block,))
+        return tuple(map(self.block_at, self.firsts))
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """Of each kind of block the number of the first; those that stand for one traced block have its passes."""
+        if not self.own:
+            return (0,) if self.block is not None else ()
+        numbers = {id(part.forward): number for number, part in reversed([*enumerate(self.own)])}
+        return tuple(sorted(numbers.values()))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -138,7 +146,10 @@ class ModelTable:
 
     def block_at(self, number: int) -> Part:
         """A block by its number."""
-        return self.own[number] if self.own else self.kinds[0]
+        if self.own:
+            return self.own[number]
+        assert self.block is not None
+        return self.block
 
     def is_block(self, part: Part) -> bool:
         """Whether a part is a block, rather than what comes before or after them."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import autopar
+from autopar.choosing.plan import choose
 from autopar.models import load_model
 from autopar.predicting.predict import Predictor
 from autopar.tracing.repeated import LayerRuns, layer_runs, repeated_layers
@@ -57,6 +58,9 @@ def test_it_is_as_if_all_layers_were_traced(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(few.sample.trace.params) < len(every.sample.trace.params)
     assert few.table.names == every.table.names == tuple(f"model.layers.{i}" for i in range(LAYERS))
     assert few.table.flops == pytest.approx(every.table.flops, rel=1e-12)
+    assert few.table.firsts == (0, 1, 2, 3, 6) and len(every.table.kinds) == LAYERS
+    mine_found, their_found = (choose(one, {"pp": 2, "ep": 2}, 60.0) for one in (few, every))
+    assert mine_found.best.layout == their_found.best.layout and mine_found.gap == their_found.gap == 0
     for layout in LAYOUTS:
         mine, theirs = few.predict(layout), every.predict(layout)
         assert mine.step_time_s == pytest.approx(theirs.step_time_s, rel=1e-9), layout

@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytree = _torch_pytree  # registered by transformers for its outputs
 resolve_process_group = _resolve_process_group
+register_work: Callable[..., Any] = torch._C._distributed_c10d._register_work  # wait_tensor(x) waits for it, too
 default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
 CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all  # raises where an element is false: in transformers
 
@@ -98,10 +99,9 @@ def is_fake_tensor(tensor: object) -> bool:
 def capture_environment(ignored_calls: set[Callable[..., Any]]) -> Iterator[None]:
     """The process-wide state a capture wants, put back at the end.
 
-    Static shapes, gradients on, no autocast, no ambient dispatch modes, an empty Dynamo
-    cache before and after, calls to `ignored_calls` (logging) left out of the graph, no code
-    written for graphs that nobody calls, and torch's own error log kept quiet: its text goes
-    into the exception.
+    Static shapes, gradients on, no autocast, no ambient dispatch modes, an empty Dynamo cache before and after, calls
+    to `ignored_calls` (logging) left out of the graph, no code written for graphs that nobody calls, and torch's own
+    error log kept quiet: its text goes into the exception.
     """
     fake_log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = fake_log.disabled

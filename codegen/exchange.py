@@ -1,7 +1,9 @@
 """Every rank of an axis sends its tensor to one other: what torch's functional collectives have no op for.
 
-It is an all-to-all of which each rank uses one block. The sizes of the blocks follow from the rank's coordinate by
-arithmetic, so that the call is the same on every rank (and works where one process simulates all of them).
+On CPUs a rank sends and receives one message. Elsewhere, and where one process simulates all ranks, it is an all-to-all
+of which each rank uses one block; the sizes of the blocks follow from the rank's coordinate by arithmetic, so that the
+call is the same on every rank. gloo's all-to-all has a message for each pair of ranks, empty or not, and waits for all:
+for 512 KB between 4 processes 2.3 ms instead of 1.4, and 3.5 ms of their processors instead of 2.2 (torch 2.13).
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from autopar._torch_compat import register_work, resolve_process_group
 
 c10d = torch.ops._c10d_functional
 
@@ -18,6 +22,8 @@ def start_permute(x: torch.Tensor, coord: int, destinations: Sequence[int], grou
 
     destinations: of each rank of the group, a permutation.
     """
+    if type(x) is torch.Tensor and x.device.type == "cpu":
+        return _start_message(x, destinations[coord], destinations.index(coord), group)
     size, parts = x.numel(), len(destinations)
     is_me = [_equal(coord, rank, parts) for rank in range(parts)]
     sources = {destination: source for source, destination in enumerate(destinations)}
@@ -25,6 +31,17 @@ def start_permute(x: torch.Tensor, coord: int, destinations: Sequence[int], grou
     received = [size * is_me[destination] for destination in destinations]
     made: torch.Tensor = c10d.all_to_all_single(x.view(-1), received, sent, group)
     return made.view(x.shape)
+
+
+def _start_message(x: torch.Tensor, to: int, source: int, group: str) -> torch.Tensor:
+    """Start both messages of a real rank; its result is there, and `x` free again, when it has been waited for."""
+    of = resolve_process_group(group)  # type: ignore[arg-type]
+    if to == of.rank():
+        return x.clone()
+    made = torch.empty_like(x)
+    register_work(made, of.recv([made], source, 0))
+    register_work(made, of.send([x], to, 0))
+    return made
 
 
 def _equal(coord: int, rank: int, parts: int) -> int:

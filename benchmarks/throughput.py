@@ -1,13 +1,15 @@
 """Samples per second of autopar against DDP, FSDP2 and tensor parallelism by hand, on the cores of this machine.
 
-    python benchmarks/throughput.py [--models llama bert resnet] [--rounds 7]
+    python benchmarks/throughput.py [--models llama bert resnet] [--rounds 12]
 
-Same model, same batch, same optimizer (fused AdamW), 2 gloo processes of one thread each, one run: each round
-times one step of every variant, in turn, and the medians of the rounds are compared. The plan is autopar's own for
-`ClusterSpec.local()`. Also: one process against the eager model, and a memory limit that plain DDP exceeds, against
-FSDP2 with checkpointed layers at the same measured peak. A model with batch norm is compared with DDP and FSDP2 whose
-batch norm is synchronized by hand (`batch_norm.py`): the plain ones take each rank's own statistics, which is another
-function than the model's; their ratio is printed beside. Exits with 1 where a ratio is below its target.
+Same model, same batch, same optimizer (fused AdamW), 2 gloo processes of one thread each, one run. Each round times
+one step of every variant, in turn and the next time in reverse, and what is compared is the ratio of two steps of one
+round, its median over the rounds: a machine that is slower for a while slows both. The middle half of these ratios is
+printed beside; where it is wide, the machine was not idle. The plan is autopar's own for `ClusterSpec.local()`.
+Also: one process against the eager model, in twice the rounds, and a memory limit that plain DDP exceeds, against FSDP2
+with checkpointed layers at the same measured peak. A model with batch norm is compared with DDP and FSDP2 whose batch
+norm is synchronized by hand (`batch_norm.py`): the plain ones take each rank's own statistics, another function
+than the model's; their ratio is printed beside. Exits with 1 where a ratio is below its target.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def variant(name: str, module: Any, batch: dict[str, Any]) -> Variant:
 
 
 def timed(variants: list[Variant], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of every variant's steps, one of each a round; all ranks start a step together."""
+    """Wall seconds of every variant's step in each round; all ranks start a step together."""
     import torch.distributed as dist
 
     seconds: dict[str, list[float]] = {v.name: [] for v in variants}
@@ -79,9 +81,23 @@ def timed(variants: list[Variant], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def rates(variants: list[Variant], samples: int, rounds: int) -> dict[str, float]:
-    """Median samples per second by variant."""
-    return {name: samples / statistics.median(s) for name, s in timed(variants, rounds).items()}
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one variant is as another, step against step of the same round.
+
+    low, high: the ends of the middle half of the rounds.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(ours: list[float], theirs: list[float]) -> Ratio:
+        """From the seconds of each round."""
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return Ratio(median, low, high)
 
 
 def peak(one: Variant) -> int:
@@ -107,7 +123,7 @@ def on_one(name: str, rounds: int) -> dict[str, Any]:
     work, batch = WORKLOADS[name], WORKLOADS[name].batch()
     program = autopar.compile(work.build(), autopar.ClusterSpec.preset("cpu", gpus=1), example_inputs=((), batch))
     variants = [variant("eager", work.build(), batch), variant("autopar", program, batch)]
-    return {"rates": rates(variants, work.samples, rounds)}
+    return {"seconds": timed(variants, 2 * rounds), "samples": work.samples}
 
 
 def on_ranks(name: str, rounds: int) -> dict[str, Any]:
@@ -147,7 +163,8 @@ def on_ranks(name: str, rounds: int) -> dict[str, Any]:
         variants.append(variant("FSDP2" + SYNCHRONIZED, built(w.sharded, synchronize=True), mine))
     if work.tensor_parallel is not None:
         variants.append(variant("tensor parallel", built(w.tensor_parallel), batch))
-    found: dict[str, Any] = {"rates": rates(variants, work.samples, rounds), "layout": program.plan.layout_keys}
+    found: dict[str, Any] = {"seconds": timed(variants, rounds), "samples": work.samples}
+    found["layout"] = program.plan.layout_keys
     ddp_peak = peak(variants[1])
     del variants
 
@@ -160,9 +177,9 @@ def on_ranks(name: str, rounds: int) -> dict[str, Any]:
     except autopar.Infeasible as error:
         return _leave(found | {"limited": {"error": str(error)}})
     variants = [checkpointed, variant("autopar", limited, batch)]
-    limited_rates = rates(variants, work.samples, rounds)
+    limited_seconds = timed(variants, rounds)
     found["limited"] = {
-        "rates": limited_rates, "layout": limited.plan.layout_keys,
+        "seconds": limited_seconds, "layout": limited.plan.layout_keys,
         "peaks": {"DDP": ddp_peak, checkpointed.name: limit, "autopar": peak(variants[1])},
     }  # fmt: skip
     return _leave(found)
@@ -191,35 +208,38 @@ def run(kind: str, name: str, rounds: int, processes: int) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-def show(title: str, rates_by_name: dict[str, float], target: float) -> bool:
+def show(title: str, seconds: dict[str, list[float]], samples: int, target: float) -> bool:
     """Print the rates and the ratio to the best of the others that compute the same; whether it reaches the target."""
-    same = [n for n in rates_by_name if n.endswith(SYNCHRONIZED)] or [n for n in rates_by_name if n != "autopar"]
-    others = [n for n in rates_by_name if n not in same and n != "autopar"]
-    best = max((rates_by_name[name], name) for name in same)
-    ratio = rates_by_name["autopar"] / best[0]
-    row = "  ".join(f"{name} {rate:.1f}" for name, rate in rates_by_name.items())
-    passed = ratio >= target
-    print(
-        f"{title:<22}{row}\n{'':<22}autopar / {best[1]} = {ratio:.3f}  (target {target})  {'ok' if passed else 'BELOW'}"
-    )
-    for name in others:
-        ratio = rates_by_name["autopar"] / rates_by_name[name]
-        print(f"{'':<22}autopar / {name} = {ratio:.3f}, which computes something else: statistics of a rank's own rows")
+    same = [n for n in seconds if n.endswith(SYNCHRONIZED)] or [n for n in seconds if n != "autopar"]
+    rates = {name: samples / statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {name: Ratio.of(seconds["autopar"], taken) for name, taken in seconds.items() if name != "autopar"}
+    print(f"{title:<22}" + "  ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
+    best = min(same, key=lambda name: ratios[name].median)
+    passed = ratios[best].median >= target
+    print(f"{'':<22}{_compared(best, ratios[best])}  (target {target})  {'ok' if passed else 'BELOW'}")
+    for name in [n for n in ratios if n not in same]:
+        print(
+            f"{'':<22}{_compared(name, ratios[name])}, which computes something else: statistics of a rank's own rows"
+        )
     return passed
+
+
+def _compared(name: str, ratio: Ratio) -> str:
+    return f"autopar / {name} = {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def report(name: str, rounds: int) -> bool:
     """Measure one model and print its three comparisons."""
     one = run("one", name, rounds, 1)
-    print(f"{name}: samples/s, median of {rounds}")
-    passed = show("  1 rank", one["rates"], TARGETS["one"])
+    print(f"{name}: samples/s, medians of {rounds} rounds; ratios by round, with their middle half")
+    passed = show("  1 rank", one["seconds"], one["samples"], TARGETS["one"])
     two = run("ranks", name, rounds, 2)
-    passed &= show("  2 ranks", two["rates"], TARGETS["parallel"])
+    passed &= show("  2 ranks", two["seconds"], two["samples"], TARGETS["parallel"])
     limited = two["limited"]
     if "error" in limited:
         print(f"  2 ranks, limited    BELOW: {limited['error']}", flush=True)
         return False
-    passed &= show("  2 ranks, limited", limited["rates"], TARGETS["limited"])
+    passed &= show("  2 ranks, limited", limited["seconds"], two["samples"], TARGETS["limited"])
     peaks = {key: f"{value / 2**20:.1f}" for key, value in limited["peaks"].items()}
     print(f"{'':<22}measured peaks in MiB: {peaks}; layouts {two['layout']}, limited {limited['layout']}", flush=True)
     by_hand = next(key for key in limited["peaks"] if key.startswith("FSDP2"))
@@ -233,7 +253,7 @@ def main() -> None:
     """The report of all models, or the measurements of one rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama", "bert", "resnet"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--cluster", help="plan for this cluster file (of `autopar profile`), not ClusterSpec.local()")
     parser.add_argument("--worker", choices=["one", "ranks"], help=argparse.SUPPRESS)
     given = parser.parse_args()

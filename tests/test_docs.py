@@ -70,3 +70,12 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, f"autopar {command}\n{done.stderr}"
         assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_a_benchmark_runs_as_it_is_documented(script: Path) -> None:
+    """From anywhere, without a search path: what takes modules beside it says first where they are."""
+    text = script.read_text(encoding="utf-8")
+    beside = re.search(r"^from benchmarks|^import benchmarks", text, re.MULTILINE)
+    if beside is not None and 'if __name__ == "__main__"' in text:
+        assert "sys.path.insert(0, " in text[: beside.start()], f"{script.name} does not find the modules beside it"

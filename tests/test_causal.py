@@ -127,6 +127,34 @@ def test_numbers_are_the_same(name: str) -> None:
     assert any(t.shape == (8,) and torch.allclose(t, model.weight.grad, rtol=1e-6) for t in flat)  # type: ignore[arg-type]
 
 
+class Narrow(nn.Module):
+    """Attention with values of a third of the queries' width, as where keys carry positions beside what they say."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.project, self.dropout = nn.Linear(8, 12 + 12 + 4), dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unsqueeze(1).split([12, 12, 4], dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
+        assert out.shape[-1] == 4
+        return out.square().sum()
+
+
+def test_narrow_values_keep_attention_fused() -> None:
+    torch.manual_seed(0)
+    model, x = Narrow().double(), torch.randn(2, SEQ, 8, dtype=torch.float64)
+    found = trace(model, ((x,), {}))
+    assert len(attention_nodes(found)) == 2
+    loss = model(x)
+    loss.backward()
+    made = found.graph_module(*(p.detach() for p in model.parameters()), x, torch.tensor(1.0, dtype=torch.float64))
+    flat = [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+    for expected in (loss.detach(), *(p.grad for p in model.parameters())):
+        assert any(t.shape == expected.shape and torch.allclose(t, expected, rtol=1e-12) for t in flat)
+    assert not attention_nodes(trace(Narrow(dropout=0.5).double(), ((x,), {})))  # the fused kernel knows no dropout
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "seq"), [("tiny-llama", 2, 64), ("mistral-7b", 2, 64), ("tiny-llama", 13, 1 << 17)]
 )

@@ -20,6 +20,7 @@ from torch import fx, nn
 from autopar import _torch_compat as compat
 from autopar._torch_compat import pytree
 from autopar.errors import TraceError
+from autopar.tracing.attention import widened
 from autopar.tracing.diagnose import definition_of, located, rebound_buffer
 from autopar.tracing.leaves import output_leaves
 
@@ -74,6 +75,10 @@ class _Interpreter(fx.Interpreter):
             NotImplementedError,
         ) as error:
             raise located(error, n) from None
+
+    def call_function(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert callable(target)
+        return super().call_function(widened(target, args, kwargs), args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from tests.families import FAMILIES, causal
 from tests.launch import torchrun
 from tests.models import HIDDEN, VOCAB, tiny_mlp
 from tests.parity.simulate import TOLERANCE, Case, assert_equal_to_eager, make_case, planned
+from tests.peaks import assert_as_predicted
 from tests.widen import widened
 
 ops = torch.ops.autopar
@@ -148,11 +149,7 @@ def test_on_real_processes(processes: int, arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_a_rank_holds_is_predicted(processes: int) -> None:
     """On the example, whatever rows its router sends where: the plan counts as many for every expert."""
-    ended = torchrun(Path(__file__).with_name("expert_memory.py"), processes)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    peaks = [tuple(map(int, found)) for found in re.findall(r"peak (\d+) (\d+)", ended.stdout)]
-    assert len(peaks) == processes
-    assert all(abs(measured - predicted) <= 0.05 * measured for measured, predicted in peaks), peaks
+    assert_as_predicted("experts", processes)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

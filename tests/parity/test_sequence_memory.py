@@ -16,10 +16,10 @@ from autopar.errors import Infeasible
 from autopar.runtime import world
 from autopar.trace import trace
 from autopar.verification import emit_for
-from tests.peaks import peak_of_training
+from tests.peaks import TOLERANCE, assert_as_predicted, peak_of_training
 
 RANKS = (1, 2, 4, 8)
-TOKENS, TOLERANCE = 2048, 0.05
+TOKENS = 2048
 
 
 def llama(tokens: int = TOKENS, batch: int = 1, vocab: int = 64) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -85,6 +85,10 @@ def test_what_is_predicted_is_measured(ranks: int, monkeypatch: pytest.MonkeyPat
         dist.destroy_process_group()
         world.device_mesh.cache_clear()
     assert abs(measured - plan.predicted["peak_bytes"]) <= TOLERANCE * measured
+
+
+def test_what_a_process_of_the_example_holds_is_predicted() -> None:
+    assert_as_predicted("long_sequence", 4)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from autopar.figures import predicted_figures
 from autopar.layout import axis_roles, layout_keys
 from autopar.memory_types import MemoryEstimate
 from autopar.mesh_search import DEFAULT_TIME_LIMIT_S, SearchSettings
+from autopar.pins_by_stage import StageRoles
 from autopar.placements import State
 from autopar.plan_check import check_decisions
 from autopar.plan_types import Decisions
@@ -223,9 +224,9 @@ class _Planner:
     ) -> CompiledStages:
         _no_dump(self.dump_dir)
 
-        def plan_ops(traced: Trace, part: ClusterSpec, options: PlanOptions) -> Plan:
-            mesh = None if fixed is None else stage_mesh(staged)
-            return _plan_trace(traced, part, options, time_limit_s=self.time_limit_s, fixed=fixed, fixed_mesh=mesh)
+        def plan_ops(traced: Trace, part: ClusterSpec, options: PlanOptions, stages: StageRoles | None) -> Plan:
+            held: dict[str, Any] = {} if fixed is None else {"fixed": fixed, "fixed_mesh": stage_mesh(staged)}
+            return _plan_trace(traced, part, options, time_limit_s=self.time_limit_s, stages=stages, **held)
 
         return make_stages(model, call, staged, lambda one: _traced(model, one, self.precision), plan_ops)
 
@@ -282,6 +283,7 @@ def _plan_trace(
     fixed_mesh: tuple[int, ...] | None = None,
     progress: Callable[[str], None] | None = None,
     faster_than_s: float = float("inf"),
+    stages: StageRoles | None = None,
 ) -> Plan:
     settings = replace(
         _settings(traced, cluster, options),
@@ -290,6 +292,7 @@ def _plan_trace(
         fixed_mesh=fixed_mesh,
         progress=progress,
         faster_than_s=faster_than_s,
+        stages=stages,
     )
     found = search(traced, settings)
     made = _as_plan(traced, cluster, options, found).with_timings(solve_s=found.solve_s)

@@ -63,8 +63,8 @@ examples:
   autopar plan --model llama3-8b --cluster cluster.json --seq 8192 --global-batch 256"""
 
 PIN_HELP = (
-    "fix a layout key (tp=4, or by axes tp=2,2), a parameter's placements (PATTERN=R,S(0)) or a module's activations "
-    "(PATTERN=recompute); may be repeated"
+    "fix a layout key (tp=4, by axes tp=2,2, or with pp for each stage tp=2/1), a parameter's placements "
+    "(PATTERN=R,S(0)) or a module's activations (PATTERN=recompute); may be repeated"
 )
 
 NETWORK_HELP = "network between the nodes of a preset, per device and direction, in Gbit/s (default: the usual one)"
@@ -72,8 +72,8 @@ NETWORK_HELP = "network between the nodes of a preset, per device and direction,
 LAYOUT_HELP = (
     "dp, tp, pp, cp, ep, vpp, micro_batch, zero (0 to 3), sp (true, false), recompute (none, selective, full), "
     "schedule (gpipe, 1f1b, interleaved, zero-bubble), grad_dtype, cut (where stages "
-    "begin, cut=layers.2/layers.5, or blocks of each, cut=3/1); what is left out has the usual default; repeated: "
-    "each is priced, with one trace"
+    "begin, cut=layers.2/layers.5, or blocks of each, cut=3/1); dp, tp and cp may differ between "
+    "stages (dp=2/4,tp=2/1); what is left out has the usual default; repeated: each is priced, with one trace"
 )
 
 EXPLAIN_HTML_HELP = (

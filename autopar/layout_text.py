@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from autopar.layout_reading import written
 from autopar.layouts import DEGREES, Layout
 
 
 def short(layout: Layout) -> str:
     """The layout without what has its default; `parse_layout` reads it back."""
     keys = layout.to_dict()
-    shown = [f"{k}={keys[k]}" for k in DEGREES if keys[k] > 1]
+    shown = [f"{k}={written(keys[k])}" for k in DEGREES if keys[k] != 1]
     shown += [f"micro_batch={keys['micro_batch']}", f"zero={keys['zero']}"]
-    if keys["tp"] > 1:
+    if keys["tp"] != 1:
         shown.append(f"sp={'true' if keys['sp'] else 'false'}")
     if keys["recompute"] != "none":
         shown.append(f"recompute={keys['recompute']}")

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autopar.errors import LayoutError
+from autopar.layout_reading import read_string, written
+from autopar.stage_shapes import Degrees, check_rows, is_shaped, stage_degrees, widest
 
 RECOMPUTE = ("none", "selective", "full")
 OFFLOAD = ("none", "optimizer")
@@ -31,9 +33,11 @@ _FOLLOWS: Any = None  # the default of a field that follows from the others
 class Layout:
     """One way to spread a training step over devices; a bad value raises LayoutError.
 
-    dp, tp, pp, cp, ep: degrees of data, tensor, pipeline, context and expert parallelism.
+    dp, tp, pp, cp, ep: degrees of data, tensor, pipeline, context and expert parallelism. dp, tp and cp may be given
+        for each stage, tp=(2, 1) or "2/1"; then they are those of the stage with most data ranks; `shapes` has all.
     vpp: stages that each pipeline rank holds (interleaved schedule).
-    micro_batch: samples that go through the model at once on each data-parallel rank.
+    micro_batch: samples that go through the model at once on each data-parallel rank (where stages have unequally many:
+        of the stage with most; on the others it is as many more).
     zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters in parts over the data-parallel ranks.
     sp: whether what lies between tensor-parallel products is cut along the sequence; default: if tp > 1.
     recompute: "selective" runs the core of attention again in the backward pass, "full" every block.
@@ -65,9 +69,13 @@ class Layout:
     offload: str = "none"
     expert_load: float | tuple[float, ...] = 1.0
     cut: str | None = None
+    shapes: tuple[Degrees, ...] | None = None  # of stages that differ; follows from dp, tp and cp
 
     def __post_init__(self) -> None:
-        for key in (*DEGREES, "micro_batch"):
+        for key in ("pp", "ep", "vpp", "micro_batch"):
+            _check_integer(key, getattr(self, key), 1)
+        self._shape_stages()
+        for key in Degrees._fields:
             _check_integer(key, getattr(self, key), 1)
         _check_integer("zero", self.zero, 0, 3)
         _check_word("recompute", self.recompute, RECOMPUTE)
@@ -86,7 +94,8 @@ class Layout:
             raise LayoutError(f"layout: sp={sp!r} is not true or false")
         if self.schedule is not _FOLLOWS:
             _check_word("schedule", self.schedule, SCHEDULES)
-        object.__setattr__(self, "sp", self.tp > 1 and sp is not False)  # one rank has nothing to share
+        most = self.tp if self.shapes is None else max(one.tp for one in self.shapes)
+        object.__setattr__(self, "sp", most > 1 and sp is not False)  # one rank has nothing to share
         object.__setattr__(self, "schedule", self._schedule())
         object.__setattr__(self, "expert_load", _checked_load(self.expert_load, self.ep))
         object.__setattr__(self, "cut", self._cut())
@@ -95,6 +104,32 @@ class Layout:
                 f"layout: ep={self.ep} does not divide dp * cp = {self.dp * self.cp}, from whose ranks those of the "
                 "experts are taken; change ep or dp"
             )
+
+    def _shape_stages(self) -> None:
+        """Degrees for each stage, if any are given."""
+        given = {key: getattr(self, key) for key in Degrees._fields}
+        if self.shapes is None and not is_shaped(given):
+            return
+        shapes = self.shapes or stage_degrees(self.pp, given)
+        wide = widest(shapes)
+        if self.shapes is not None and wide != Degrees(**given):
+            raise LayoutError("layout: stages differ in shape; give dp, tp and cp for each, such as tp=2/1, or for all")
+        for key, degree in wide._asdict().items():
+            object.__setattr__(self, key, degree)
+        differ = len({*shapes}) > 1
+        object.__setattr__(self, "shapes", shapes if differ else None)
+        if differ:
+            check_rows(shapes, self.micro_batch)
+            if self.ep > 1:
+                raise LayoutError(f"layout: ep={self.ep} does not go with stages of different shape; leave one out")
+
+    def of_rank(self, rank: int) -> Layout:
+        """With the degrees of one pipeline rank for all: itself, where stages are alike."""
+        if self.shapes is None:
+            return self
+        one = self.shapes[rank]
+        share = self.dp * self.micro_batch // one.dp
+        return dataclasses.replace(self, **one._asdict(), shapes=None, micro_batch=share)
 
     def _schedule(self) -> str:
         """The schedule that was asked for, or the usual one; with one stage they are all the same: "none"."""
@@ -162,14 +197,19 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """The layout in the keys of the command line."""
         load = self.expert_load
-        return {**dataclasses.asdict(self), "expert_load": list(load) if isinstance(load, tuple) else load}
+        found = {**dataclasses.asdict(self), "expert_load": list(load) if isinstance(load, tuple) else load}
+        del found["shapes"]
+        for at, key in enumerate(Degrees._fields if self.shapes else ()):
+            column = [one[at] for one in self.shapes or ()]
+            found[key] = column if len({*column}) > 1 else column[0]
+        return found
 
     def __str__(self) -> str:
         """As the command line takes it."""
         return ",".join(f"{key}={written(value)}" for key, value in self.to_dict().items())
 
 
-KEYS = tuple(field.name for field in dataclasses.fields(Layout))
+KEYS = tuple(field.name for field in dataclasses.fields(Layout) if field.name != "shapes")
 
 
 def parse_layout(layout: str | Mapping[str, Any] | Layout, devices: int) -> Layout:
@@ -181,7 +221,7 @@ def parse_layout(layout: str | Mapping[str, Any] | Layout, devices: int) -> Layo
     if isinstance(layout, Layout):
         return _check_product(layout, devices)
     if isinstance(layout, str):
-        given = _read_string(layout)
+        given = read_string(layout)
     elif isinstance(layout, Mapping):
         given = {key: value for key, value in layout.items() if value is not None or key == "grad_dtype"}
     else:
@@ -210,6 +250,13 @@ def check_layout(
     blocks, names: that the model may be cut between. heads, kv_heads: of attention, where known. seq: tokens in a
     sequence. experts: of a layer, 0 where none can be spread, None where that is not known.
     """
+    if layout.shapes is not None:
+        for rank in range(layout.pp):
+            check_layout(
+                layout.of_rank(rank), global_batch=global_batch, blocks=blocks, names=names, heads=heads,
+                kv_heads=kv_heads, seq=seq, experts=experts,
+            )  # fmt: skip
+        return
     count = layout.micro_batches(global_batch)
     if layout.pp * layout.vpp > blocks:
         shown = f" ({names[0]} to {names[-1]})" if names else ""
@@ -282,8 +329,10 @@ def _check_product(layout: Layout, devices: int) -> Layout:
     return layout
 
 
-def _missing_dp(given: Mapping[str, Any], devices: int) -> int:
+def _missing_dp(given: dict[str, Any], devices: int) -> int | tuple[int, ...]:
     """The dp that makes the other degrees fill the devices."""
+    if is_shaped(given):
+        return tuple(one.dp for one in stage_degrees(given.get("pp", 1), given, devices))
     degrees = [given.get(key, 1) for key in ("tp", "pp", "cp")]
     for key, degree in zip(("tp", "pp", "cp"), degrees, strict=True):
         _check_integer(key, degree, 1)
@@ -294,61 +343,6 @@ def _missing_dp(given: Mapping[str, Any], devices: int) -> int:
             "cluster; change a degree or the cluster"
         )
     return devices // (tp * pp * cp)
-
-
-def _read_string(text: str) -> dict[str, Any]:
-    """The keys and values of `tp=8,pp=2,sp=true`."""
-    given: dict[str, Any] = {}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise LayoutError(f"layout: expected KEY=VALUE,KEY=VALUE, found {part.strip()!r} in {text!r}")
-        if key in given:
-            raise LayoutError(f"layout: {key} is given twice; keep one")
-        given[key] = _READ.get(key, _read_integer)(value)
-    return given
-
-
-def _read_integer(text: str) -> int | str:
-    return int(text) if text.removeprefix("-").isdecimal() else text
-
-
-def _read_bool(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _read_dtype(text: str) -> str | None:
-    return None if text.lower() == "none" else text
-
-
-def _read_count(text: str) -> int | str | None:
-    return None if text.lower() == "none" else _read_integer(text)
-
-
-def _read_load(text: str) -> Any:
-    """1.2, or rows of each expert: 90:110:100:100."""
-    try:
-        rows = [float(part) for part in text.split(":")]
-    except ValueError:
-        return text
-    return rows[0] if len(rows) == 1 else rows
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "sp": _read_bool,
-    "recompute": str.lower,
-    "schedule": str.lower,
-    "grad_dtype": _read_dtype,
-    "recompute_blocks": _read_count,
-    "expert_load": _read_load,
-    "cut": _read_dtype,
-}
-
-
-def written(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ":".join(f"{one:g}" for one in value)
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_integer(key: str, value: Any, least: int, most: int | None = None) -> None:

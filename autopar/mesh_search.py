@@ -15,6 +15,7 @@ from autopar.dataflow import ViewMaps
 from autopar.dealing import fold_of
 from autopar.memory_types import MemoryEstimate
 from autopar.pins import Forbidden, PinRequest, resolve_pins
+from autopar.pins_by_stage import StageRoles, pins_by_stage
 from autopar.placements import State
 from autopar.plan_types import Decisions
 from autopar.pricing import price
@@ -43,6 +44,7 @@ class SearchSettings:
     fixed_params: parameter states that must stay (a program that is already running).
     forbidden: decisions that must not be taken again (see `autopar.explaining`).
     faster_than_s: only plans with shorter steps are of interest; another kind of plan takes as long.
+    stages: of a pipeline on meshes of different shape, what the axes are for in each.
     """
 
     cluster: ClusterSpec
@@ -56,6 +58,7 @@ class SearchSettings:
     forbidden: Forbidden | None = None
     progress: Progress | None = None
     faster_than_s: float = float("inf")
+    stages: StageRoles | None = None
 
     @property
     def free(self) -> bool:
@@ -76,9 +79,12 @@ class MeshSearch:
     def __init__(self, trace: Trace, mesh: tuple[int, ...], request: PinRequest, settings: SearchSettings) -> None:
         self.trace, self.mesh, self.settings = trace, mesh, settings
         self.costs = CostModel(settings.cluster, mesh)
-        pins = _with_fixed(resolve_pins(request, trace, mesh), settings.fixed_params)
+        stages = settings.stages
+        asked = resolve_pins(request, trace, mesh) if stages is None else pins_by_stage(request, trace, mesh, stages)
+        pins = _with_fixed(asked, settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        views = ViewMaps(mesh, fold_of(trace) if request.cuts_sequences else None)
+        cuts_sequences = request.cuts_sequences or (stages is not None and stages.cut_sequences)
+        views = ViewMaps(mesh, fold_of(trace) if cuts_sequences else None)
         self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, views=views)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None

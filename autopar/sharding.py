@@ -70,6 +70,7 @@ class Pins:
     avoid_options: tuple[ChoiceFilter, ...] = ()  # of the options that are allowed, those not to take
     allow_param: Callable[[ParamInfo, State], bool] | None = None
     recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute", "offload" or None
+    kind: Callable[[str], object] | None = None  # of an op, by name: those of unlike kinds are no twins
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class _Builder:
         self.param_states: dict[str, tuple[State, ...]] = {}
         self.output_states: dict[str, tuple[State, ...]] = {}
         self.unruled: list[str] = []
-        self._offers: dict[str, tuple[list[tuple[State, ...]], tuple[OpOption, ...], tuple[Choice, ...]]] = {}
+        self._offers: dict[object, tuple[list[tuple[State, ...]], tuple[OpOption, ...], tuple[Choice, ...]]] = {}
         self.tables = ConversionTables(self.mesh, costs, views.fold)
         self.gradients = gradient_values(self.flow, trace.grads.values())
         self.narrow = narrow_gradients(self.flow, trace.grads.values())
@@ -197,10 +198,9 @@ class _Builder:
     def _add_value(self, name: ValueName, tensor: torch.Tensor, *, always: bool = False, live_out: bool = False) -> int:
         kind = (name in self.gradients, name not in self.narrow, name in self.grouped)
         table = self.tables.of(tensor, bucketed=kind[0], summable=kind[1], grouped=kind[2])
-        index = len(self.values)
+        self.value_index[name] = index = len(self.values)
         self.values.append(Value(name, table.state_bytes, table.cost_s, always, live_out, table.workspace_bytes))
         self.states.append(table.states)
-        self.value_index[name] = index
         return index
 
     def _preimages(self, operand: Operand, states: tuple[State, ...]) -> dict[State, State]:
@@ -267,8 +267,7 @@ class _Builder:
             self._stored[key] = tuple(
                 Choice(0.0, (u,), (m,), label=str(state)) for u, m, state in zip(uses, makes, stored, strict=True)
             )
-        tied_to = self.op_index[f"param:{param.fqn}"]
-        name = f"grad:{param.fqn}"
+        name, tied_to = f"grad:{param.fqn}", self.op_index[f"param:{param.fqn}"]
         self._add_op(Op(name, (made,), (grad,), self._stored[key], tied_to=tied_to, results_start_next=True))
 
     def _add_outputs(self, outputs: Iterable[tuple[str, Operand, bool]]) -> None:
@@ -296,11 +295,10 @@ class _Builder:
         for value in values:
             self.values[value] = self._waiting.allowed(self.values[value], node)
         operand_values = [self.value_index[o.value] for o in operands]
-        known = self._offers.get(self.trace.twins.get(node.name, node.name))
-        tables = [self.states[v] for v in (*operand_values, *values)]
+        tables, twin = [self.states[v] for v in (*operand_values, *values)], self._twin(node.name)
+        known = self._offers.get(twin)
         if known is None or known[0] != tables:
-            known = (tables, *self._offer(node, operands, operand_values, values))
-            self._offers[self.trace.twins.get(node.name, node.name)] = known
+            known = self._offers[twin] = (tables, *self._offer(node, operands, operand_values, values))
         self.options[node.name] = known[1]
         self._add_op(Op(node.name, tuple(operand_values), tuple(values), known[2]))
 
@@ -378,14 +376,16 @@ class _Builder:
             ops.append(op)
         return ops
 
-    def _classes(self) -> dict[str, str]:
-        """The ops that do the same in identical layers: each by the name of one of them."""
-        class_of = {name: self.trace.twins.get(name, name) for name in self.op_index}
-        for param in self.trace.params:
-            kind = self.trace.twins.get(param.node)
-            if kind is not None:
-                class_of[f"param:{param.fqn}"], class_of[f"grad:{param.fqn}"] = f"param:{kind}", f"grad:{kind}"
-        return class_of
+    def _twin(self, name: str) -> tuple[object, str]:
+        """What ops that do the same in identical layers have in common: their kind, and the name of one of them."""
+        return self.pins.kind(name) if self.pins.kind else None, self.trace.twins.get(name, name)
+
+    def _classes(self) -> dict[str, object]:
+        """`_twin` of all ops, those of parameters and their gradients included."""
+        found: dict[str, object] = {name: self._twin(name) for name in self.op_index}
+        for p in (p for p in self.trace.params if p.node in self.trace.twins):
+            found |= {f"{what}:{p.fqn}": (what, self._twin(p.node)) for what in ("param", "grad")}
+        return found
 
 
 def _no_state_left(param: ParamInfo, mesh: tuple[int, ...], possible: list[State]) -> str:

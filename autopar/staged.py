@@ -16,6 +16,7 @@ from autopar.errors import AutoparError, PlanError
 from autopar.json_reader import Reader
 from autopar.layouts import Layout, parse_layout
 from autopar.plans import Plan
+from autopar.stage_shapes import common_mesh
 
 if TYPE_CHECKING:
     from autopar.choosing.report import LayoutReport
@@ -28,8 +29,12 @@ TO_RUN = "autopar.compile(model, cluster, plan=plan) under torchrun, then progra
 def stage_axes(layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The mesh of one stage and what its axes are for. Expert ranks are some of the data ranks.
 
-    Where they take context ranks, too, no mesh has axes for both: they are left out.
+    Where they take context ranks, too, no mesh has axes for both: they are left out. Where stages differ in shape it is
+    one mesh for all of them, and an axis has as many roles, "dp/tp".
     """
+    if layout.shapes is not None:
+        sizes, roles = common_mesh(layout.shapes)
+        return sizes, tuple("/".join(of_axis) for of_axis in zip(*roles, strict=True))
     if layout.ep == 1 or layout.dp % layout.ep:
         return (layout.dp, layout.cp, layout.tp), tuple(role for role in ROLES if role != "ep")
     return (layout.dp // layout.ep, layout.cp, layout.ep, layout.tp), ROLES

@@ -18,9 +18,11 @@ from torch import fx
 from autopar.cluster import ClusterSpec
 from autopar.dataflow import is_backward, module_path, result_metas
 from autopar.errors import AutoparError, LayoutError, PlanMismatch
+from autopar.pins_by_stage import StageRoles
 from autopar.plans import PlanOptions
 from autopar.predicting.stages import per_chunk
 from autopar.simulating.schedules import Order, schedule_orders
+from autopar.stage_shapes import common_mesh
 from autopar.staged import StagedPlan
 from autopar.trace import Trace
 
@@ -100,15 +102,27 @@ def stage_blocks(plan: StagedPlan) -> tuple[int, ...]:
 def op_options(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> PlanOptions:
     """What the plan op by op of a micro-batch is asked for. trace: of that micro-batch. blocks: paths of all blocks."""
     layout, again = plan.named, _recompute_pins(plan, trace, blocks)
-    pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp, "zero": layout.zero, **again}
+    pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp}
     if layout.ep > 1:
         pins.update(dp=layout.dp // layout.ep, ep=layout.ep, expert_dispatch="data")
     if layout.cp > 1:
         pins["cp"] = layout.cp
     if layout.tp > 1:
         pins["sp"] = layout.sp
+    if layout.shapes is not None:  # what the axes are for depends on the stage, see `stage_roles`
+        pins = {"mesh": list(plan.mesh), "sp": layout.sp}
     batch = layout.micro_batch * layout.dp
+    pins.update(zero=layout.zero, **again)
     return replace(plan.options, global_batch=batch, memory_limit_bytes=_NO_LIMIT_BYTES, pin=pins)
+
+
+def stage_roles(plan: StagedPlan, trace: Trace, of: Mapping[str, int | None]) -> StageRoles | None:
+    """What the axes of the mesh are for in each stage, where stages differ in shape. of: the stage of every op."""
+    layout = plan.named
+    if layout.shapes is None:
+        return None
+    roles = common_mesh(layout.shapes)[1]
+    return StageRoles.of_ops(trace, tuple(roles[stage % layout.pp] for stage in range(layout.pp * layout.vpp)), of)
 
 
 def _recompute_pins(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> Mapping[str, str]:

@@ -283,7 +283,7 @@ def test_stages_of_a_model_without_blocks() -> None:
         ({"dp": 0}, "positive"),
         ({"tp": (2, 0)}, "'tp' must be a positive integer, or one for each of several axes such as (2, 2), got [2, 0]"),
         ({"tp": (2, 2), "dp": 4}, "dp=4 x tp=2x2 = 16 do not make 8 devices"),
-        ({"tp": (2, 2), "pp": 2}, ": stages take one axis a degree"),
+        ({"tp": (2, 2), "micro_batch": 2}, ": micro-batches take one axis a degree"),
         ({"ep": 2}, "no grouped products over experts"),
         ({"zero": 4}, "0, 1, 2 or 3"),
         ({"recompute": "some"}, "none, selective or full"),

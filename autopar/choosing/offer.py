@@ -16,6 +16,7 @@ from autopar.cluster import ClusterSpec
 from autopar.errors import Infeasible, LayoutError
 from autopar.plans import PlanOptions
 from autopar.predicting.predict import Predictor, global_batch_of
+from autopar.stage_shapes import is_shaped
 from autopar.staged import StagedPlan
 
 
@@ -75,9 +76,12 @@ def best_layout(
     except Infeasible as error:
         if terms.anyway or (error.needed_bytes is None and not asked.wanted):
             return None  # there is no such layout, whatever the memory
+        if is_shaped(asked.pin):
+            raise  # what else would fit is known of stages that are alike
         raise explained(error, predictor, asked.pin, min(DEFAULT_TIME_S, terms.time_limit_s)) from None
     if not (asked.wanted or is_staged(choice, batch)):
         return None
-    limit, pins = predictor.limit_bytes, dict(asked.pin)
+    limit = predictor.limit_bytes
+    pins = {key: list(value) if isinstance(value, tuple) else value for key, value in asked.pin.items()}
     options = PlanOptions(batch, terms.precision, terms.optimizer, limit, pins)
     return staged_plan(predictor, choice, options).with_timings(trace_s=trace_s)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autopar.choosing.search import LayoutChoice, LayoutSearch, rounded
+from autopar.choosing.shaped import choose_shaped
 from autopar.choosing.space import LAYOUT_KEYS, Space
 from autopar.cluster import ClusterSpec
 from autopar.cost.optimizer import OptimizerSpec
@@ -22,6 +23,8 @@ from autopar.plan_types import Decisions
 from autopar.plans import Candidate, InputShape, PlanOptions
 from autopar.predicting.predict import Prediction, Predictor
 from autopar.sample import sample_call
+from autopar.stage_shapes import is_shaped
+from autopar.stage_shapes import several as several_degrees
 from autopar.staged import OtherLayout, StagedPlan, stage_axes
 from autopar.trace import ParamInfo, graph_hash
 
@@ -64,9 +67,12 @@ def wish(
             f"pin {foreign[0]!r} does not go with {degrees}: stages and micro-batches are laid out by degrees, not op "
             "by op; leave one of them out"
         )
-    several = [key for key in ("dp", "tp") if isinstance(given.get(key), (tuple, list))]
-    if wanted and several:
-        raise PinError(f"pin {several[0]}={given[several[0]]}: stages take one axis a degree; give the number of ranks")
+    several = [key for key in ("dp", "tp", "cp") if several_degrees(given.get(key)) is not None]
+    if wanted and several and given.get("pp", 1) == 1:
+        raise PinError(
+            f"pin {several[0]}={given[several[0]]}: micro-batches take one axis a degree; give the number of ranks, or "
+            "pin pp and give a number for each stage"
+        )
     if wanted:
         return Wish(given, wanted=True)
     pinned = [ranks(given[key]) for key in ("dp", "tp") if key in given]
@@ -99,6 +105,8 @@ def choose(
     to_run: bool = False,
 ) -> LayoutChoice:
     """The fastest layout under a pin; raises Infeasible, PinError, LayoutError. to_run: of those that run today."""
+    if pin.get("pp", 1) != 1 and is_shaped(pin):
+        return choose_shaped(predictor, pin, to_run=to_run)
     return LayoutSearch(predictor, Space.of(predictor, pin, to_run=to_run), progress=progress).run(time_limit_s)
 
 
@@ -168,6 +176,8 @@ def _inputs(predictor: Predictor) -> tuple[InputShape, ...]:
 
 def _parameters(predictor: Predictor, best: Prediction) -> dict[str, State]:
     """How every parameter of the traced layers is stored over the ranks of its stage."""
+    if best.layout.shapes is not None:
+        return {}  # that depends on the stage, of which the traced layers are examples
     mesh, roles = stage_axes(best.layout)
     trace, cut = predictor.sample.trace, "S(0)" if best.layout.zero == 3 else "R"
     experts = ExpertSide.of(trace).values

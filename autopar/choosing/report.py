@@ -15,7 +15,8 @@ from autopar.choosing.plan import choose, staged_plan
 from autopar.errors import AutoparError, Infeasible, LayoutError
 from autopar.explaining.alternatives import Alternative
 from autopar.explaining.faster import faster_clusters
-from autopar.layouts import KEYS, written
+from autopar.layout_reading import written
+from autopar.layouts import KEYS
 from autopar.predicting.predict import Predictor
 from autopar.staged import TO_RUN, StagedPlan
 

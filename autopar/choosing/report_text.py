@@ -6,6 +6,7 @@ import textwrap
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from autopar.layout_reading import written
 from autopar.layout_text import short
 from autopar.layouts import Layout
 from autopar.staged import TO_RUN, StagedPlan
@@ -67,7 +68,7 @@ def loaded(layout: Layout) -> str:
 
 
 def _layout_lines(plan: StagedPlan) -> list[str]:
-    layout = plan.named
+    layout, keys = plan.named, plan.named.to_dict()
     counts = ", ".join(f"{len(list(same))} x {n}" for n, same in groupby(plan.blocks))
     words = [
         (
@@ -76,12 +77,12 @@ def _layout_lines(plan: StagedPlan) -> list[str]:
             f"{layout.schedule}, {plan.micro_batches} micro-batches; blocks on its ranks: {counts}",
         ),
         ("stages on each", layout.vpp, "interleaved"),
-        ("data", layout.dp, _stored(layout)),
-        ("context", layout.cp, "the sequence is cut, attention too"),
+        ("data", keys["dp"], _stored(layout)),
+        ("context", keys["cp"], "the sequence is cut, attention too"),
         ("experts", layout.ep, f"spread over so many of the data ranks; {loaded(layout)}"),
-        ("tensor", layout.tp, "weights are used in parts" + (", the sequence cut between" if layout.sp else "")),
+        ("tensor", keys["tp"], "weights are used in parts" + (", the sequence cut between" if layout.sp else "")),
     ]
-    found = [line for name, degree, what in words if degree > 1 for line in _degree_lines(name, degree, what)]
+    found = [line for name, degree, what in words if degree != 1 for line in _degree_lines(name, degree, what)]
     found.append(f"  {'micro-batch':<15}{layout.micro_batch:>6}  {_again(layout)}")
     idle = plan.devices - layout.devices
     if idle:
@@ -89,8 +90,9 @@ def _layout_lines(plan: StagedPlan) -> list[str]:
     return [*found, *_proof(plan)]
 
 
-def _degree_lines(name: str, degree: int, what: str) -> list[str]:
-    lead = f"  {name:<15}{degree:>6}  "
+def _degree_lines(name: str, degree: int | list[int], what: str) -> list[str]:
+    """degree: or that of each stage."""
+    lead = f"  {name:<15}{written(degree):>6}  "
     return textwrap.wrap(what, WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False)
 
 

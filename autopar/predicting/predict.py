@@ -141,12 +141,12 @@ class Predictor:
 
     def price(self, layout: Layout) -> Prediction:
         """Price a layout that is known to be possible."""
-        job, stages = self.job(layout), self.stages(layout)
-        return self._prediction(layout, step_time(job, stages), stages, self._fullest(job)[2])
+        jobs, stages = self.jobs(layout), self.stages(layout)
+        return self._prediction(layout, step_time(layout, jobs, stages), stages, self._fullest(layout, jobs)[2])
 
     def step_time_s(self, layout: Layout) -> float:
         """What `price` says, without the memory."""
-        return step_time(self.job(layout), self.stages(layout)).total_s
+        return step_time(layout, self.jobs(layout), self.stages(layout)).total_s
 
     def memory(self, layout: Layout) -> StageMemory:
         """Of the fullest stage."""
@@ -154,18 +154,24 @@ class Predictor:
 
     def fullest(self, layout: Layout) -> tuple[int, Stage, StageMemory]:
         """The stage that needs most memory: the how many-th it is, what it holds, and its peak."""
-        return self._fullest(self.job(layout))
+        return self._fullest(layout, self.jobs(layout))
 
-    def _fullest(self, job: Job) -> tuple[int, Stage, StageMemory]:
-        first_of: dict[Stage, int] = {}  # later stages of the same kind hold fewer micro-batches
-        for at, stage in enumerate(self.stages(job.layout)):
-            first_of.setdefault(stage, at)
-        found = ((at, s, stage_memory(job, s, at)) for s, at in first_of.items())
+    def _fullest(self, layout: Layout, jobs: list[Job]) -> tuple[int, Stage, StageMemory]:
+        first_of: dict[tuple[Stage, int], int] = {}  # later stages of the same kind hold fewer micro-batches
+        for at, stage in enumerate(self.stages(layout)):
+            first_of.setdefault((stage, id(jobs[at])), at)
+        found = ((at, s, stage_memory(jobs[at], s, at)) for (s, _), at in first_of.items())
         return max(found, key=lambda one: one[2].total)
 
     def stage_memory(self, layout: Layout, stage: Stage, at: int) -> StageMemory:
         """Of one stage of a layout, the `at`-th."""
-        return stage_memory(self.job(layout), stage, at)
+        return stage_memory(self.job(layout.of_rank(at)), stage, at)
+
+    def jobs(self, layout: Layout) -> list[Job]:
+        """`job`, as each stage has it: one, where they are alike."""
+        if layout.shapes is None:
+            return [self.job(layout)] * layout.pp
+        return [self.job(layout.of_rank(at)) for at in range(layout.pp)]
 
     def job(self, layout: Layout) -> Job:
         """The layout with all that its time and memory depend on."""
@@ -217,9 +223,8 @@ class Predictor:
         """Whether a rank's share of its host has a link and room for what the layout keeps there."""
         if layout.offload == "none":
             return True
-        job = self.job(layout)
         room = self.cluster.host_memory_bytes / self.cluster.devices_per_node
-        most = max(job.host_bytes(stage) for stage in self.stages(layout))
+        most = max(job.host_bytes(stage) for job, stage in zip(self.jobs(layout), self.stages(layout), strict=True))
         return self.cluster.device.host_link_bytes_per_s > 0 and most <= room
 
     def fixes(self, prediction: Prediction) -> tuple[Fix, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.cost.collectives import MeshAxis, collective_time_s
+from autopar.layouts import Layout
+from autopar.predicting.borders import borders_s
 from autopar.predicting.job import Job
 from autopar.predicting.pauses import paused_s
 from autopar.predicting.reductions import reduce_s, zero3_s
@@ -46,15 +48,33 @@ class StepTime:
         )
 
 
-def step_time(job: Job, stages: Sequence[Stage]) -> StepTime:
-    """Price one step."""
-    work_of = {  # many stages are alike
-        s: _with_accumulation(job, s, stage_work(job.table, s, job.layout, job.pricer, job.shape)) for s in set(stages)
-    }
-    gathers_s = {s: zero3_s(job, s, w) for s, w in work_of.items()}
-    slow = max(stages, key=lambda s: _seconds(work_of[s]) + gathers_s[s])
-    worst, n = work_of[slow], job.micro_batches
-    send_s = sum(send_parts_s(job))
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A stage, priced by the degrees of its own ranks."""
+
+    job: Job
+    stage: Stage
+    work: StageWork
+    gathers_s: float
+
+    @staticmethod
+    def of(job: Job, stage: Stage) -> _Held:
+        work = stage_work(job.table, stage, job.layout, job.pricer, job.shape)
+        work = _with_accumulation(job, stage, work)
+        return _Held(job, stage, work, zero3_s(job, stage, work))
+
+
+def step_time(layout: Layout, jobs: list[Job], stages: Sequence[Stage]) -> StepTime:
+    """Price one step. jobs: the layout as each stage has it, one and the same where they are alike."""
+    known: dict[tuple[int, Stage], _Held] = {}  # many stages are alike
+    for job, stage in zip(jobs, stages, strict=True):
+        if (id(job), stage) not in known:
+            known[id(job), stage] = _Held.of(job, stage)
+    every = [known[id(job), stage] for job, stage in zip(jobs, stages, strict=True)]
+    slow = max(every, key=lambda one: _seconds(one.work) + one.gathers_s)
+    job, worst, n = slow.job, slow.work, slow.job.micro_batches
+    distinct, between_s = list({id(one): one for one in jobs}.values()), borders_s(layout, jobs)
+    send_s = max(sum(send_parts_s(one)) for one in distinct)
     passes = (worst.forward, worst.backward, worst.again)
     expert_s = sum(work.expert_s for work in passes)
     return StepTime(
@@ -63,14 +83,14 @@ def step_time(job: Job, stages: Sequence[Stage]) -> StepTime:
         recompute_s=n * _own(worst.again),
         tensor_messages_s=n * (sum(work.messages_s for work in passes) - expert_s),
         expert_messages_s=n * expert_s,
-        bubble_s=_bubble_s(job, stages, slow, {s: _around_s(job, s, w) for s, w in work_of.items()}, send_s),
-        send_s=_sends_s(job, worst, send_s) + paused_s(job),
-        gradients_s=max(reduce_s(job, s, w) for s, w in work_of.items()),
-        gathers_s=n * gathers_s[slow],
-        optimizer_s=max(optimizer_s(job, s) for s in work_of),
+        bubble_s=_bubble_s(every, slow, send_s) + sum(between_s),
+        send_s=_sends_s(job, worst, send_s) + max(map(paused_s, distinct)) + n * max(between_s, default=0.0),
+        gradients_s=max(reduce_s(one.job, one.stage, one.work) for one in known.values()),
+        gathers_s=n * slow.gathers_s,
+        optimizer_s=max(optimizer_s(one.job, one.stage) for one in known.values()),
         flops=n * (worst.forward.flops + worst.backward.flops),
         again_flops=n * worst.again.flops,
-        offload_s=2 * max(state_copy_s(job, s) for s in work_of),
+        offload_s=2 * max(state_copy_s(one.job, one.stage) for one in known.values()),
     )
 
 
@@ -96,15 +116,17 @@ def accumulation_s(job: Job, numbers: float) -> float:
     return job.streaming_s(numbers * (job.precision.parameter + 2 * job.precision.gradient))
 
 
-def _bubble_s(job: Job, stages: Sequence[Stage], slow: Stage, around_s: dict[Stage, float], send_s: float) -> float:
+def _bubble_s(every: list[_Held], slow: _Held, send_s: float) -> float:
     """What a pipeline adds to the slowest stage's own work: one micro-batch through all the others, both ways.
 
     Interleaved stages make it 1/vpp of that (Narayanan et al. 2021).
     """
-    if job.layout.pp == 1:
+    layout = slow.job.layout
+    if layout.pp == 1:
         return 0.0
-    others_s = sum(around_s[s] for s in stages) - around_s[slow]
-    return others_s / job.layout.vpp + 2 * (job.layout.pp - 1) * send_s
+    around_s = {one: _around_s(one.job, one.stage, one.work) for one in {*every}}
+    others_s = sum(around_s[one] for one in every) - around_s[slow]
+    return others_s / layout.vpp + 2 * (layout.pp - 1) * send_s
 
 
 def _around_s(job: Job, stage: Stage, work: StageWork) -> float:

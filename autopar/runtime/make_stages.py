@@ -10,7 +10,6 @@ from torch import nn
 
 from autopar.batch_parts import Call, batch_size, split_call
 from autopar.blocks import blocks_of
-from autopar.cluster import ClusterSpec
 from autopar.codegen.stage_nodes import stages_by_blocks
 from autopar.codegen.stage_types import PipelineProgram
 from autopar.codegen.stages import emit_stages
@@ -19,7 +18,7 @@ from autopar.drawing import random_nodes
 from autopar.loss_weights import LossWeights, kind_of_loss, loss_weights
 from autopar.micro_batches import Weight
 from autopar.plan_types import Decisions
-from autopar.plans import Plan, PlanOptions
+from autopar.plans import Plan
 from autopar.runtime.rank_pipeline import RankPipeline
 from autopar.runtime.stage_meshes import stage_meshes
 from autopar.runtime.staged import CompiledStages
@@ -35,10 +34,11 @@ from autopar.staging import (
     stage_blocks,
     stage_cluster,
     stage_mesh,
+    stage_roles,
 )
 from autopar.trace import Trace
 
-PlanOps = Callable[[Trace, ClusterSpec, PlanOptions], Plan]
+PlanOps = Callable[..., Plan]  # (trace, cluster, options, stages=roles of the mesh's axes in each, where they differ)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def staged_program(
 ) -> StagedProgram:
     """Trace a micro-batch, decide how its ops run, cut the program into stages.
 
-    plan_ops: plans a trace on a cluster, as asked. agreed: has one process make a text, and hands it to all.
+    plan_ops: plans a trace on a cluster, as asked, see `PlanOps`. agreed: has one process make a text, and hands it to
+        all.
     """
     check_runnable(plan)
     micro_batches = micro_batches_of(plan, batch_size(model, call))
@@ -77,16 +78,17 @@ def staged_program(
     gradient_dtype(plan, traced)
     blocks = blocks_of(model, traced)
     cluster, mesh = stage_cluster(plan), stage_mesh(plan)
+    stages = stages_by_blocks(traced, stage_blocks(plan), blocks)
 
     def decide() -> str:
         weight = kind_of_loss(model, traced, parts[0], micro_batches, trace_of)
-        made = plan_ops(traced, cluster, op_options(plan, traced, blocks))
+        roles = stage_roles(plan, traced, stages.of)
+        made = plan_ops(traced, cluster, op_options(plan, traced, blocks), stages=roles)
         return json.dumps({"plan": made.dumps(), "weight": [weight.kind, weight.counted]})
 
     decided = json.loads(agreed(decide))
     decisions = Plan.loads(decided["plan"]).decisions
     loss = loss_weights(model, traced, parts[0], Weight(*decided["weight"]), trace_of)
-    stages = stages_by_blocks(traced, stage_blocks(plan), blocks)
     zero = plan.named.zero
     program = emit_stages(
         traced, decisions, mesh, CostModel(cluster, mesh), stages, reduce_each=zero >= 2, gather_each=zero == 3

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from autopar.cluster import ClusterSpec
+from autopar.errors import LayoutError
 from autopar.layouts import Layout, parse_layout
 from autopar.predicting.predict import Predictor
 from autopar.simulating.pricing import step_cost
@@ -33,4 +34,6 @@ def simulate_layout(predictor: Predictor, layout: str | Mapping[str, Any] | Layo
     """The same of a model that was traced before; LayoutError where the layout cannot be."""
     found = parse_layout(layout, predictor.cluster.devices)
     predictor.check(found)
+    if found.shapes is not None:
+        raise LayoutError("layout: stages of different shape are priced, not simulated; give one degree for all stages")
     return simulate_cost(step_cost(predictor, found))

@@ -63,13 +63,15 @@ def _by_axis(traffic: Traffic, scatters_by_exchange: bool) -> Traffic:
 
 def _assert_messages(plan: StagedPlan, made: StagedProgram, alike: bool) -> None:
     assert plan.predictor is not None
-    job = plan.predictor.job(plan.named)
-    paid = round(float(job.table.boundary @ job.weights))
+    jobs = plan.predictor.jobs(plan.named)
+    job = jobs[0]
+    paid = max(round(float(one.table.boundary @ one.weights)) for one in jobs)
     item = getattr(torch, job.table.dtype).itemsize
     sent = [message for s in made.program.stages for message in (s.sends_forward, s.sends_backward) if message.values]
     found = {sum(t.numel() * item for t in message.tensors) for message in sent}
     alike = (
-        alike and not plan.named.sp
+        alike and not plan.named.sp and plan.named.shapes is None
     )  # `sp` allows that activations are cut by the sequence; what is sent may be whole
-    assert found and max(found) <= paid * (plan.named.tp if plan.named.sp else 1), f"{found} bytes, paid for {paid}"
+    tensor = max(one.layout.tp for one in jobs)
+    assert found and max(found) <= paid * (tensor if plan.named.sp else 1), f"{found} bytes, paid for {paid}"
     assert not alike or found == {paid}, f"messages of {found} bytes, paid for {paid}"

@@ -49,6 +49,12 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "window-four-stages-zero1": ("gemma3", {"pp": 4, "dp": 2, "zero": 1, "micro_batch": 2, "schedule": "zero-bubble"}),
     "experts-tensor-zero1": ("mixtral", {"pp": 2, "dp": 2, "tp": 2, "zero": 1, "micro_batch": 2}),
     "experts-deep": ("qwen3_moe", {"pp": 4, "tp": 2, "micro_batch": 4, "schedule": "zero-bubble"}),
+    "unlike-stages": ("llama", {"pp": 2, "tp": [4, 2], "dp": [1, 2], "micro_batch": 1, "sp": True, "schedule": "1f1b"}),
+    "unlike-stages-context": (
+        "llama", {"pp": 2, "cp": [2, 1], "dp": [1, 4], "tp": [2, 1], "micro_batch": 1, "zero": 1, "schedule": "1f1b"}),
+    "unlike-stages-tied": ("gpt2", {"pp": 2, "dp": [2, 4], "tp": [2, 1], "micro_batch": 1, "zero": 0}),
+    "unlike-stages-zero3": (
+        "gpt2", {"pp": 4, "dp": [1, 2, 2, 1], "tp": [2, 1, 1, 2], "micro_batch": 2, "zero": 3, "recompute": "full"}),
     "images-zero2": ("resnet", {"pp": 2, "dp": 4, "zero": 2, "micro_batch": 2}),
 }  # fmt: skip
 QUICK = {("resnet", "pp4-dp2")}

@@ -27,6 +27,7 @@ from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
+from autopar.pin_vocabulary import holds_vocabulary_whole
 from autopar.placements import PARTIAL, State, in_groups, is_dealt, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
 from autopar.segments import block_of
@@ -253,12 +254,17 @@ def _option_filter(
 
 
 def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
-    """On context axes, options with whole sequences."""
-    axes, lead = [a for a, role in enumerate(request.roles) if role == "cp"], lead_of(trace)
-    if lead is None or not axes:
+    """On context axes, options with whole sequences; on tensor axes, those with the whole vocabulary in a loss."""
+    lead = lead_of(trace)
+    if lead is None:
         return ()
-    params = {p.node for p in trace.params}
-    return (lambda node, option: any(holds_sequences_whole(node, option, axis, lead, params) for axis in axes),)
+    context, tensor = ([a for a, role in enumerate(request.roles) if role == kind] for kind in ("cp", "tp"))
+    params, found = {p.node for p in trace.params}, []
+    if context:
+        found.append(lambda node, option: any(holds_sequences_whole(node, option, a, lead, params) for a in context))
+    if tensor:
+        found.append(lambda node, option: any(holds_vocabulary_whole(node, option, a, lead) for a in tensor))
+    return tuple(found)
 
 
 def _check_experts(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> None:

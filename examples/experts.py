@@ -63,8 +63,8 @@ def difference(program: nn.Module, reference: nn.Module) -> float:
     worst = 0.0
     expected = dict(reference.named_parameters())
     for name, param in program.named_parameters():
-        whole = param.full_tensor() if isinstance(param, DTensor) else param
-        worst = max(worst, float((whole - expected[name]).abs().max() / expected[name].abs().max()))
+        whole = (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+        worst = max(worst, float((whole - expected[name]).abs().max() / expected[name].detach().abs().max()))
     return worst
 
 

@@ -15,6 +15,10 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
+
+
+REPEATS = 3  # other work on the machine makes a process take more CPU seconds, never less: the least counts
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,17 @@ RUNS = (
 )
 
 
-def measure(run: Run) -> bool:
-    """Plan in a process of its own and print its figures; whether they stay within the run's limits."""
+@dataclass(frozen=True)
+class Took:
+    """What one process took, and what it printed. gib: of the largest process so far."""
+
+    cpu_s: float
+    gib: float
+    plan: dict[str, Any]
+
+
+def plan_once(run: Run) -> Took:
+    """In a process of its own."""
     options = ["plan", "--model", run.model, "--cluster", "h100-sxm", "--gpus", str(run.gpus), "--seq", str(run.seq)]
     options += [word for pin in run.pins for word in ("--pin", pin)]
     command = [sys.executable, "-m", "autopar.cli", *options, "--global-batch", str(run.global_batch), "--json"]
@@ -49,12 +62,19 @@ def measure(run: Run) -> bool:
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    gib = after.ru_maxrss / 2**20  # of the largest child so far
-    plan = json.loads(done.stdout)
-    within = cpu_s <= run.most_cpu_s and gib <= run.most_gib and plan["gap"] <= run.most_gap
+    return Took(cpu_s, after.ru_maxrss / 2**20, json.loads(done.stdout))
+
+
+def measure(run: Run) -> bool:
+    """Plan a few times and print the figures of the least; whether they stay within the run's limits."""
+    every = [plan_once(run) for _ in range(REPEATS)]
+    least, plan = min(every, key=lambda took: took.cpu_s), every[0].plan
+    most_gib = max(took.gib for took in every)
+    within = least.cpu_s <= run.most_cpu_s and most_gib <= run.most_gib and plan["gap"] <= run.most_gap
     print(
-        f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {cpu_s:.1f} CPU s "
-        f"(trace {plan['trace_s']:.1f} s, solve {plan['solve_s']:.1f} s of wall), {gib:.2f} GiB, step "
+        f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {least.cpu_s:.1f} CPU s (at most "
+        f"{max(took.cpu_s for took in every):.1f} of {REPEATS}; trace {least.plan['trace_s']:.1f} s, solve "
+        f"{least.plan['solve_s']:.1f} s of wall), {most_gib:.2f} GiB, step "
         f"{plan['step_time_s']:.4g} s, dp {plan['dp']} tp {plan['tp']} pp {plan['pp']} zero {plan['zero']}, "
         f"gap {plan['gap']:.2%}"
         f"{'' if within else '  BEYOND ITS LIMITS'}",

@@ -4,7 +4,8 @@
     python benchmarks/planning.py llama3-8b 64 8192 256     # MODEL GPUS SEQ GLOBAL_BATCH
 
 The mesh shape is left to the planner. Exits with 1 if a run of the list needs more than its limits: CPU seconds,
-GiB, and the proven gap. CPU seconds depend on what else the machine does; the list was set on 2 cores of an AMD EPYC.
+GiB, and the proven gap. CPU seconds depend on what else the machine does, so that the least of three processes counts;
+the list was set on 2 cores of an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
-
 
 REPEATS = 3  # other work on the machine makes a process take more CPU seconds, never less: the least counts
 
@@ -72,8 +72,8 @@ def measure(run: Run) -> bool:
     most_gib = max(took.gib for took in every)
     within = least.cpu_s <= run.most_cpu_s and most_gib <= run.most_gib and plan["gap"] <= run.most_gap
     print(
-        f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {least.cpu_s:.1f} CPU s (at most "
-        f"{max(took.cpu_s for took in every):.1f} of {REPEATS}; trace {least.plan['trace_s']:.1f} s, solve "
+        f"{run.model} on {run.gpus} x h100-sxm, {run.global_batch} x {run.seq} tokens: {least.cpu_s:.1f} CPU s "
+        f"(at most {max(took.cpu_s for took in every):.1f} of {REPEATS}; trace {least.plan['trace_s']:.1f} s, solve "
         f"{least.plan['solve_s']:.1f} s of wall), {most_gib:.2f} GiB, step "
         f"{plan['step_time_s']:.4g} s, dp {plan['dp']} tp {plan['tp']} pp {plan['pp']} zero {plan['zero']}, "
         f"gap {plan['gap']:.2%}"

@@ -1,6 +1,6 @@
 """What planning costs: CPU seconds and memory of one `autopar plan` process, imports and all, per model.
 
-    python benchmarks/planning.py            # the runs below
+    python benchmarks/planning.py            # the runs below, then benchmarks/planning_scale.py: GPT 530B on 5,128 A100
     python benchmarks/planning.py llama3-8b 64 8192 256     # MODEL GPUS SEQ GLOBAL_BATCH
 
 The mesh shape is left to the planner. Exits with 1 if a run of the list needs more than its limits: CPU seconds,
@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 REPEATS = 3  # other work on the machine makes a process take more CPU seconds, never less: the least counts
@@ -86,11 +87,10 @@ def measure(run: Run) -> bool:
 def main() -> int:
     """Measure what is asked for, or all of RUNS."""
     if len(sys.argv) == 5:
-        runs = (Run(sys.argv[1], *(int(a) for a in sys.argv[2:])),)
-    else:
-        runs = RUNS
-    within = [measure(run) for run in runs]  # all of them, also after one that is not
-    return 0 if all(within) else 1
+        return 0 if measure(Run(sys.argv[1], *(int(a) for a in sys.argv[2:]))) else 1
+    within = [measure(run) for run in RUNS]  # all of them, also after one that is not
+    scale = subprocess.run([sys.executable, str(Path(__file__).with_name("planning_scale.py"))], check=False)
+    return 0 if all(within) and scale.returncode == 0 else 1
 
 
 if __name__ == "__main__":

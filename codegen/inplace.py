@@ -24,6 +24,8 @@ from autopar.codegen.storages import last_uses, storages, waits_of
 aten = torch.ops.aten
 
 # Elementwise ops that give the same numbers in place. Of low precision too: both forms round once, at the end.
+# Activations and their gradients are where peaks are, and the planner counts their operands beside their results: in
+# place, a program would peak below its plan, and the plan's own peak as a limit would look too small for it.
 _WRITES: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.add.Scalar: aten.add_.Scalar,
@@ -35,22 +37,8 @@ _WRITES: dict[Any, Callable[..., Any]] = {
     aten.neg.default: aten.neg_.default,
     aten.exp.default: aten.exp_.default,
     aten.masked_fill.Scalar: aten.masked_fill_.Scalar,
-    aten.addcmul.default: aten.addcmul_.default,
-    aten.relu.default: aten.relu_.default,
-    aten.silu.default: aten.silu_.default,
-    aten.gelu.default: aten.gelu_.default,
-    aten.sigmoid.default: aten.sigmoid_.default,
-    aten.tanh.default: aten.tanh_.default,
     c10d.all_reduce.default: c10d.all_reduce_.default,
     c10d.all_reduce_coalesced.default: c10d.all_reduce_coalesced_.default,
-}
-# Those whose form in place is the one that is told where to write, and the name of that argument.
-_TOLD: dict[Any, tuple[Callable[..., Any], str]] = {
-    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
-    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
-    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
-    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
-    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
 }
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
 
@@ -98,7 +86,7 @@ class _Reuse:
     def run(self) -> None:
         """Try all ops, in order."""
         for node in self.order:
-            if node.op == "call_function" and (node.target in _WRITES or node.target in _TOLD):
+            if node.op == "call_function" and node.target in _WRITES:
                 self._try(node)
 
     def _try(self, node: fx.Node) -> None:
@@ -132,11 +120,7 @@ class _Reuse:
         return max([self.time[node], *(self.time[w] for w in waits_of(node) if is_collective(node))])
 
     def _write(self, node: fx.Node, targets: list[Any], made: list[Any]) -> None:
-        if node.target in _TOLD:
-            node.target, name = _TOLD[node.target]
-            node.kwargs = {**node.kwargs, name: node.args[0]}
-        else:
-            node.target = _WRITES[node.target]
+        node.target = _WRITES[node.target]
         values = [t.meta["val"] for t in targets]
         self.move(node, values if isinstance(node.meta["val"], (list, tuple)) else values[0])
 

@@ -51,20 +51,6 @@ def test_a_dying_operand_takes_the_result() -> None:
     assert len(storages(n for n in b.graph.nodes if n.op == "call_function")) == 2
 
 
-def test_gradients_of_activations_go_where_gradients_were() -> None:
-    b, x = builder()
-    line = b.call(aten.addcmul.default, b.call(aten.cos.default, x), x, x)
-    grad = b.call(aten.threshold_backward.default, b.call(aten.relu.default, line), x, 0.5)
-    b.output([b.call(aten.gelu_backward.default, grad, x, approximate="tanh")])
-    write_in_place(program(b))
-    assert names(b.graph) == ["cos", "addcmul_", "relu_", "threshold_backward", "gelu_backward"]
-    assert len(storages(n for n in b.graph.nodes if n.op == "call_function")) == 1
-    given = torch.linspace(-1.0, 1.0, 16, dtype=torch.float64).view(4, 4)
-    (made,) = fx.GraphModule(torch.nn.Module(), b.graph)(0, given)
-    grad = aten.threshold_backward(torch.relu(torch.addcmul(torch.cos(given), given, given)), given, 0.5)
-    assert torch.equal(made, aten.gelu_backward(grad, given, approximate="tanh"))
-
-
 def test_two_saved_values_in_one_storage_move_apart() -> None:
     b, x = builder()
     y = b.call(aten.add.Tensor, b.call(aten.exp.default, x), 1.0)  # takes the place of exp

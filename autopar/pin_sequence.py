@@ -35,6 +35,12 @@ def along_sequence(tensor: torch.Tensor, placement: str, lead: tuple[int, ...]) 
     return True if tensor.shape[0] == batch and tensor.shape[dim] == sequence else None
 
 
+def has_row_of_each_token(tensor: torch.Tensor, lead: tuple[int, ...]) -> bool:
+    """Whether the first dim, or the first two, count all tokens of a batch. lead: batch and sequence of the input."""
+    batch, sequence = lead
+    return tensor.shape[0] == batch * sequence or tuple(tensor.shape[:2]) == lead
+
+
 def lead_of(trace: Trace) -> tuple[int, ...] | None:
     """Batch and sequence of the first batched input that has both."""
     first = next((i for i in trace.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
@@ -73,6 +79,6 @@ def _is_whole(tensor: torch.Tensor, placement: Placement, lead: tuple[int, ...])
     batch, sequence = lead
     if placement == PARTIAL or not tensor.is_floating_point() or not tensor.dim():
         return False
-    if tensor.shape[0] == batch * sequence or tuple(tensor.shape[:2]) == lead:
+    if has_row_of_each_token(tensor, lead):
         return not along_sequence(tensor, placement, lead)
     return placement == REPLICATE and tensor.shape[0] in (1, batch) and sequence in tensor.shape[1:]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from autopar.dataflow import result_metas
+from autopar.pin_sequence import has_row_of_each_token
 from autopar.placements import shard_dim
 from autopar.rules import operands
 from autopar.sharding import OpOption
@@ -30,17 +31,12 @@ def holds_vocabulary_whole(node: fx.Node, option: OpOption, axis: int, lead: tup
 
     lead: batch and sequence of the model's input. Losses over a few classes of whole samples are left alone.
     """
-    if node.target not in _OF_CLASSES:
+    if node.target not in _OF_CLASSES or lead[1] == 1:
         return False
     tensors = [(operand.meta["val"], s) for operand, s in zip(operands(node), option.operand_states, strict=True)]
     tensors += [(t, s) for t, s in zip(result_metas(node), option.result_states, strict=True) if t is not None and s]
     return any(
         shard_dim(state[axis]) != tensor.dim() - 1
         for tensor, state in tensors
-        if tensor.is_floating_point() and tensor.dim() > 1 and _has_tokens(tensor, lead)
+        if tensor.is_floating_point() and tensor.dim() > 1 and has_row_of_each_token(tensor, lead)
     )
-
-
-def _has_tokens(tensor: torch.Tensor, lead: tuple[int, ...]) -> bool:
-    batch, sequence = lead
-    return sequence > 1 and (tensor.shape[0] == batch * sequence or tuple(tensor.shape[:2]) == lead)

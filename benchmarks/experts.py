@@ -5,9 +5,9 @@
 Both do one step, forward and backward, of Mixtral's layer (8 experts, 2 for a token) and the norm before it, on the
 same batch in float32. By hand: counts, an all-to-all each way by torch.distributed.nn (with gradients), a product per
 expert, the gradients of router and norm summed. The two take turns, and take turns at being first, so that a busy
-machine is busy for both; the figures are medians, and the standard error of the ratio is that of the rounds' own. The
-last line says how far apart the losses are. Exits with 1 where the program has less than the throughput of the layer by
-hand, by more than twice that error, or another loss.
+machine is busy for both, and the ratio is the median of those of the rounds, beside it their middle half. The last line
+says how far apart the losses are. Exits with 1 where the program has less than the throughput of the layer by hand, or
+another loss.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import argparse
 import copy
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, too
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import autopar
+from benchmarks.throughput import Ratio, Variant, timed
 
 _TOLERANCE = 1e-5  # of losses in float32
-_MEDIAN_ERROR = 1.2533  # standard error of a median in that of a mean, for a normal distribution: sqrt(pi / 2)
 
 
 class Layer(nn.Module):
@@ -86,25 +87,6 @@ class ByHand(nn.Module):
         return moved
 
 
-def seconds(step: Callable[[], torch.Tensor]) -> float:
-    """Of one step on all ranks."""
-    dist.barrier()
-    began = time.perf_counter()
-    step()
-    dist.barrier()
-    return time.perf_counter() - began
-
-
-def by_turns(
-    first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], *, even: bool
-) -> tuple[float, float]:
-    """Seconds of both; in an odd round the second runs first."""
-    if even:
-        return seconds(first), seconds(second)
-    later = seconds(second)
-    return seconds(first), later
-
-
 def main() -> None:
     """Measure both, by turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,17 +124,16 @@ def main() -> None:
     total = by_hand()
     dist.all_reduce(total)
     apart = abs(float(by_program()) - float(total)) / float(total)
-    times = [by_turns(by_program, by_hand, even=number % 2 == 0) for number in range(args.rounds)]
-    mine, theirs = (statistics.median(t) for t in zip(*times, strict=True))
-    error = _MEDIAN_ERROR * statistics.stdev(b / a for a, b in times) / len(times) ** 0.5
+    taken = timed([Variant("program", by_program, ()), Variant("by hand", by_hand, ())], args.rounds)
+    ratio = Ratio.of(taken["program"], taken["by hand"])
+    mine, theirs = (x.shape[0] / statistics.median(seconds) for seconds in taken.values())
     if rank == 0:
         print(
-            f"{ranks} ranks, {x.shape[0] * x.shape[1]} tokens of {args.hidden}: program {x.shape[0] / mine:.2f}, ",
-            end="",
+            f"{ranks} ranks, {x.shape[0] * x.shape[1]} tokens of {args.hidden}: program {mine:.2f}, by hand "
+            f"{theirs:.2f} samples/s: {ratio.median:.3f} times ({ratio.low:.3f} to {ratio.high:.3f})"
         )
-        print(f"by hand {x.shape[0] / theirs:.2f} samples/s: {theirs / mine:.3f} times, standard error {error:.3f}")
         print(f"losses are {apart:.1e} apart")
-    verdict = torch.tensor([float(theirs / mine < 1 - 2 * error or apart > _TOLERANCE)])
+    verdict = torch.tensor([float(ratio.median < 1 or apart > _TOLERANCE)])
     dist.broadcast(verdict, 0)  # ranks time apart, and end alike
     dist.destroy_process_group()
     sys.exit(int(verdict.item()))

@@ -39,7 +39,7 @@ class Variant:
     """One way to train. externals: what it holds in memory between steps."""
 
     name: str
-    step: Callable[[], None]
+    step: Callable[[], object]
     externals: tuple[Any, ...]
 
 

@@ -141,6 +141,7 @@ def test_megatron_cuts_columns_then_rows_with_one_all_reduce_each_way() -> None:
 def test_norms_are_cut_along_the_sequence_when_memory_is_tight() -> None:
     roomy = long_sequence()
     assert not roomy.layout()["sp"]
+    # A tenth would be about what gradients of weights hold that are put off while there is room (`codegen/beside.py`).
     tight = long_sequence(roomy.predicted["peak_bytes"] - memory(roomy)["activations"] // 6)
     assert tight.roles == ("tp",) and tight.layout()["sp"]
     assert tight.bench is not None

@@ -96,6 +96,7 @@ class LayoutSearch:
         return min((p.step_time_s for p in self.found.values()), default=float("inf"))
 
     def _prepare(self) -> None:
+        """All groups are priced for their bounds: together, which is quicker."""
         shapes = [self.predictor.shape(group.layout(1, group.least_dp)) for group in self.space.groups()]
         for part in self.predictor.table.parts:
             for one in (part.forward, part.backward):
@@ -107,15 +108,10 @@ class LayoutSearch:
         States, and what the allocator adds, depend on the other degrees and are left out.
         """
         layout = group.layout(1, group.least_dp, recompute="full")
-        stages = [Stage(0, False, True), *self._single_blocks()]
+        table = self.predictor.table
+        stages = [Stage(0, False, True), *(Stage.holding(table, [number], False, False) for number in table.firsts)]
         held = [self.predictor.stage_memory(layout, stage, 0) for stage in stages]
         return all(m.activations + m.temporaries <= self.predictor.limit_bytes for m in held)
-
-    def _single_blocks(self) -> list[Stage]:
-        table = self.predictor.table
-        if table.own:
-            return [Stage(1, False, False, (number,)) for number in table.firsts]
-        return [Stage(1, False, False)] if table.blocks else []
 
     # -- one cell -----------------------------------------------------------------------------
 

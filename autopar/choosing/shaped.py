@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from autopar.choosing.search import KEPT, LayoutChoice, rounded
@@ -39,17 +40,13 @@ def _layouts(predictor: Predictor, pin: Mapping[str, Any], named: Layout, *, to_
     """All, from those that have the degrees of the stage with most data ranks everywhere."""
     alike = {key: value for key, value in pin.items() if key != "sp"}
     space = Space.of(predictor, {**alike, "dp": named.dp, "tp": named.tp, "cp": named.cp}, to_run=to_run)
-    for sp in [pin["sp"]] if "sp" in pin else [True, False]:
-        for group in space.groups():
-            if not group.sp:
-                for leaf in space.leaves(group, named.pp, named.dp):
-                    for again in space.recomputations():
-                        for offload in space.offloads:
-                            blocks = pin.get("recompute_blocks") if again == "full" else None
-                            yield replace(
-                                leaf, shapes=named.shapes, sp=sp, recompute=again, recompute_blocks=blocks,
-                                offload=offload,
-                            )  # fmt: skip
+    leaves = [leaf for group in space.groups() if not group.sp for leaf in space.leaves(group, named.pp, named.dp)]
+    cut = [pin["sp"]] if "sp" in pin else [True, False]
+    for sp, leaf, again, offload in product(cut, leaves, space.recomputations(), space.offloads):
+        blocks = pin.get("recompute_blocks") if again == "full" else None
+        yield replace(
+            leaf, shapes=named.shapes, sp=sp, recompute=again, recompute_blocks=blocks, offload=offload
+        )  # fmt: skip
 
 
 def _why_not(

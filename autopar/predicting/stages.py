@@ -33,7 +33,12 @@ class Stage:
     @staticmethod
     def whole(table: ModelTable) -> Stage:
         """The one that holds everything."""
-        return _stage(table, range(table.blocks), True, True)
+        return Stage.holding(table, range(table.blocks), True, True)
+
+    @staticmethod
+    def holding(table: ModelTable, numbers: Sequence[int], first: bool, last: bool) -> Stage:
+        """The one that holds these blocks."""
+        return Stage(len(numbers), first, last, tuple(numbers) if table.own else ())
 
     def parts(self, table: ModelTable) -> list[tuple[Part, int]]:
         """(part, how often)."""
@@ -43,10 +48,6 @@ class Stage:
         elif self.blocks:
             found.append((table.block_at(0), self.blocks))
         return [*found, (table.after, 1)] if self.last else found
-
-
-def _stage(table: ModelTable, numbers: Sequence[int], first: bool, last: bool) -> Stage:
-    return Stage(len(numbers), first, last, tuple(numbers) if table.own else ())
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def split(table: ModelTable, layout: Layout, pricer: Pricer, shape: Shape) -> li
     elif layout.vpp == 1 and table.kinds and cut != "even":
         counts = _by_threshold(table, p) if cut == "threshold" else _balanced(table, pricer, shape, p)
     held = blocks_held(counts, layout.vpp)
-    return [_stage(table, numbers, i == 0, i == p - 1) for i, numbers in enumerate(held)]
+    return [Stage.holding(table, numbers, i == 0, i == p - 1) for i, numbers in enumerate(held)]
 
 
 def per_chunk(counts: Sequence[int], chunks: int) -> list[list[int]]:

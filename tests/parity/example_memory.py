@@ -5,9 +5,7 @@ Run under torchrun: example_memory.py experts|long_sequence; every rank says "pe
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +13,25 @@ import torch.distributed as dist
 from torch import nn
 
 import autopar
+from examples import experts as experts_example
+from examples import long_sequence as long_sequence_example
 from tests.peaks import peak_of_training
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 Case = tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]
 
 
 def experts(ranks: int) -> Case:
     """Experts over all ranks."""
-    example = importlib.import_module("experts")
-    ids = torch.randint(example.VOCAB, (example.BATCH, example.SEQ), generator=torch.Generator().manual_seed(0))
-    model = example.with_experts(example.build_model(), "grouped_mm")
+    ids = torch.randint(
+        experts_example.VOCAB, (experts_example.BATCH, experts_example.SEQ), generator=torch.Generator().manual_seed(0)
+    )
+    model = experts_example.with_experts(experts_example.build_model(), "grouped_mm")
     return model, {"input_ids": ids, "labels": ids.clone()}, {"ep": ranks, "expert_dispatch": "exchange"}
 
 
 def long_sequence(ranks: int) -> Case:
     """A ring of all ranks."""
-    model, batch = importlib.import_module("long_sequence").model_and_batch(2048)
+    model, batch = long_sequence_example.model_and_batch(2048)
     return model, batch, {"dp": 1, "cp": ranks, "tp": 1}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from autopar.asked import check_options, default_call, plan_options
 from autopar.choosing.crowded import crowded
-from autopar.choosing.offer import Terms, best_layout, may_be_staged
+from autopar.choosing.offer import Terms, best_layout, may_be_staged, trace_for_both
 from autopar.choosing.op_fixes import Answer, Attempt, Question, explained, resized
 from autopar.cluster import ClusterSpec
 from autopar.codegen.dump import dump_stages
@@ -93,12 +93,12 @@ def plan(
     if staged is not None:
         _no_dump(dump_dir)
         return staged
-    traced = _traced(model, call, precision)
+    rival, free = None, not pin and dump_dir is None and cluster.nodes > 1
+    traced, sample = trace_for_both(model, call, precision) if free else (_traced(model, call, precision), None)
     trace_s = time.perf_counter() - began
     options = plan_options(traced, cluster, global_batch, precision, optimizer, memory_limit_bytes, pin)
-    rival, free = None, not options.pin and dump_dir is None and cluster.nodes > 1
     if free and crowded(traced, cluster, options.memory_limit_bytes):
-        rival = best_layout(model, cluster, call, replace(terms, anyway=True), progress)
+        rival = best_layout(model, cluster, call, replace(terms, anyway=True), progress, sample)
     if rival is not None:
         return _faster(rival, traced, time_limit_s, progress)
     try:

@@ -22,6 +22,7 @@ from autopar.tracing.capture import capture, left_out_calls
 from autopar.tracing.leaves import input_leaves
 from autopar.tracing.recording import install_recording_hooks, wants_recording_hooks
 from autopar.tracing.repeated import LayerRuns, layer_runs, repeated_layers, with_layers
+from autopar.tracing.resized import resized
 from autopar.tracing.shadow import check_tensor, fake_like, make_shadow
 from autopar.tracing.types import (
     BufferInfo,
@@ -34,7 +35,7 @@ from autopar.tracing.types import (
     graph_hash,
     is_backward,
 )
-from autopar.tracing.unroll import make_template, unroll
+from autopar.tracing.unroll import Template, make_template, unroll
 
 __all__ = [
     "BufferInfo",
@@ -114,23 +115,68 @@ def trace_sample(
     return Sample(fewer, "", 0, 0, runs)
 
 
+def trace_and_sample(
+    model: nn.Module, example_inputs: Any, other_inputs: Any, *, precision: str = MODEL
+) -> tuple[Trace, Sample | None]:
+    """`trace`, and `trace_sample` for inputs of another batch, with one capture less: the two layers that prove the
+    unrolling are traced with the other batch, and show what the three are there (`autopar.tracing.resized`).
+
+    The sample is None where the model has no identical layers, or they do not say. Raises TraceError as `trace` does.
+    """
+    few = _few_layers(model, None, precision)
+    template = few and few.template(example_inputs)
+    two = few.two(other_inputs) if few and template else None
+    other = template and two and resized(template, two)
+    found = other and template and few and unroll(template, few.count)
+    if few and other and found:
+        return found, Sample(other, f"{few.path}.", 1, few.count)
+    found = few and template and few.unrolled(template, example_inputs)
+    return found or _trace_flat(model, example_inputs, None, precision), None
+
+
 def _trace_unrolled(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace | None:
     """The trace by way of three layers; None where the model has no such layers or they turn out to differ."""
+    few = _few_layers(model, device, precision)
+    template = few and few.template(example_inputs)
+    return few.unrolled(template, example_inputs) if few and template else None
+
+
+@dataclass(frozen=True)
+class _FewLayers:
+    """A model with only some of its `count` identical layers, which are in a list at `path`."""
+
+    model: nn.Module
+    path: str
+    count: int
+    device: str | None
+    precision: str
+
+    def template(self, example_inputs: Any) -> Template | None:
+        """Three layers; None where they turn out to differ."""
+        three = self._traced([0, self.count // 2, self.count - 1], example_inputs)
+        return None if three is None else make_template(three, f"{self.path}.")
+
+    def two(self, example_inputs: Any) -> Trace | None:
+        """The first and the last."""
+        return self._traced([0, self.count - 1], example_inputs)
+
+    def unrolled(self, template: Template, example_inputs: Any) -> Trace | None:
+        """All layers, if two are what three say that two are."""
+        two = self.two(example_inputs)
+        shorter = unroll(template, 2)
+        same = two is not None and shorter is not None and graph_hash(shorter) == graph_hash(two)
+        return unroll(template, self.count) if same else None
+
+    def _traced(self, layers: list[int], example_inputs: Any) -> Trace | None:
+        try:
+            return _trace_flat(with_layers(self.model, self.path, layers), example_inputs, self.device, self.precision)
+        except TraceError:
+            return None  # the flat trace says what is wrong, or works where fewer layers don't
+
+
+def _few_layers(model: nn.Module, device: str | None, precision: str) -> _FewLayers | None:
     repeated = repeated_layers(model) if isinstance(model, nn.Module) else None
-    if repeated is None:
-        return None
-    path, count = repeated
-    try:
-        three = _trace_flat(with_layers(model, path, [0, count // 2, count - 1]), example_inputs, device, precision)
-        two = _trace_flat(with_layers(model, path, [0, count - 1]), example_inputs, device, precision)
-    except TraceError:
-        return None  # the flat trace says what is wrong, or works where fewer layers don't
-    template = make_template(three, f"{path}.")
-    if template is None:
-        return None
-    shorter = unroll(template, 2)
-    same = shorter is not None and graph_hash(shorter) == graph_hash(two)
-    return unroll(template, count) if same else None
+    return None if repeated is None else _FewLayers(model, *repeated, device, precision)
 
 
 def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace:

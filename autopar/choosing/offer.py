@@ -15,9 +15,10 @@ from autopar.choosing.plan import STAGED_KEYS, choose, is_staged, staged_plan, w
 from autopar.cluster import ClusterSpec
 from autopar.errors import Infeasible, LayoutError
 from autopar.plans import PlanOptions
-from autopar.predicting.predict import Predictor, global_batch_of
+from autopar.predicting.predict import Predictor, call_to_sample, global_batch_of
 from autopar.stage_shapes import is_shaped
 from autopar.staged import StagedPlan
+from autopar.trace import Sample, Trace, trace, trace_and_sample
 
 
 def may_be_staged(
@@ -30,6 +31,15 @@ def may_be_staged(
         return not wish(pin, cluster, model, global_batch_of(call), optimizer).apart
     except LayoutError:
         return any(key in (pin or {}) for key in STAGED_KEYS)
+
+
+def trace_for_both(model: nn.Module, call: Call, precision: str) -> tuple[Trace, Sample | None]:
+    """The trace for a plan op by op, and where it costs nothing the sample for a plan by degrees."""
+    try:
+        _, other = call_to_sample(model, call)
+    except LayoutError:
+        return trace(model, call, precision=precision), None
+    return trace_and_sample(model, call, other, precision=precision)
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,12 @@ def best_layout(
     call: Call,
     terms: Terms,
     progress: Callable[[str], None] | None = None,
+    sample: Sample | None = None,
 ) -> StagedPlan | None:
-    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made."""
+    """The best layout, if it has stages, context ranks or micro-batches; None where a plan op by op is to be made.
+
+    sample: of `trace_for_both`, if there is one.
+    """
     limits: dict[str, Any] = {"optimizer": terms.optimizer, "memory_limit_bytes": terms.memory_limit_bytes}
     try:
         batch = global_batch_of(call)
@@ -64,7 +78,7 @@ def best_layout(
             return None
         began = time.perf_counter()
         predictor = Predictor(
-            model, cluster, example_inputs=call, global_batch=batch, precision=terms.precision, **limits
+            model, cluster, example_inputs=call, global_batch=batch, precision=terms.precision, sample=sample, **limits
         )
     except LayoutError:
         if any(key in (terms.pin or {}) for key in STAGED_KEYS):

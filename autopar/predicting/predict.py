@@ -68,7 +68,10 @@ class Prediction:
 
 
 class Predictor:
-    """Prices layouts of one model on one cluster; the model is traced once."""
+    """Prices layouts of one model on one cluster; the model is traced once.
+
+    sample: the trace, where the caller has it: of `call_to_sample`.
+    """
 
     def __init__(
         self,
@@ -82,15 +85,15 @@ class Predictor:
         optimizer: str = "adamw",
         memory_limit_bytes: int | None = None,
         run: Run | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self.cluster, self.global_batch = cluster, global_batch
         self.limit_bytes = checked_limit(memory_limit_bytes) or cluster.device.usable_bytes
         self.optimizer = OptimizerSpec(optimizer)
         self.heads, self.kv_heads = attention_heads(model)
-        batch = _prime_for(model, seq)
-        call = _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
+        batch, call = call_to_sample(model, example_inputs, seq)
         self._retrace = _Retrace(weakref.ref(model), call, precision)
-        self.sample = sample = trace_sample(model, call, precision=precision)
+        self.sample = sample = sample or trace_sample(model, call, precision=precision)
         self._traced_batch = batch
         self.run = run or Run.usual(keeps_scores(sample, _tokens(sample.trace.inputs)))
         self._read()
@@ -313,6 +316,12 @@ def checked_limit(limit_bytes: int | None) -> int | None:
     if limit_bytes is not None and limit_bytes <= 0:
         raise AutoparError(f"memory_limit_bytes must be positive, got {limit_bytes}")
     return limit_bytes
+
+
+def call_to_sample(model: nn.Module, example_inputs: Any = None, seq: int | None = None) -> tuple[int, Any]:
+    """A batch, an odd prime, and inputs of it: those a predictor traces a model with, in place of some or of none."""
+    batch = _prime_for(model, seq)
+    return batch, _with_batch(example_inputs, batch) if example_inputs is not None else inputs_for(model, batch, seq)
 
 
 def _prime_for(model: nn.Module, seq: int | None) -> int:

@@ -191,6 +191,23 @@ def unroll(template: Template, layers: int) -> Trace | None:
         return None
 
 
+def two_layers(template: Template) -> tuple[Trace, dict[fx.Node, fx.Node]] | None:
+    """`unroll` to two layers, and for every node of the template the node there that does the same.
+
+    The middle layer's is that of the layer it was found to be equal to, see `_match`.
+    """
+    unroller = _Unroller(template, 2)
+    try:
+        made = unroller.run()
+    except _NotUniform:
+        return None
+    stands_for = dict(unroller.rest)
+    for node, (phase, position, layer) in unroller.places.items():
+        equal = 0 if layer == 0 or (layer == 1 and phase == "backward") else 1
+        stands_for[node] = unroller.at[phase, position, equal]
+    return made, stands_for
+
+
 def fx_output(graph: fx.Graph) -> fx.Node:
     """The output node of a graph."""
     return next(iter(graph.find_nodes(op="output")))

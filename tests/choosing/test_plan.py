@@ -79,6 +79,10 @@ def test_more_samples_than_fit_at_once() -> None:
     assert isinstance(free, StagedPlan)
     assert free.micro_batches > 1 and free.predicted["peak_bytes"] <= limit
     assert free.bound_s <= free.objective_s and free.named.pp * free.named.cp == 1
+    guess = autopar.predict(model(), NODES, free.named, seq=SEQ, global_batch=1024)  # from a trace of its own
+    assert not isinstance(guess, list)
+    assert guess.step_time_s == pytest.approx(free.objective_s, rel=1e-10)
+    assert guess.peak_bytes == free.predicted["peak_bytes"]
 
 
 def test_a_pinned_micro_batch() -> None:

@@ -16,7 +16,7 @@ from autopar.dealing import fold_of
 from autopar.memory_types import MemoryEstimate
 from autopar.pins import Forbidden, PinRequest, resolve_pins
 from autopar.pins_by_stage import StageRoles, pins_by_stage
-from autopar.placements import State
+from autopar.placements import Fold, State
 from autopar.plan_types import Decisions
 from autopar.pricing import price
 from autopar.sharding import Pins, build_problem
@@ -83,8 +83,7 @@ class MeshSearch:
         asked = resolve_pins(request, trace, mesh) if stages is None else pins_by_stage(request, trace, mesh, stages)
         pins = _with_fixed(asked, settings.fixed_params)
         pins = pins if settings.forbidden is None else settings.forbidden.added_to(pins)
-        cuts_sequences = request.cuts_sequences or (stages is not None and stages.cut_sequences)
-        views = ViewMaps(mesh, fold_of(trace) if cuts_sequences else None)
+        views = ViewMaps(mesh, _fold(trace, request, stages))
         self.stated = build_problem(trace, self.costs, settings.optimizer, pins=pins, views=views)
         self.capacity = settings.memory_limit_bytes
         self.decisions: Decisions | None = None
@@ -234,3 +233,12 @@ def _with_fixed(pins: Pins, fixed: Mapping[str, State] | None) -> Pins:
     if fixed is None:
         return pins
     return replace(pins, allow_param=lambda param, state: state == fixed[param.fqn])
+
+
+def _fold(trace: Trace, request: PinRequest, stages: StageRoles | None) -> Fold | None:
+    """How sequences of several samples are cut: dealt out on context axes only, where attention has parts of them."""
+    roles = (request.roles,) if stages is None else stages.roles
+    if any("cp" in one for one in roles):
+        return fold_of(trace)
+    by_tensor = request.sequence_parallel and any("tp" in one for one in roles)
+    return trace.fold if by_tensor and trace.fold is not None and trace.fold.runs > 1 else None

@@ -27,6 +27,7 @@ from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
+from autopar.pin_stream import check_sequence, holds_stream_whole, stream_of
 from autopar.pin_vocabulary import holds_vocabulary_whole
 from autopar.placements import PARTIAL, State, in_groups, is_dealt, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
@@ -57,11 +58,6 @@ class PinRequest:
     expert_dispatch: str | None = None
     params: tuple[tuple[str, State], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def cuts_sequences(self) -> bool:
-        """Whether an axis is to cut the sequence."""
-        return "cp" in self.roles
 
     @property
     def empty(self) -> bool:
@@ -134,7 +130,7 @@ def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pi
     """The filters that a request puts on the problem of `trace` on `mesh`."""
     return Pins(
         allow_option=_option_filter(request, trace, mesh),
-        avoid_options=_avoided(request, trace),
+        avoid_options=_avoided(request, trace, mesh),
         allow_param=_param_filter(request, trace, mesh),
         recompute=_recompute_filter(request, trace),
     )
@@ -253,8 +249,9 @@ def _option_filter(
     return allow
 
 
-def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
-    """On context axes, options with whole sequences; on tensor axes, those with the whole vocabulary in a loss."""
+def _avoided(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> tuple[ChoiceFilter, ...]:
+    """On context axes, options with whole sequences; on tensor axes, those with the whole vocabulary in a loss, and
+    with `sp` those with whole sequences between products."""
     lead = lead_of(trace)
     if lead is None:
         return ()
@@ -264,6 +261,11 @@ def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
         found.append(lambda node, option: any(holds_sequences_whole(node, option, a, lead, params) for a in context))
     if tensor:
         found.append(lambda node, option: any(holds_vocabulary_whole(node, option, a, lead) for a in tensor))
+    if tensor and request.sequence_parallel:
+        stream = stream_of(trace, lead)
+        if stream:
+            check_sequence(lead[1], [n for n, role in zip(mesh, request.roles, strict=True) if role in ("cp", "tp")])
+        found.append(lambda node, option: any(holds_stream_whole(node, option, a, lead, stream) for a in tensor))
     return tuple(found)
 
 

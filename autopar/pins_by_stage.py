@@ -30,11 +30,6 @@ class StageRoles:
     roles: tuple[Roles, ...]
     of: Mapping[str, int | None]
 
-    @property
-    def cut_sequences(self) -> bool:
-        """Whether any stage cuts sequences."""
-        return any("cp" in roles for roles in self.roles)
-
     def kind(self, node: str) -> Roles:
         """What the axes are for where an op runs: identical layers are decided alike where these are the same."""
         stage = self.of.get(node)

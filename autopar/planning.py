@@ -170,13 +170,13 @@ def _usual(trace: Trace, settings: SearchSettings, deadline: float, known: MeshS
     found: list[MeshSearch] = []
     for index, pin in enumerate(pins):
         request = parse_pins(pin, settings.cluster.devices)
+        assert request.mesh is not None
         try:
             _check_batch(request, trace)
-        except PinError:
+            one = MeshSearch(trace, request.mesh, request, settings)
+        except PinError:  # the batch or the sequence cannot be cut so
             continue
         now = time.perf_counter()
-        assert request.mesh is not None
-        one = MeshSearch(trace, request.mesh, request, settings)
         best = min(([known] if known else []) + found, key=lambda t: t.objective_s, default=None)
         one.solve(now + max(0.0, deadline - now) / (len(pins) - index), best, explained=False)
         if one.decisions is not None:

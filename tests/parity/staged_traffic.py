@@ -69,9 +69,9 @@ def _assert_messages(plan: StagedPlan, made: StagedProgram, alike: bool) -> None
     item = getattr(torch, job.table.dtype).itemsize
     sent = [message for s in made.program.stages for message in (s.sends_forward, s.sends_backward) if message.values]
     found = {sum(t.numel() * item for t in message.tensors) for message in sent}
-    alike = (
-        alike and not plan.named.sp and plan.named.shapes is None
-    )  # `sp` allows that activations are cut by the sequence; what is sent may be whole
-    tensor = max(one.layout.tp for one in jobs)
-    assert found and max(found) <= paid * (tensor if plan.named.sp else 1), f"{found} bytes, paid for {paid}"
+    alike = alike and plan.named.shapes is None
+    unlike = (
+        1 if plan.named.shapes is None else max(one.layout.tp for one in jobs)
+    )  # the other stage may cut it smaller
+    assert found and max(found) <= paid * unlike, f"{found} bytes, paid for {paid}"
     assert not alike or found == {paid}, f"messages of {found} bytes, paid for {paid}"

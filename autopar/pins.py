@@ -27,7 +27,7 @@ from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
 from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
 from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
-from autopar.pin_stream import check_sequence, holds_stream_whole, stream_of
+from autopar.pin_stream import Stream
 from autopar.pin_vocabulary import holds_vocabulary_whole
 from autopar.placements import PARTIAL, State, in_groups, is_dealt, is_placement, shard_dim, shard_runs
 from autopar.rules import AxisRule, operands
@@ -128,11 +128,15 @@ def _placements(key: str, value: Any) -> State:
 
 def resolve_pins(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> Pins:
     """The filters that a request puts on the problem of `trace` on `mesh`."""
+    lead = lead_of(trace)
+    asked = request.sequence_parallel and "tp" in request.roles
+    stream = Stream.of(trace, request.roles, mesh, lead) if asked and lead is not None else None
     return Pins(
         allow_option=_option_filter(request, trace, mesh),
-        avoid_options=_avoided(request, trace, mesh),
+        avoid_options=(*_avoided(request, trace), *(() if stream is None else (stream.is_held_whole,))),
         allow_param=_param_filter(request, trace, mesh),
         recompute=_recompute_filter(request, trace),
+        fleeting=None if stream is None else stream.is_gathered,
     )
 
 
@@ -249,9 +253,8 @@ def _option_filter(
     return allow
 
 
-def _avoided(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> tuple[ChoiceFilter, ...]:
-    """On context axes, options with whole sequences; on tensor axes, those with the whole vocabulary in a loss, and
-    with `sp` those with whole sequences between products."""
+def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
+    """On context axes, options with whole sequences; on tensor axes, those with the whole vocabulary in a loss."""
     lead = lead_of(trace)
     if lead is None:
         return ()
@@ -261,11 +264,6 @@ def _avoided(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> tuple[
         found.append(lambda node, option: any(holds_sequences_whole(node, option, a, lead, params) for a in context))
     if tensor:
         found.append(lambda node, option: any(holds_vocabulary_whole(node, option, a, lead) for a in tensor))
-    if tensor and request.sequence_parallel:
-        stream = stream_of(trace, lead)
-        if stream:
-            check_sequence(lead[1], [n for n, role in zip(mesh, request.roles, strict=True) if role in ("cp", "tp")])
-        found.append(lambda node, option: any(holds_stream_whole(node, option, a, lead, stream) for a in tensor))
     return tuple(found)
 
 

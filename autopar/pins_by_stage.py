@@ -76,4 +76,8 @@ def pins_by_stage(request: PinRequest, trace: Trace, mesh: tuple[int, ...], stag
     def avoid(node: fx.Node, option: OpOption) -> bool:
         return any(one(node, option) for one in pins_of(node).avoid_options)
 
-    return Pins(allow, (avoid,), allow_param, of_stage[0].recompute, stages.kind)
+    def fleeting(node: fx.Node, state: State) -> bool:
+        found = pins_of(node).fleeting
+        return found is not None and found(node, state)
+
+    return Pins(allow, (avoid,), allow_param, of_stage[0].recompute, fleeting, stages.kind)

@@ -70,6 +70,7 @@ class Pins:
     avoid_options: tuple[ChoiceFilter, ...] = ()  # of the options that are allowed, those not to take
     allow_param: Callable[[ParamInfo, State], bool] | None = None
     recompute: Callable[[fx.Node], str | None] | None = None  # "keep", "recompute", "offload" or None
+    fleeting: Callable[[fx.Node, State], bool] | None = None  # whether copies of results in a state never wait
     kind: Callable[[str], object] | None = None  # of an op, by name: those of unlike kinds are no twins
 
 
@@ -129,8 +130,7 @@ def build_problem(
 class _Builder:
     def __init__(self, trace: Trace, costs: CostModel, optimizer: OptimizerSpec, pins: Pins, views: ViewMaps) -> None:
         self.trace, self.costs, self.optimizer, self.pins = trace, costs, optimizer, pins
-        self.mesh = costs.mesh
-        self.flow = Dataflow.of(trace)
+        self.mesh, self.flow = costs.mesh, Dataflow.of(trace)
         self.views = views
         self.ops: list[Op] = []
         self.values: list[Value] = []
@@ -149,7 +149,7 @@ class _Builder:
         self._gradient_operands: dict[str, Operand] = {}
         self.constant_bytes = 0
         self._stored: dict[tuple[object, ...], tuple[Choice, ...]] = {}
-        self._waiting = Waiting(costs, self.pins.recompute)
+        self._waiting = Waiting(costs, self.pins.recompute, self.pins.fleeting)
         self._known_preimages: dict[tuple[object, ...], dict[State, State]] = {}
 
     # -- the whole ---------------------------------------------------------------
@@ -293,7 +293,7 @@ class _Builder:
         results = [(i, t) for i, t in enumerate(result_metas(node)) if t is not None]
         values = [self._add_value(value_name(node, i), t) for i, t in results]
         for value in values:
-            self.values[value] = self._waiting.allowed(self.values[value], node)
+            self.values[value] = self._waiting.allowed(self.values[value], node, self.states[value])
         operand_values = [self.value_index[o.value] for o in operands]
         tables, twin = [self.states[v] for v in (*operand_values, *values)], self._twin(node.name)
         known = self._offers.get(twin)

@@ -10,18 +10,28 @@ from torch import fx
 from autopar.cost.model import CostModel
 from autopar.dataflow import is_backward, module_path
 from autopar.errors import PinError
+from autopar.placements import State
 from autopar.solver import Value
 
 
 class Waiting:
-    """What one problem allows. pinned: what a person fixed for the results of an op, see `autopar.sharding.Pins`."""
+    """What one problem allows. pinned: what a person fixed for the results of an op, fleeting: for copies of them; see
+    `autopar.sharding.Pins`."""
 
-    def __init__(self, costs: CostModel, pinned: Callable[[fx.Node], str | None] | None) -> None:
-        self.costs, self.pinned = costs, pinned
+    def __init__(
+        self,
+        costs: CostModel,
+        pinned: Callable[[fx.Node], str | None] | None,
+        fleeting: Callable[[fx.Node, State], bool] | None = None,
+    ) -> None:
+        self.costs, self.pinned, self.fleeting = costs, pinned, fleeting
         self._known: dict[int, tuple[float, ...]] = {}
 
-    def allowed(self, value: Value, node: fx.Node) -> Value:
-        """The result of `node` with the seconds that it takes to the host and back, per state, if it may go there."""
+    def allowed(self, value: Value, node: fx.Node, states: tuple[State, ...]) -> Value:
+        """The result of `node` with the seconds that it takes to the host and back, per state, if it may go there, and
+        with the states in which copies of it are always made anew."""
+        if self.fleeting is not None and not is_backward(node):
+            value = replace(value, fleeting=frozenset(i for i, s in enumerate(states) if self.fleeting(node, s)))
         wanted = self.pinned(node) if self.pinned is not None else None
         if wanted == "offload" and self.costs.host_bytes is None:
             raise PinError(

@@ -87,7 +87,7 @@ def complete(
             if use.rerun and use.op not in again:
                 continue
             wanted = problem.ops[use.op].choices[choices[use.op]].uses[use.slot]
-            if wanted in there and (v, wanted) in wished and value.may_keep:
+            if wanted in there and (v, wanted) in wished and value.keeps_copy(wanted):
                 copies.add((v, wanted))
             elif life.needs_keeping and (use.early or life.made_by not in again):
                 (gone if leaves else kept).add(v)
@@ -161,6 +161,9 @@ class _Pricing:
                 raise InvalidSolution(f"value {v} is kept but is not a value of the forward pass")
             if v in stay and not self.problem.values[v].may_keep:
                 raise InvalidSolution(f"value {self.problem.values[v].name!r} is kept but must not be")
+        for v, state in solution.kept_copies:
+            if not self.problem.values[v].keeps_copy(state):
+                raise InvalidSolution(f"a copy of value {self.problem.values[v].name!r} is kept but must not be")
         for v in solution.offloaded & solution.kept:
             raise InvalidSolution(f"value {self.problem.values[v].name!r} is both kept and offloaded: decide")
 

@@ -346,7 +346,7 @@ class _Costing:
     seconds: Floats
     blocked: npt.NDArray[np.bool_]
     offload: Floats
-    may_keep: bool
+    value: Value
     copied: Floats
     size: Floats
     part: float
@@ -370,13 +370,14 @@ class _Costing:
         away = value.offload_s is not None and any(life.needs_keeping for life in lives)
         offload = np.array(value.offload_s) * len(lives) if away else np.full(len(size), np.inf)
         ends = {k: _ends(some) for k, some in spans.items()}
-        return _Costing(seconds, blocked, offload, value.may_keep, copied, size, part, ends)
+        return _Costing(seconds, blocked, offload, value, copied, size, part, ends)
 
     def at(self, cost_scale: float, paid: Floats) -> _Costs:
         price = {k: float((paid[last + 1] - paid[first]).sum()) for k, (first, last) in self.spans.items()}
         kept = self.part * self.size * price["kept"]
         kept_copy = self.part * self.size * price["kept_copy"]
-        if not self.may_keep:
+        kept_copy[list(self.value.fleeting)] = IMPOSSIBLE
+        if not self.value.may_keep:
             kept, kept_copy = np.full_like(kept, IMPOSSIBLE), np.full_like(kept, IMPOSSIBLE)
         there = np.isfinite(self.offload)
         away = self.part * (cost_scale * np.where(there, self.offload, 0.0) + self.size * price["fetched"])

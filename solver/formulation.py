@@ -282,7 +282,7 @@ class Formulation:
         spans = [life.own_copy for life in rows.lives]
         copy, flows = self._add_copy(rows, takers, q, p, cost, spans, value.copy_bytes(q, p))
         later = [u for u in rows.later if u.wanted[p] >= 0]
-        if not later or not value.may_keep:
+        if not later or not value.keeps_copy(p):
             return
         source = copy
         if self.memory:

@@ -127,7 +127,7 @@ def value_kinds(problem: Problem, lives: tuple[ValueLife, ...]) -> Kinds:
         ]
         flags = (life.forward, life.needs_keeping, value.always_available, value.live_out, value.may_keep)
         costs = (value.state_bytes, id(value.convert_s), value.offload_s)
-        kind = (first[life.made_by], life.result, *uses, *costs, flags)
+        kind = (first[life.made_by], life.result, *uses, *costs, flags, value.fleeting)
         found.setdefault(kind, []).append(v)
     return list(found.values())
 

@@ -110,6 +110,7 @@ class Value:
     live_out: it must still be there after the last op (gradients).
     offload_s: seconds, per state, to copy it to the host and back; inf where that is impossible, None if it always is.
     may_keep: False if neither it nor copies of it may stay on the device from forward to backward.
+    fleeting: states in which no converted copy of it may: where one is wanted in the backward pass it is made again.
     """
 
     name: str
@@ -120,6 +121,11 @@ class Value:
     convert_workspace_bytes: np.ndarray | None = field(default=None, repr=False, compare=False)
     offload_s: tuple[float, ...] | None = None
     may_keep: bool = True
+    fleeting: frozenset[int] = frozenset()
+
+    def keeps_copy(self, state: int) -> bool:
+        """Whether a copy in this state may stay on the device from forward to backward."""
+        return self.may_keep and state not in self.fleeting
 
     def workspace_bytes(self, source: int, target: int) -> int:
         """Bytes beside source and target while the one is converted into the other."""

@@ -101,7 +101,9 @@ def with_offload(problem: Problem, seed: int) -> Problem:
             rng.choice((rng.randint(0, 48) / 64, np.inf if rng.random() < 0.2 else 0.5)) for _ in value.state_bytes
         )
         may_keep = rng.random() > 0.05
-        values.append(replace(value, offload_s=seconds if rng.random() < 0.8 else None, may_keep=may_keep))
+        fleeting = frozenset(i for i in range(len(value.state_bytes)) if rng.random() < 0.2)
+        offload_s = seconds if rng.random() < 0.8 else None
+        values.append(replace(value, offload_s=offload_s, may_keep=may_keep, fleeting=fleeting))
     ops = list(problem.ops)
     for o, op in enumerate(ops):
         if any(c.persistent_bytes for c in op.choices) and rng.random() < 0.7:

@@ -49,6 +49,10 @@ pytree = _torch_pytree  # registered by transformers for its outputs
 resolve_process_group = _resolve_process_group
 register_work: Callable[..., Any] = torch._C._distributed_c10d._register_work  # wait_tensor(x) waits for it, too
 default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
+# x @ weight.T + bias by oneDNN, called with (x, weight, bias, "none", [], ""); None where torch was built without it
+onednn_linear: Callable[..., Any] | None = (
+    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+)
 CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all  # raises where an element is false: in transformers
 
 # ---------------------------------------------------------------------------

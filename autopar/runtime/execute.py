@@ -13,10 +13,12 @@ from autopar._torch_compat import boxed_codegen
 from autopar.codegen.builder import GROUP_PREFIX, c10d
 from autopar.codegen.emit import EmittedProgram, Version
 from autopar.codegen.fold import fold
+from autopar.codegen.products import take_faster_products
 
 
 def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
-    """A copy of `graph` in which the tokens of mesh axes are the names of real process groups."""
+    """A copy of `graph` to run: the tokens of mesh axes are the names of real process groups, products by the faster
+    library."""
 
     def bound(argument: Any) -> Any:
         if isinstance(argument, str) and argument.startswith(GROUP_PREFIX):
@@ -29,6 +31,7 @@ def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
         if node.op == "call_function":
             node.args = tuple(bound(a) for a in node.args)
             node.kwargs = {k: bound(v) for k, v in node.kwargs.items()}
+    take_faster_products(copy)
     return copy
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  defines its grouped products
 from torch import fx, nn
 
 import autopar
 from autopar._torch_compat import onednn_linear
+from autopar.codegen import grouped as grouped  # defines the ops
 from autopar.codegen.products import take_faster_products
 
 aten = torch.ops.aten
@@ -69,6 +71,22 @@ def test_other_products_are_left(operands: tuple[torch.Tensor, ...]) -> None:
     module, taken = product(*operands)
     assert not taken
     assert torch.isfinite(module(*operands)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ends", [[300, 300, 700], [0, 512, 512], [900, 1000, 1200], [8, 16, 24]])
+def test_grouped_products_are_those_of_transformers(ends: list[int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g, w = (torch.randn(s, dtype=dtype, generator=generator) for s in ((1200, 512), (1200, 256), (3, 256, 512)))
+    given = (x, w.transpose(1, 2), torch.tensor(ends))
+    theirs, ours = torch.ops.transformers, torch.ops.autopar
+    close = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-11}
+    torch.testing.assert_close(ours.grouped_product(*given), theirs.grouped_mm_fallback(*given), **close)
+    for made, expected in zip(
+        ours.grouped_product_backward(*given, g), theirs.grouped_mm_fallback_backward(*given, g), strict=True
+    ):
+        torch.testing.assert_close(made, expected, **close)
+        assert made.stride() == expected.stride()
 
 
 class Mlp(nn.Module):

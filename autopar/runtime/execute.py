@@ -13,6 +13,7 @@ from autopar._torch_compat import boxed_codegen
 from autopar.codegen.builder import GROUP_PREFIX, c10d
 from autopar.codegen.emit import EmittedProgram, Version
 from autopar.codegen.fold import fold
+from autopar.codegen.grouped import take_grouped_products
 from autopar.codegen.products import take_faster_products
 
 
@@ -32,6 +33,7 @@ def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
             node.args = tuple(bound(a) for a in node.args)
             node.kwargs = {k: bound(v) for k, v in node.kwargs.items()}
     take_faster_products(copy)
+    take_grouped_products(copy)
     return copy
 
 

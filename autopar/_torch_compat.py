@@ -50,14 +50,11 @@ resolve_process_group = _resolve_process_group
 register_work: Callable[..., Any] = torch._C._distributed_c10d._register_work  # wait_tensor(x) waits for it, too
 default_store: Callable[[], Any] = _get_default_store  # the key-value store of the running process group
 # x @ weight.T + bias by oneDNN, called with (x, weight, bias, "none", [], ""); None where torch was built without it
-onednn_linear: Callable[..., Any] | None = (
-    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-)
+onednn_linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all  # raises where an element is false: in transformers
 
 # ---------------------------------------------------------------------------
 # Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.
-# ---------------------------------------------------------------------------
 
 _CAPTURE_DYNAMO_CONFIG: dict[str, Any] = {
     "assume_static_by_default": True,
@@ -309,7 +306,6 @@ def _rule_of(
     return taken, names  # type: ignore[return-value]
 
 
-# ---------------------------------------------------------------------------
 # Execution and simulation. Used by autopar.codegen, autopar.runtime and autopar.verification.
 
 

@@ -14,12 +14,13 @@ from autopar.codegen.builder import GROUP_PREFIX, c10d
 from autopar.codegen.emit import EmittedProgram, Version
 from autopar.codegen.fold import fold
 from autopar.codegen.grouped import take_grouped_products
+from autopar.codegen.images import put_channels_innermost
 from autopar.codegen.products import take_faster_products
 
 
 def bind_groups(graph: fx.Graph, group_names: Sequence[str]) -> fx.Graph:
-    """A copy of `graph` to run: the tokens of mesh axes are the names of real process groups, products by the faster
-    library."""
+    """A copy of `graph` to run: the tokens of mesh axes are the names of real process groups, and ops are done in the
+    way that is fastest on the device."""
 
     def bound(argument: Any) -> Any:
         if isinstance(argument, str) and argument.startswith(GROUP_PREFIX):
@@ -74,8 +75,11 @@ class RankProgram:
         self.group_names = tuple(group_names)
         forward = bind_groups(emitted.forward, group_names)
         self.under_way = hand_out_early(forward, emitted.whole_outputs)
+        put_channels_innermost(forward, results=len(emitted.output_names))
+        backward = bind_groups(emitted.backward, group_names)
+        put_channels_innermost(backward, results=len(emitted.grads))
         self.folded_forward = fold(forward)
-        self.folded_backward = fold(bind_groups(emitted.backward, group_names))
+        self.folded_backward = fold(backward)
 
     @cached_property
     def forward_module(self) -> fx.GraphModule:

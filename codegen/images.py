@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-_CONVOLUTIONS = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}  # operands: images
-_WEIGHT_GRADIENT = 1  # of the results of convolution_backward
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+_OF_WEIGHT = 1  # of the results of convolution_backward
 # Ops, beside those on single elements, that give images with channels innermost what they are given so, by kernels
 # that are no slower than for the usual order.
 _ANY_ORDER = frozenset(
@@ -41,6 +41,7 @@ _ANY_ORDER = frozenset(
         aten.sum.dim_IntList,
         aten.unsqueeze.default,
         aten.expand.default,
+        aten.slice.Tensor,
     }
 )
 
@@ -50,14 +51,14 @@ def put_channels_innermost(graph: fx.Graph, results: int) -> None:
 
     results: how many of the first results somebody else gets: they are in the usual order.
     """
-    called = [n for n in graph.nodes if n.op == "call_function"]
-    convolutions = [n for n in called if n.target in _CONVOLUTIONS]
+    convolutions = [n for n in graph.nodes if n.target in _CONVOLUTIONS]
     if not convolutions or not all(map(_is_plain, convolutions)):
         return
-    if not all(_takes_any_order(n) for n in called if any(map(_is_image, _tensors(n)))):
+    images = _images(graph, convolutions)
+    if not all(_takes_any_order(n) for n in graph.nodes if n.op == "call_function" and images & {*n.all_input_nodes}):
         return
     for node in convolutions:
-        for index in _CONVOLUTIONS[node.target]:
+        for index in _image_places(node):
             image = node.args[index]
             assert isinstance(image, fx.Node)
             node.update_arg(index, _in_order(graph, image, node, torch.channels_last))
@@ -71,14 +72,42 @@ def put_channels_innermost(graph: fx.Graph, results: int) -> None:
     end.args = (tuple(handed_out),)
 
 
+def _images(graph: fx.Graph, convolutions: list[fx.Node]) -> set[fx.Node]:
+    """Tensors that may come to have channels innermost: what is given, and what is made of it, but weights."""
+    weights: set[fx.Node] = set()  # and what they are gathered from
+    left = [w for n in convolutions for w in n.args[len(_image_places(n)) :] if isinstance(w, fx.Node)]
+    while left:
+        weights.add(weight := left.pop())
+        left += [w for w in weight.all_input_nodes if w not in weights]
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        of_weights = node in weights or _is_weight_gradient(node)
+        given = node.op == "placeholder" or node.target in _CONVOLUTIONS or found & {*node.all_input_nodes}
+        if given and not of_weights and any(map(_is_image, _made(node))):
+            found.add(node)
+    return found
+
+
+def _image_places(convolution: fx.Node) -> tuple[int, ...]:
+    """Which of its arguments are images; they come first."""
+    return (0, 1) if convolution.target is aten.convolution_backward.default else (0,)
+
+
+def _is_weight_gradient(node: fx.Node) -> bool:
+    if node.target is not operator.getitem:
+        return False
+    of, index = node.args
+    return isinstance(of, fx.Node) and of.target is aten.convolution_backward.default and bool(index == _OF_WEIGHT)
+
+
 def _takes_any_order(node: fx.Node) -> bool:
-    return node.target in _ANY_ORDER or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return bool(node.target in _ANY_ORDER or torch.Tag.pointwise in getattr(node.target, "tags", ()))
 
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether it is a convolution in two dimensions, in float32 on a CPU, without groups, not transposed."""
     transposed, groups = (node.args[6], node.args[8]) if len(node.args) == 9 else (node.args[7], node.args[9])
-    image = next(_tensors(node.all_input_nodes[0]))
+    image = next(_made(node.all_input_nodes[0]))
     known = image.device.type == "cpu" and image.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return bool(known and image.dim() == 4 and not transposed and groups == 1)
 
@@ -86,7 +115,7 @@ def _is_plain(node: fx.Node) -> bool:
 def _keep_order_of_weights(graph: fx.Graph, node: fx.Node) -> None:
     """A weight's gradient comes in the order of the images: optimizers want it in the order of the weight."""
     for result in list(node.users):
-        if result.args[1] == _WEIGHT_GRADIENT:
+        if _is_weight_gradient(result):
             users = list(result.users)
             ordered = _in_order(graph, result, result.next, torch.contiguous_format)
             for user in users:
@@ -101,11 +130,9 @@ def _in_order(graph: fx.Graph, image: fx.Node, before: fx.Node, order: torch.mem
     return new
 
 
-def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
-    """What it makes and takes."""
-    for at in (node, *node.all_input_nodes):
-        value = at.meta.get("val")
-        yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor))
+def _made(node: fx.Node) -> Iterator[torch.Tensor]:
+    value = node.meta.get("val")
+    yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor))
 
 
 def _is_image(tensor: torch.Tensor) -> bool:

@@ -61,8 +61,11 @@ class Search:
     for, which may come from a search on the same problem with another capacity.
     """
 
-    def __init__(self, problem: Problem, *, gap: float, progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(
+        self, problem: Problem, *, gap: float, progress: Callable[[Progress], None] | None = None, whole: bool = False
+    ) -> None:
         check_problem(problem)
+        self._whole = whole
         self.problem, self.gap, self.progress = problem, gap, progress
         self.clock, self.cutoff_s = Clock(None), math.inf
         self.lives = lifetimes(problem)
@@ -167,7 +170,7 @@ class Search:
         self._report("memory free, relaxed")
 
     def is_small(self) -> bool:
-        return self.size() <= SMALL
+        return self._whole or self.size() <= SMALL
 
     def size(self) -> int:
         return sum(len(op.choices) for op in self.problem.ops)
@@ -194,7 +197,7 @@ class Search:
         """The cheapest within `limit` (None: memory is free)."""
         narrowing = self._narrowed
         found = self.turns or self._take_turns()
-        if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED and not self._has_cutoff():
+        if found.relaxed.status == "optimal" and found.relaxed.excess > EXCEEDED and self.cutoff_s == math.inf:
             assert limit is not None
             before = list(self.allowed)
             self._check_feasible(limit)
@@ -210,7 +213,7 @@ class Search:
             self._raise_bound(min(proven, found.bound))
             self._report("bound tightened")
             self._widen(narrowing, found, proven)
-        if self.best is None and not self._has_cutoff():
+        if self.best is None and self.cutoff_s == math.inf:
             self._find_first() if limit is None else self._find_any(limit)
 
     def _take_turns(self) -> Narrowed:
@@ -354,9 +357,6 @@ class Search:
         """What a solution must cost less than to be of interest, in model units."""
         best_s = math.inf if self.best is None else self.best[1].cost_s
         return min(best_s, self.cutoff_s) * self.cost_scale
-
-    def _has_cutoff(self) -> bool:
-        return self.cutoff_s < math.inf
 
     def _enough(self) -> float:
         """A bound, in model units, that leaves nothing of interest."""

@@ -20,6 +20,7 @@ def solve(
     progress: Callable[[Progress], None] | None = None,
     cutoff_s: float = math.inf,
     paid_s: Floats | None = None,
+    whole: bool = False,
 ) -> SolveResult:
     """The cheapest solution within the capacity, to a relative `gap`.
 
@@ -27,11 +28,12 @@ def solve(
     proven; without a cutoff, finding a first one may take longer than the limit.
 
     cutoff_s: only solutions cheaper than this (by more than the gap) are of interest. paid_s:
-    prices of memory to start from (see `SolveResult.paid_s`), a guess that only saves time.
+    prices of memory to start from (see `SolveResult.paid_s`), a guess that only saves time. whole:
+    do not narrow the choices first, for a problem with few conversions, whose LP is fast anyway.
 
     Raises InfeasibleProblem; with a cutoff, NothingCheaper.
     """
-    search = Search(problem, gap=gap, progress=progress)
+    search = Search(problem, gap=gap, progress=progress, whole=whole)
     search.look(paid_s, time_limit_s=time_limit_s)
     left_s = None if time_limit_s is None else time_limit_s - search.clock.elapsed_s()
     return search.finish(cutoff_s=cutoff_s, time_limit_s=left_s)

@@ -64,7 +64,7 @@ def tensor_axis(trace: Trace, cluster: ClusterSpec, tokens: int) -> TensorAxis:
     views = MergedDims(costs.mesh)
     stated = build_problem(trace, costs, OptimizerSpec("none"), pins=pins, views=views)
     stated = _with_packed_cats(stated, trace, views)
-    found = solve(_only_sums(stated, trace), time_limit_s=_TIME_LIMIT_S, gap=_GAP)
+    found = solve(_only_sums(stated, trace), time_limit_s=_TIME_LIMIT_S, gap=_GAP, whole=True)
     return _read(trace, stated.decisions(found.solution))
 
 

@@ -100,6 +100,14 @@ def test_choices_that_come_in_by_price(small_transformer, fraction: float, monke
     assert priced.objective_s == pytest.approx(direct.objective_s, rel=2e-4)
 
 
+def test_all_choices_at_once_where_asked_for(small_transformer, monkeypatch) -> None:
+    direct = solve(small_transformer)
+    monkeypatch.setattr("autopar.solver.search.SMALL", 0)
+    narrowed, whole = solve(small_transformer), solve(small_transformer, whole=True)
+    assert whole.stats["free_columns"] > narrowed.stats["free_columns"]
+    assert (whole.objective_s, whole.solution) == (direct.objective_s, direct.solution)
+
+
 def test_choices_that_come_in_by_price_equal_brute_force(monkeypatch) -> None:
     monkeypatch.setattr("autopar.solver.search.SMALL", 0)
     for seed in feasible_seeds(25):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
@@ -53,8 +54,7 @@ default_store: Callable[[], Any] = _get_default_store  # the key-value store of 
 onednn_linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 CHECK_OF_VALUES: Callable[..., None] = torch._check_tensor_all  # raises where an element is false: in transformers
 
-# ---------------------------------------------------------------------------
-# Capture: Dynamo and AOTAutograd. Used by autopar.tracing only.
+# --- Capture: Dynamo and AOTAutograd (used by autopar.tracing only) ----------------------
 
 _CAPTURE_DYNAMO_CONFIG: dict[str, Any] = {
     "assume_static_by_default": True,
@@ -101,8 +101,8 @@ def capture_environment(ignored_calls: set[Callable[..., Any]]) -> Iterator[None
     """The process-wide state a capture wants, put back at the end.
 
     Static shapes, gradients on, no autocast, no ambient dispatch modes, an empty Dynamo cache before and after, calls
-    to `ignored_calls` (logging) left out of the graph, no code written for graphs that nobody calls, and torch's own
-    error log kept quiet: its text goes into the exception.
+    to `ignored_calls` (logging) left out of the graph, no code written for graphs that nobody calls, no source files
+    read for the names in a log that is off, and torch's own error log kept quiet: its text goes into the exception.
     """
     fake_log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = fake_log.disabled
@@ -115,6 +115,7 @@ def capture_environment(ignored_calls: set[Callable[..., Any]]) -> Iterator[None
             torch._dynamo.config.patch({**_CAPTURE_DYNAMO_CONFIG, "ignore_logging_functions": ignored}),
             torch.enable_grad(),
             _use_lazy_graph_module(True),
+            patch.object(torch._dynamo.symbolic_convert, "get_funcname", lambda *_: None),
         ):
             yield
     finally:
@@ -306,7 +307,7 @@ def _rule_of(
     return taken, names  # type: ignore[return-value]
 
 
-# Execution and simulation. Used by autopar.codegen, autopar.runtime and autopar.verification.
+# --- Execution and simulation (used by autopar.codegen, .runtime and .verification) -------
 
 
 def boxed_codegen() -> Any:

@@ -69,8 +69,8 @@ class Operand:
     @property
     def tensor(self) -> torch.Tensor:
         """The fake tensor at the end of the chain."""
-        last = self.views[-1] if self.views else View(self.node, self.index)
-        tensor = result_metas(last.node)[last.index]
+        node, index = (self.views[-1].node, self.views[-1].index) if self.views else (self.node, self.index)
+        tensor = result_metas(node)[index]
         assert tensor is not None
         return tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import fx
@@ -18,10 +19,16 @@ from autopar.rules.types import AxisRule, InnerCollective
 
 def local_bytes(tensor: torch.Tensor, state: State, mesh: Sequence[int]) -> int:
     """Bytes a rank holds of a tensor in a state."""
-    local = local_shape(tensor.shape, state, mesh)
+    return _numbers(tensor.shape, state, tuple(mesh)) * tensor.element_size()
+
+
+@cache
+def _numbers(shape: torch.Size, state: State, mesh: tuple[int, ...]) -> int:
+    """How many of a tensor a rank holds; asked for every option of every op, and there are few shapes."""
+    local = local_shape(shape, state, mesh)
     if local is None:
-        raise ValueError(f"{tuple(tensor.shape)} cannot be cut as {state} on mesh {tuple(mesh)}")
-    return math.prod(local) * tensor.element_size()
+        raise ValueError(f"{tuple(shape)} cannot be cut as {state} on mesh {mesh}")
+    return math.prod(local)
 
 
 def op_flops_of(node: fx.Node) -> int:
@@ -100,10 +107,12 @@ def inner_steps(
 
 
 def compute_dtype(node: fx.Node, operands: Sequence[Operand]) -> str:
-    """The dtype whose peak rate applies, e.g. "bfloat16"."""
-    tensors = [o.tensor for o in operands if o.tensor.is_floating_point()]
-    tensors = tensors or [t for t in result_metas(node) if t is not None]
-    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+    """The dtype whose peak rate applies, e.g. "bfloat16", cached on the node."""
+    if "compute_dtype" not in node.meta:
+        tensors = [o.tensor for o in operands if o.tensor.is_floating_point()]
+        tensors = tensors or [t for t in result_metas(node) if t is not None]
+        node.meta["compute_dtype"] = str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+    return str(node.meta["compute_dtype"])
 
 
 def _inner_bytes(

@@ -238,17 +238,22 @@ def _sums(step: Step) -> bool:
 
 
 def _workspace(made: Conversions, by_exchange: bool) -> np.ndarray:
+    """Beyond the result itself, the most bytes alive on the way from each state to each other."""
     found = np.zeros(made.cost_s.shape, dtype=np.int64)
     size = dict(zip(made.states, made.state_bytes, strict=True))
-    for i, source in enumerate(made.states):
-        for j, target in enumerate(made.states):
-            if i == j or not np.isfinite(made.cost_s[i, j]):
-                continue
-            worst = 0
-            for step in made.path(source, target):
-                between = size[step.before] if step.before != source else 0
-                worst = max(worst, between + _step_peak(step, size, by_exchange) - size[target])
-            found[i, j] = worst
+    index = {state: i for i, state in enumerate(made.states)}
+    for i, row in enumerate(made._previous):
+        most = {i: 0}  # bytes alive at once on the way to a state, what it starts from not counted
+        for target in range(len(row)):
+            way, at = [], target
+            while at not in most and (step := row[at]) is not None:
+                way.append((at, step))
+                at = index[step.before]
+            for here, step in reversed(way):
+                before = index[step.before]
+                between = 0 if before == i else made.state_bytes[before]
+                most[here] = max(most[before], between + _step_peak(step, size, by_exchange))
+            found[i, target] = max(0, most.get(target, 0) - made.state_bytes[target])
     return found
 
 

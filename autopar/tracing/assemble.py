@@ -21,7 +21,7 @@ from autopar.tracing.shadow import Shadow
 from autopar.tracing.types import BufferInfo, ConstantInfo, FixedInput, InputInfo, OutputInfo, ParamInfo, Trace
 
 _PREFIX = re.compile(r"^captured\.model\.")
-_KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr")
+KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr")
 _MODULE = re.compile(r"\['([^']+)'\]|\[(\d+)\]")
 
 
@@ -213,7 +213,7 @@ class _Assembler:
     def _placeholder(self, old: fx.Node, name: str) -> fx.Node:
         node = self.graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
         node.target = node.name  # the name of the function's argument: as unique as the node's
-        node.meta = {k: v for k, v in old.meta.items() if k in _KEPT_META}
+        node.meta = {k: v for k, v in old.meta.items() if k in KEPT_META}
         self.new[old] = node
         return node
 
@@ -223,7 +223,7 @@ class _Assembler:
         backward = [n for n in old_nodes if n.meta["phase"] == "backward"]
         for old in itertools.chain(forward, backward):
             node = self.graph.node_copy(old, self.new.__getitem__)
-            node.meta = {k: v for k, v in old.meta.items() if k in _KEPT_META}
+            node.meta = {k: v for k, v in old.meta.items() if k in KEPT_META}
             self.new[old] = node
 
     def _params(self) -> tuple[ParamInfo, ...]:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import graph_module, pytree
+from autopar.tracing.assemble import KEPT_META
 from autopar.tracing.types import Trace, graph_hash
 from autopar.tracing.unroll import Template, two_layers
 
@@ -97,7 +98,7 @@ def _dressed(trace: Trace, pair: _Pairs, source: Trace) -> Trace:
             leaves = [copies[a] if isinstance(a, fx.Node) else b for a, b in zip(mine, numbers, strict=True)]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
         copies[node] = copy = graph.create_node(node.op, node.target, args, kwargs, node.name)
-        copy.meta = {**node.meta, "val": other.meta.get("val")}
+        copy.meta = {k: v for k, v in node.meta.items() if k in KEPT_META} | {"val": other.meta.get("val")}
     made = {n.name: n for n in graph.nodes}
     graph.output_node().meta["val"] = tuple(made[name].meta["val"] for name in trace.results)
     constants = (

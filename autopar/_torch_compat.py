@@ -153,7 +153,6 @@ def recorded_node_meta() -> Iterator[None]:
 
 
 # --- DTensor's sharding rules (used by autopar.rules) ------------------------------------
-#
 # Tested with torch 2.13. `ShardingPropagator.op_single_dim_strategy_funcs` and
 # `.op_strategy_funcs` are the registries; neither is public.
 

@@ -104,12 +104,14 @@ def trace_sample(
 ) -> Sample:
     """Trace `model` with the first, a middle and the last of its identical layers; all of it where it has none.
 
+    Attention that the model writes out stays so: a sample is for figures of how the model runs as it is.
     Raises TraceError as `trace` does.
     """
     runs = layer_runs(model) if isinstance(model, nn.Module) else None
     if runs is None or len(runs.kept()) == runs.count:
-        return Sample(_trace_flat(model, example_inputs, None, precision), "", 0, 0)
-    fewer = _trace_flat(with_layers(model, runs.path, list(runs.kept())), example_inputs, None, precision)
+        return Sample(_trace_flat(model, example_inputs, None, precision, join_attention=False), "", 0, 0)
+    sampled = with_layers(model, runs.path, list(runs.kept()))
+    fewer = _trace_flat(sampled, example_inputs, None, precision, join_attention=False)
     if len(runs.lengths) == 1:
         return Sample(fewer, f"{runs.path}.", 1, runs.count)
     return Sample(fewer, "", 0, 0, runs)
@@ -179,7 +181,9 @@ def _few_layers(model: nn.Module, device: str | None, precision: str) -> _FewLay
     return None if repeated is None else _FewLayers(model, *repeated, device, precision)
 
 
-def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, precision: str) -> Trace:
+def _trace_flat(
+    model: nn.Module, example_inputs: Any, device: str | None, precision: str, join_attention: bool = True
+) -> Trace:
     args, kwargs = _checked(model, example_inputs)
     check_parameters(model, precision)
     if device is not None and not has_device(torch.device(device).type):
@@ -192,11 +196,11 @@ def _trace_flat(model: nn.Module, example_inputs: Any, device: str | None, preci
                 raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
     with capture_environment(left_out_calls()):
         try:
-            return _captured(model, (args, kwargs), leaves, device, precision)
+            return _captured(model, (args, kwargs), leaves, device, (precision, join_attention))
         except TraceError as error:
             if not wants_recording_hooks(error):
                 raise
-        return _captured(model, (args, kwargs), leaves, device, precision, recording=True)
+        return _captured(model, (args, kwargs), leaves, device, (precision, join_attention), recording=True)
 
 
 def _captured(
@@ -204,17 +208,20 @@ def _captured(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     leaves: dict[str, Any],
     device: str | None,
-    precision: str,
+    how: tuple[str, bool],
     recording: bool = False,
 ) -> Trace:
-    """Capture a copy of the model; recording: with the hooks that transformers would install at its first call."""
+    """Capture a copy of the model. how: precision, and whether attention is joined; recording: with the hooks that
+    transformers would install at its first call."""
     mode = fake_tensor_mode()
     shadow = make_shadow(model, mode, device)
     if recording:
         install_recording_hooks(shadow.module)
     # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, mode, device), call)
-    return assemble(capture(shadow.module, args, kwargs, mode, autocast_dtype(precision)), model, shadow, leaves)
+    precision, join_attention = how
+    raw = capture(shadow.module, args, kwargs, mode, autocast_dtype(precision), join_attention)
+    return assemble(raw, model, shadow, leaves)
 
 
 def _checked(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

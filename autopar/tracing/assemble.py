@@ -21,7 +21,7 @@ from autopar.tracing.shadow import Shadow
 from autopar.tracing.types import BufferInfo, ConstantInfo, FixedInput, InputInfo, OutputInfo, ParamInfo, Trace
 
 _PREFIX = re.compile(r"^captured\.model\.")
-KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr")
+KEPT_META = ("val", "phase", "module_path", "stack_trace", "seq_nr", "custom")
 _MODULE = re.compile(r"\['([^']+)'\]|\[(\d+)\]")
 
 

@@ -7,8 +7,8 @@ most so many behind) `autopar::block_attention` does, which computes what is see
 order of sums: what the mask hid had weight 0.
 
 What is known of a mask follows from small tensors that depend on no input (positions, packed-sequence numbers), which
-are computed here, and from how comparisons, conjunctions and `where` combine them. The mask itself is never made: it
-has as many elements as there are pairs of tokens.
+are computed here, and from how comparisons, conjunctions and `where` combine them. So the mask itself is not made: it
+has as many elements as there are pairs of tokens. But one that is cut out of ones (`tril`, `triu`) and small is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ _POSITIONS = (
     aten.slice.Tensor, aten.select.int, aten.view.default, aten.cat.default, aten.sub.Tensor, aten.add.Tensor,
     aten.mul.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Scalar, aten.cumsum.default, aten.index.Tensor,
     aten.full.default, aten.zeros.default, aten.ones.default, aten.new_ones.default, aten.scalar_tensor.default,
-    aten._to_copy.default,
+    aten._to_copy.default, aten.tril.default, aten.triu.default, aten.logical_not.default, aten.bitwise_not.default,
+    aten.clone.default,
 )  # fmt: skip
+_NOTS = (aten.logical_not.default, aten.bitwise_not.default)
+_ORS = (aten.bitwise_or.Tensor, aten.logical_or.default)
+_INVERSE = {
+    aten.le.Tensor: aten.gt.Tensor, aten.gt.Tensor: aten.le.Tensor, aten.lt.Tensor: aten.ge.Tensor,
+    aten.ge.Tensor: aten.lt.Tensor,
+}  # fmt: skip
+_COMPARISONS = (*_INVERSE, aten.eq.Tensor)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class _Facts:
 
     def __init__(self) -> None:
         self.values: dict[fx.Node, torch.Tensor | None] = {}
-        self.masks: dict[fx.Node, Mask | None] = {}
+        self.masks: dict[tuple[fx.Node, bool], Mask | None] = {}
 
     def value(self, node: Any) -> torch.Tensor | None:
         """The numbers of a small tensor that depends on no input, on the CPU."""
@@ -109,26 +117,29 @@ class _Facts:
         result: torch.Tensor = node.target(*args, **kwargs)
         return result
 
-    def mask(self, node: fx.Node) -> Mask | None:
-        """What a mask lets through, if that is known: True or 0 lets through, False and -inf do not."""
-        if node not in self.masks:
-            self.masks[node] = self._mask(node)
-        return self.masks[node]
+    def mask(self, node: fx.Node, inverted: bool = False) -> Mask | None:
+        """What a mask, or its inverse, lets through, if that is known: True or 0 lets through, False and -inf not."""
+        if (node, inverted) not in self.masks:
+            self.masks[node, inverted] = self._mask(node, inverted)
+        return self.masks[node, inverted]
 
-    def _mask(self, node: fx.Node) -> Mask | None:
-        target = node.target
+    def _mask(self, node: fx.Node, inverted: bool) -> Mask | None:
+        target, is_bool = node.target, node.meta["val"].dtype == torch.bool
         if target in _SPREADS and _keeps_last_two_dims(node):
-            return self.mask(node.args[0])  # type: ignore[arg-type]
-        if target in _ANDS:
-            sides = [self.mask(side) for side in node.args]  # type: ignore[arg-type]
+            return self.mask(node.args[0], inverted)  # type: ignore[arg-type]
+        if target in _NOTS and is_bool:
+            return self.mask(node.args[0], not inverted)  # type: ignore[arg-type]
+        if (target in (_ORS if inverted else _ANDS) and is_bool) or (target is aten.add.Tensor and _is_sum(node)):
+            sides = [self.mask(side, inverted) for side in node.args]  # type: ignore[arg-type]
             left, right = sides
             return None if left is None or right is None else left.both(right)
-        if target is aten.where.self:
+        if target is aten.where.self and not inverted:
             return self._bias(*node.args)
-        if target in (aten.le.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.gt.Tensor, aten.eq.Tensor):
-            return self._comparison(target, *node.args)
+        if target in _COMPARISONS:
+            compared = _INVERSE.get(target) if inverted else target
+            return None if compared is None else self._comparison(compared, *node.args)
         known = self.value(node)
-        return ALL if known is not None and known.dtype == torch.bool and bool(known.all()) else None
+        return None if known is None else _of_values(known != inverted if is_bool else known)
 
     def _bias(self, condition: Any, shown: Any, hidden: Any) -> Mask | None:
         """`where(mask, 0, -inf)`, or the lowest number there is."""
@@ -176,6 +187,42 @@ def _counts(positions: torch.Tensor, dim: int) -> bool:
         return False
     rows = positions.transpose(dim, -1)
     return bool((rows == torch.arange(positions.shape[dim], dtype=positions.dtype)).all())
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two masks of floating-point numbers."""
+    operands = [n.meta["val"] for n in node.args if isinstance(n, fx.Node)]
+    return len(operands) == 2 and not node.kwargs and all(v.is_floating_point() and v.dim() > 1 for v in operands)
+
+
+def _of_values(mask: torch.Tensor) -> Mask | None:
+    """What a mask of known numbers lets through: everything, or a band along the diagonal."""
+    shown = mask
+    if mask.is_floating_point():
+        shown = mask == 0
+        if not bool((shown | (mask <= torch.finfo(mask.dtype).min)).all()):
+            return None
+    if shown.dtype != torch.bool or bool(shown.all()):
+        return ALL if shown.dtype == torch.bool else None
+    if shown.dim() < 2:
+        return None
+    rows = shown.reshape(-1, *shown.shape[-2:])
+    queries, keys = rows.shape[1:]
+    first, last = (rows[0, row].nonzero().flatten() for row in (0, -1))
+    if not (len(first) and len(last)):
+        return None
+    ahead, start = int(first[-1]), int(last[0])
+    found = Mask(ahead if ahead < keys - 1 else None, queries - start if start else None)
+    return found if bool((rows == _band(found, queries, keys)).all()) else None
+
+
+def _band(mask: Mask, queries: int, keys: int) -> torch.Tensor:
+    """[query, key]: what is let through."""
+    query, key = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
+    shown = torch.ones(queries, keys, dtype=torch.bool)
+    if mask.ahead is not None:
+        shown &= key <= query + mask.ahead
+    return shown if mask.window is None else shown & (query - key < mask.window)
 
 
 def _keeps_last_two_dims(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from autopar.pin_mesh import ranks
 from autopar.plans import Plan
 from autopar.rules.ring import RING, RING_BACKWARD
 from autopar.verification import emit_for, verify_program
-from tests.models import BATCH, HIDDEN, SEQ, VOCAB, ModelAndInputs, next_token_loss, tiny_llama
+from tests.models import BATCH, HIDDEN, SEQ, VOCAB, ModelAndInputs, next_token_loss, tiny_bert, tiny_llama
 from tests.parity.simulate import Case, assert_equal_to_eager, make_case, planned
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -82,18 +82,34 @@ def tiny_gpt2() -> ModelAndInputs:
     return model, ((), {"input_ids": ids, "labels": ids.clone()})
 
 
+def written_out(made: ModelAndInputs) -> ModelAndInputs:
+    """The same model with every score written out, as transformers calls eager."""
+    made[0].set_attn_implementation("eager")  # type: ignore[operator]
+    return made
+
+
 MODELS: dict[str, Callable[[], ModelAndInputs]] = {
     "llama": lambda: tiny_llama(layers=1),
     "grouped": lambda: tiny_llama(layers=1, kv_heads=2),
     "padded": padded_llama,
     "gemma3": tiny_gemma3,
     "gpt2": tiny_gpt2,
+    "grouped-eager": lambda: written_out(tiny_llama(layers=1, kv_heads=2)),
+    "padded-eager": lambda: written_out(padded_llama()),
+    "gemma3-eager": lambda: written_out(tiny_gemma3()),
+    "gpt2-eager": lambda: written_out(tiny_gpt2()),
+    "bert-eager": lambda: written_out(tiny_bert(layers=1)),
 }
-RINGS = ("llama", "grouped")
+RINGS = ("llama", "grouped", "grouped-eager", "gpt2-eager")
 QUICK = {("llama", layout) for layout in LAYOUTS if layout != "cp2x2-dp2"} | {
     ("gemma3", "cp2"),
     ("padded", "cp2"),
     ("grouped", "cp2"),
+    ("grouped-eager", "cp4"),
+    ("gpt2-eager", "cp4"),
+    ("gemma3-eager", "cp4"),
+    ("bert-eager", "cp4"),
+    ("gpt2-eager", "dp2-cp2"),
 }
 
 
@@ -135,6 +151,19 @@ def test_only_parameters_are_gathered(layout: str, monkeypatch: pytest.MonkeyPat
     gathered = {n.meta["origin"] for n in nodes if "all_gather" in str(n.target)}
     assert gathered <= {param.node for param in of.traced.params}
     assert any(n.target is start_permute for n in nodes)
+
+
+@pytest.mark.parametrize("name", ["grouped-eager", "gpt2-eager", "gemma3-eager", "bert-eager"])
+def test_written_out_attention_keeps_no_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank holds a number for every pair of tokens, nor for all pairs of its own with all."""
+    of = case(name)
+    plan = planned(of, (4,), monkeypatch, pin={"cp": 4})
+    emitted = emit_for(of.traced, plan)
+    made = [n.meta["val"] for graph in (emitted.forward, emitted.backward) for n in graph.nodes if "val" in n.meta]
+    shapes = {tuple(v.shape[-2:]) for v in made if isinstance(v, torch.Tensor) and v.dim() == 4}
+    assert shapes and not shapes & {(SEQ, SEQ), (SEQ // 4, SEQ)}
+    if name in RINGS:
+        assert any(n.target is start_permute for n in emitted.forward.nodes)
 
 
 def test_verify_names_a_ring_that_takes_blocks_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:

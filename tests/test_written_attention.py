@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from autopar.trace import Trace, trace, trace_sample
 from autopar.tracing.causal import _BACKWARD, _FORWARD, _WINDOWED
 from autopar.tracing.written_attention import is_marked
 
-BATCH, HEADS, SEQ, WIDTH = 2, 3, 8, 4
+BATCH, HEADS, SEQ, WIDTH = 2, 4, 8, 4
 Tensor = torch.Tensor
 Written = Callable[[Tensor, Tensor, Tensor, "Hand"], Tensor]
 
@@ -24,22 +24,36 @@ Written = Callable[[Tensor, Tensor, Tensor, "Hand"], Tensor]
 class Hand(nn.Module):
     """Attention as `write` writes it: from queries, keys and values of one product to what they give."""
 
-    def __init__(self, write: Written, *, heads: int = HEADS, key_heads: int = 0) -> None:
+    def __init__(self, write: Written, key_heads: int = HEADS) -> None:
         super().__init__()
-        self.write, self.heads, self.key_heads = write, heads, key_heads or heads
-        self.project = nn.Linear(heads * WIDTH, (heads + 2 * self.key_heads) * WIDTH)
+        self.write, self.key_heads = write, key_heads
+        self.project = nn.Linear(HEADS * WIDTH, (HEADS + 2 * key_heads) * WIDTH)
         self.learned = nn.Parameter(torch.randn(SEQ, SEQ) / 9)
         self.heat = nn.Parameter(torch.tensor(1.5))
         self.register_buffer("kept", torch.tril(torch.ones(SEQ + 4, SEQ + 4)).view(1, 1, SEQ + 4, SEQ + 4))
         self.drop = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
         self.padding = padding
         rows = self.project(x).view(BATCH, SEQ, -1, WIDTH)
-        q, k, v = (t.transpose(1, 2) for t in rows.split([self.heads, self.key_heads, self.key_heads], dim=2))
+        q, k, v = (t.transpose(1, 2) for t in rows.split([HEADS, self.key_heads, self.key_heads], dim=2))
         made = self.write(q, k, v, self)
         out, *others = made if isinstance(made, tuple) else (made,)
         return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum(), *others
+
+
+class Several(nn.Module):
+    """One of each, in one trace."""
+
+    def __init__(self, writes: Mapping[str, Written]) -> None:
+        super().__init__()
+        self.each = nn.ModuleDict(
+            {name: Hand(w, 2 if name == "repeated keys" else HEADS) for name, w in writes.items()}
+        )
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
+        made = [module(x, padding) for module in self.each.values()]
+        return torch.stack([loss for loss, *_ in made]).sum(), *(other for _, *others in made for other in others)
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -82,6 +96,10 @@ def nano(q: Tensor, k: Tensor, v: Tensor, m: Hand) -> Tensor:
     return m.drop(F.softmax(att, dim=-1)) @ v
 
 
+def in_float32(q: Tensor, k: Tensor, v: Tensor, m: Hand) -> Tensor:
+    return F.softmax(scores(q, k), -1, dtype=torch.float32).to(q.dtype) @ v
+
+
 JOINED: dict[str, Written] = {
     "plain": lambda q, k, v, m: scores(q, k).softmax(-1) @ v,
     "unscaled": lambda q, k, v, m: torch.matmul((q @ k.mT).softmax(dim=3), v),
@@ -89,13 +107,13 @@ JOINED: dict[str, Written] = {
     "scaled by a parameter": lambda q, k, v, m: (m.heat * (q @ k.mT)).softmax(-1) @ v,
     "queries scaled": lambda q, k, v, m: ((q / 2) @ k.mT).softmax(-1) @ v,
     "turned keys": lambda q, k, v, m: (q @ (k * 2).permute(0, 1, 3, 2)).softmax(-1) @ v,
-    "softmax in float32": lambda q, k, v, m: F.softmax(scores(q, k), -1, dtype=torch.float32).to(q.dtype) @ v,
     "padding": lambda q, k, v, m: (scores(q, k) + m.padding).softmax(-1) @ v,  # type: ignore[operator]
     "filled by an input": lambda q, k, v, m: (
         scores(q, k).masked_fill(m.padding < 0, -1e9).softmax(-1) @ v  # type: ignore[operator]
     ),
     "buffer": nano,
     "flat heads": flat_heads,
+    "added to filled": added_to_filled,
     "repeated keys": repeated,
 }
 CAUSAL: dict[str, Written] = {
@@ -122,7 +140,6 @@ OTHERS: dict[str, Written] = {
     "rows filled whole": lambda q, k, v, m: (
         scores(q, k).masked_fill(torch.arange(SEQ)[:, None] > 4, -1e9).softmax(-1) @ v
     ),
-    "weights dropped": lambda q, k, v, m: F.dropout(scores(q, k).softmax(-1), 0.5, training=True) @ v,
     "rounded": lambda q, k, v, m: scores(q, k).bfloat16().softmax(-1).to(q.dtype) @ v,
     "not normalized": lambda q, k, v, m: scores(q, k).exp() @ v,
     "queries changed between": lambda q, k, v, m: _changed(q, k, v),
@@ -136,11 +153,11 @@ def _changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v + q
 
 
-def call(dtype: torch.dtype = torch.float64, heads: int = HEADS) -> Any:
+def call(dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     padding = torch.zeros(BATCH, 1, 1, SEQ, dtype=dtype)
     padding[1, ..., 5:] = torch.finfo(dtype).min
-    return (torch.randn(BATCH, SEQ, heads * WIDTH, dtype=dtype), padding), {}
+    return (torch.randn(BATCH, SEQ, HEADS * WIDTH, dtype=dtype), padding), {}
 
 
 def attention_nodes(traced: Trace) -> list[Any]:
@@ -156,7 +173,7 @@ def has_scores(traced: Trace) -> bool:
     return any(v.numel() >= BATCH * HEADS * SEQ * SEQ for v in square)
 
 
-def run(model: Hand, traced: Trace, inputs: Any) -> dict[str, Tensor]:
+def run(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Tensor]:
     """What the trace gives, by node."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     values = [named[i.fqn].detach() for i in (*traced.params, *traced.buffers)]
@@ -166,7 +183,7 @@ def run(model: Hand, traced: Trace, inputs: Any) -> dict[str, Tensor]:
     return dict(zip(traced.results, [t for t in pytree.tree_leaves(results) if t is not None], strict=True))
 
 
-def assert_equal(model: Hand, traced: Trace, inputs: Any, tolerance: float) -> None:
+def assert_equal(model: nn.Module, traced: Trace, inputs: Any, tolerance: float) -> None:
     loss = model(*inputs[0])[0]
     loss.backward()
     made, params = run(model, traced, inputs), dict(model.named_parameters())
@@ -176,26 +193,36 @@ def assert_equal(model: Hand, traced: Trace, inputs: Any, tolerance: float) -> N
         torch.testing.assert_close(made[node], params[fqn].grad, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", [*JOINED, *CAUSAL, "added to filled"])
-def test_joined_with_the_same_numbers(name: str) -> None:
-    write = {**JOINED, **CAUSAL, "added to filled": added_to_filled}[name]
-    heads, key_heads = (4, 2) if name == "repeated keys" else (HEADS, HEADS)
-    model, inputs = Hand(write, heads=heads, key_heads=key_heads).double(), call(heads=heads)
+def test_joined_with_the_same_numbers() -> None:
+    model, inputs = Several({**JOINED, **CAUSAL}).double(), call()
     traced = trace(model, inputs)
-    nodes = attention_nodes(traced)
-    assert len(nodes) == 2 and not has_scores(traced)
-    assert (nodes[0].args[4:5] == (True,)) == (name in CAUSAL)
-    assert nodes[0].args[1].meta["val"].shape[1] == (1 if name == "flat heads" else key_heads)
-    assert_equal(model, traced, inputs, 1e-6 if name == "softmax in float32" else 1e-12)
+    nodes = {n.meta["module_path"]: n for n in attention_nodes(traced) if n.target is _FORWARD}
+    assert set(nodes) == {f"each.{name}" for name in (*JOINED, *CAUSAL)} and not has_scores(traced)
+    assert {path for path, n in nodes.items() if n.args[4:5] == (True,)} == {f"each.{name}" for name in CAUSAL}
+    heads = {path: n.args[1].meta["val"].shape[1] for path, n in nodes.items()}
+    assert {p: h for p, h in heads.items() if h != HEADS} == {"each.flat heads": 1, "each.repeated keys": 2}
+    assert_equal(model, traced, inputs, 1e-12)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_another_function_stays(name: str) -> None:
-    model, inputs = Hand(OTHERS[name]).double(), call()
+def test_softmax_in_float32_of_float64_is_as_good_as_that() -> None:
+    model, inputs = Hand(in_float32).double(), call()
     traced = trace(model, inputs)
-    assert not attention_nodes(traced)
-    if name != "weights dropped":
-        assert_equal(model, traced, inputs, 1e-12)
+    assert len(attention_nodes(traced)) == 2
+    assert_equal(model, traced, inputs, 1e-6)
+
+
+def test_what_is_another_function_stays() -> None:
+    model, inputs = Several(OTHERS).double(), call()
+    traced = trace(model, inputs)
+    assert not {n.meta["module_path"] for n in attention_nodes(traced)}
+    assert_equal(model, traced, inputs, 1e-12)
+
+
+def test_dropout_of_weights_stays() -> None:
+    def dropped(q: Tensor, k: Tensor, v: Tensor, m: Hand) -> Tensor:
+        return F.dropout(scores(q, k).softmax(-1), 0.5, training=True) @ v
+
+    assert not attention_nodes(trace(Hand(dropped), call(torch.float32)))
 
 
 def test_a_window_is_seen() -> None:
@@ -231,7 +258,7 @@ def test_a_sample_of_which_all_is_hidden_gives_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes(dtype: torch.dtype) -> None:
-    model, inputs = Hand(JOINED["softmax in float32"]).to(dtype), call(dtype)
+    model, inputs = Hand(in_float32).to(dtype), call(dtype)
     traced = trace(model, inputs)
     assert attention_nodes(traced)
     assert_equal(model, traced, inputs, 1e-5 if dtype == torch.float32 else 0.1)

@@ -107,9 +107,6 @@ QUICK = {("llama", layout) for layout in LAYOUTS if layout != "cp2x2-dp2"} | {
     ("grouped", "cp2"),
     ("grouped-eager", "cp4"),
     ("gpt2-eager", "cp4"),
-    ("gemma3-eager", "cp4"),
-    ("bert-eager", "cp4"),
-    ("gpt2-eager", "dp2-cp2"),
 }
 
 
@@ -153,7 +150,7 @@ def test_only_parameters_are_gathered(layout: str, monkeypatch: pytest.MonkeyPat
     assert any(n.target is start_permute for n in nodes)
 
 
-@pytest.mark.parametrize("name", ["grouped-eager", "gpt2-eager", "gemma3-eager", "bert-eager"])
+@pytest.mark.parametrize("name", ["grouped-eager", "gpt2-eager", pytest.param("gemma3-eager", marks=pytest.mark.slow)])
 def test_written_out_attention_keeps_no_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No rank holds a number for every pair of tokens, nor for all pairs of its own with all."""
     of = case(name)
@@ -162,7 +159,7 @@ def test_written_out_attention_keeps_no_scores(name: str, monkeypatch: pytest.Mo
     made = [n.meta["val"] for graph in (emitted.forward, emitted.backward) for n in graph.nodes if "val" in n.meta]
     shapes = {tuple(v.shape[-2:]) for v in made if isinstance(v, torch.Tensor) and v.dim() == 4}
     assert shapes and not shapes & {(SEQ, SEQ), (SEQ // 4, SEQ)}
-    if name in RINGS:
+    if name in RINGS:  # with a window, cutting heads may be cheaper
         assert any(n.target is start_permute for n in emitted.forward.nodes)
 
 

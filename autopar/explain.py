@@ -28,6 +28,7 @@ from autopar.explaining.spans import TimeLine
 from autopar.explaining.step_line import step_line
 from autopar.explaining.workbench import DEFAULT_AGAIN_S, Workbench
 from autopar.plans import Plan
+from autopar.tracing.written_attention import joined_attention
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report solves again; the usual layouts not counted
 
@@ -119,6 +120,11 @@ class Report:
             found.append(nb.next_best(bench, self.plan, decision, time_limit_s=min(left, share)))
         return tuple(found)
 
+    @property
+    def joined_attention(self) -> int | None:
+        """How many times the model writes out attention that runs as one op; None for a plan without its model."""
+        return None if self.bench is None else joined_attention(self.bench.trace.graph_module.graph)
+
     def _bench(self, what: str) -> Workbench:
         if self.bench is None:
             raise AutoparError(
@@ -166,6 +172,7 @@ class Report:
             **self._priced_again(),
             **self._solved_again(every),
             "replicated_for_want_of_a_rule": list(plan.unruled),
+            "joined_attention": self.joined_attention,
             "pins": dict(plan.options.pin),
             "assumptions": list(text.ASSUMPTIONS),
         }

@@ -100,18 +100,22 @@ class Sample:
 
 
 def trace_sample(
-    model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]], *, precision: str = MODEL
+    model: nn.Module,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    precision: str = MODEL,
+    as_written: bool = False,
 ) -> Sample:
     """Trace `model` with the first, a middle and the last of its identical layers; all of it where it has none.
 
-    Attention that the model writes out stays so: a sample is for figures of how the model runs as it is.
+    as_written: attention that the model writes out stays so, as where others run it.
     Raises TraceError as `trace` does.
     """
     runs = layer_runs(model) if isinstance(model, nn.Module) else None
     if runs is None or len(runs.kept()) == runs.count:
-        return Sample(_trace_flat(model, example_inputs, None, precision, join_attention=False), "", 0, 0)
+        return Sample(_trace_flat(model, example_inputs, None, precision, as_written=as_written), "", 0, 0)
     sampled = with_layers(model, runs.path, list(runs.kept()))
-    fewer = _trace_flat(sampled, example_inputs, None, precision, join_attention=False)
+    fewer = _trace_flat(sampled, example_inputs, None, precision, as_written=as_written)
     if len(runs.lengths) == 1:
         return Sample(fewer, f"{runs.path}.", 1, runs.count)
     return Sample(fewer, "", 0, 0, runs)
@@ -182,7 +186,7 @@ def _few_layers(model: nn.Module, device: str | None, precision: str) -> _FewLay
 
 
 def _trace_flat(
-    model: nn.Module, example_inputs: Any, device: str | None, precision: str, join_attention: bool = True
+    model: nn.Module, example_inputs: Any, device: str | None, precision: str, as_written: bool = False
 ) -> Trace:
     args, kwargs = _checked(model, example_inputs)
     check_parameters(model, precision)
@@ -196,11 +200,11 @@ def _trace_flat(
                 raise TraceError(f"input {path!r} requires grad; gradients are for parameters only, pass it detached")
     with capture_environment(left_out_calls()):
         try:
-            return _captured(model, (args, kwargs), leaves, device, (precision, join_attention))
+            return _captured(model, (args, kwargs), leaves, device, (precision, as_written))
         except TraceError as error:
             if not wants_recording_hooks(error):
                 raise
-        return _captured(model, (args, kwargs), leaves, device, (precision, join_attention), recording=True)
+        return _captured(model, (args, kwargs), leaves, device, (precision, as_written), recording=True)
 
 
 def _captured(
@@ -211,16 +215,19 @@ def _captured(
     how: tuple[str, bool],
     recording: bool = False,
 ) -> Trace:
-    """Capture a copy of the model. how: precision, and whether attention is joined; recording: with the hooks that
-    transformers would install at its first call."""
+    """Capture a copy of the model.
+
+    how: precision, and whether attention stays as it is written. recording: with the hooks that transformers would
+    install at its first call.
+    """
     mode = fake_tensor_mode()
     shadow = make_shadow(model, mode, device)
     if recording:
         install_recording_hooks(shadow.module)
     # Every leaf gets a fake tensor of its own: one object passed twice must not become one input.
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, mode, device), call)
-    precision, join_attention = how
-    raw = capture(shadow.module, args, kwargs, mode, autocast_dtype(precision), join_attention)
+    precision, as_written = how
+    raw = capture(shadow.module, args, kwargs, mode, autocast_dtype(precision), as_written)
     return assemble(raw, model, shadow, leaves)
 
 

@@ -77,9 +77,8 @@ def best_layout(
         if asked.apart and not terms.anyway:
             return None
         began = time.perf_counter()
-        predictor = Predictor(
-            model, cluster, example_inputs=call, global_batch=batch, precision=terms.precision, sample=sample, **limits
-        )
+        given: dict[str, Any] = {"example_inputs": call, "precision": terms.precision, "sample": sample, **limits}
+        predictor = Predictor(model, cluster, global_batch=batch, as_written=False, **given)
     except LayoutError:
         if any(key in (terms.pin or {}) for key in STAGED_KEYS):
             raise

@@ -203,6 +203,7 @@ def reopen(plan: StagedPlan, model: nn.Module, example_inputs: Any = None) -> Pr
         precision=options.precision,
         optimizer=options.optimizer,
         memory_limit_bytes=options.memory_limit_bytes,
+        as_written=False,
     )
     if graph_hash(predictor.sample.trace) != plan.graph_hash:
         raise PlanMismatch("the plan was made for another model (its traced graph differs); plan again for this model")

@@ -19,6 +19,7 @@ from autopar.layout_reading import written
 from autopar.layouts import KEYS
 from autopar.predicting.predict import Predictor
 from autopar.staged import TO_RUN, StagedPlan
+from autopar.tracing.written_attention import joined_attention
 
 DEFAULT_REPORT_S = 20.0  # for all that a printed report chooses again
 MORE_BYTES = 1 << 30
@@ -55,6 +56,11 @@ class LayoutReport:
 
     def __str__(self) -> str:
         return "\n".join(text.lines(self))
+
+    @property
+    def joins_attention(self) -> bool:
+        """Whether the model, where it is known, writes out attention that runs as one op."""
+        return self.predictor is not None and joined_attention(self.predictor.sample.trace.graph_module.graph) > 0
 
     def why_not(self, pin: Mapping[str, Any], *, time_limit_s: float = DEFAULT_REPORT_S) -> Alternative:
         """The best layout with `pin` fixed besides, and how it differs, in seconds and bytes."""

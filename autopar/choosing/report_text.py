@@ -6,6 +6,7 @@ import textwrap
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from autopar.explaining.text import JOINED
 from autopar.layout_reading import written
 from autopar.layout_text import short
 from autopar.layouts import Layout
@@ -39,6 +40,7 @@ def lines(report: LayoutReport) -> list[str]:
         *_layout_lines(plan),
         "",
         *_figure_lines(plan),
+        *([JOINED] if report.joins_attention else []),
         "",
         *_other_lines(plan),
         "",

@@ -17,6 +17,7 @@ _DOES = {
 }
 _ROLES = {
     "dp": "cuts the batch; weights are used whole",
+    "cp": "cuts the sequences; weights are used whole",
     "tp": "cuts matrix products; weights are used in parts",
     "none": "cuts no matrix product",
 }

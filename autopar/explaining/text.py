@@ -25,6 +25,7 @@ ASSUMPTIONS = (
     "communication and compute are added up; memory is the tensors alive, without fragmentation",
     "outputs beside the loss are dropped before backward; without a loss all are held",
 )
+JOINED = "attention that the model writes out runs as one op, which keeps no scores"
 WIDTH = 100
 MOST_PARAMETERS = 3
 MOST_COLLECTIVES = 2
@@ -47,6 +48,7 @@ def lines(report: Report) -> list[str]:
         "",
         *(_again_lines(report) if report.bench and report.solves else [_MODEL]),
         *_rule_lines(plan),
+        *_joined_lines(report.joined_attention),
         *(fitted(f"assumed: {assumption}") for assumption in ASSUMPTIONS),
     ]
 
@@ -63,6 +65,7 @@ def headline(plan: Plan) -> str:
 def _layout_lines(plan: Plan) -> list[str]:
     words = {
         "dp": "data parallel: the batch is cut, weights are used whole",
+        "cp": "context parallel: sequences are cut, weights are used whole",
         "tp": "tensor parallel: weights are used in parts",
         "none": "no matrix product is cut on this axis",
     }
@@ -262,3 +265,9 @@ def _rule_lines(plan: Plan) -> list[str]:
         return []
     names = ", ".join(plan.unruled[:6]) + (" ..." if len(plan.unruled) > 6 else "")
     return [fitted(f"{len(plan.unruled)} ops ran replicated for want of a rule: {names}")]
+
+
+def _joined_lines(count: int | None) -> list[str]:
+    if not count:
+        return []
+    return [f"{JOINED}: {count} times"]

@@ -71,6 +71,7 @@ class Predictor:
     """Prices layouts of one model on one cluster; the model is traced once.
 
     sample: the trace, where the caller has it: of `call_to_sample`.
+    as_written: attention that the model writes out is priced so, as where others run it; our own programs join it.
     """
 
     def __init__(
@@ -86,14 +87,15 @@ class Predictor:
         memory_limit_bytes: int | None = None,
         run: Run | None = None,
         sample: Sample | None = None,
+        as_written: bool = True,
     ) -> None:
         self.cluster, self.global_batch = cluster, global_batch
         self.limit_bytes = checked_limit(memory_limit_bytes) or cluster.device.usable_bytes
         self.optimizer = OptimizerSpec(optimizer)
         self.heads, self.kv_heads = attention_heads(model)
         batch, call = call_to_sample(model, example_inputs, seq)
-        self._retrace = _Retrace(weakref.ref(model), call, precision)
-        self.sample = sample = sample or trace_sample(model, call, precision=precision)
+        self._retrace = _Retrace(weakref.ref(model), call, precision, as_written)
+        self.sample = sample = sample or trace_sample(model, call, precision=precision, as_written=as_written)
         self._traced_batch = batch
         self.run = run or Run.usual(keeps_scores(sample, _tokens(sample.trace.inputs)))
         self._read()
@@ -292,6 +294,7 @@ class _Retrace:
     model: weakref.ref[nn.Module]
     call: Any
     precision: str
+    as_written: bool
     known: dict[int, Sample] = field(default_factory=dict)
 
     def sample(self, before: int, tokens: int) -> Sample | None:
@@ -299,7 +302,7 @@ class _Retrace:
         model = self.model()
         if tokens not in self.known and model is not None:
             call = pytree.tree_map_only(torch.Tensor, lambda t: _cut(t, before, tokens), self.call)
-            self.known[tokens] = trace_sample(model, call, precision=self.precision)
+            self.known[tokens] = trace_sample(model, call, precision=self.precision, as_written=self.as_written)
         return self.known.get(tokens)
 
 

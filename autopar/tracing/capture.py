@@ -189,12 +189,12 @@ def capture(
     kwargs: dict[str, Any],
     mode: compat.FakeTensorMode,
     autocast: torch.dtype | None = None,
-    join_attention: bool = True,
+    as_written: bool = False,
 ) -> RawJoint:
     """The raw joint graph of `shadow` called with fake arguments; raises TraceError with the user's line.
 
     autocast: the dtype of an autocast around the call, None for none.
-    join_attention: whether attention that is written out becomes one op.
+    as_written: attention that is written out stays so; else it becomes one op.
     To be called in `capture_environment(left_out_calls())`.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -204,7 +204,7 @@ def capture(
         try:
             graph_module = compat.capture_forward(_Root(shadow, autocast), args, kwargs)
             rebound_buffer(shadow, [str(w.message) for w in caught])
-            if join_attention:
+            if not as_written:
                 join_written_attention(graph_module.graph)
             target = _LossAndDetached(graph_module, definition_of(shadow), arguments)
             joint = compat.export_joint(target, arguments.tensors, mode)

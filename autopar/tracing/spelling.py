@@ -89,8 +89,8 @@ def read_what_is_written(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         source = node.args[0] if node.args and spelled(node) and _writes(node) else None
         if isinstance(source, fx.Node) and source.op != "placeholder" and len(source.users) > 1:
-            later = {user for user in source.users if user > node}
-            source.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+            for user in [user for user in source.users if user > node]:
+                user.replace_input_with(source, node)
 
 
 def is_number(value: Any) -> bool:

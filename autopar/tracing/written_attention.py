@@ -48,6 +48,11 @@ def is_marked(node: fx.Node) -> bool:
     return MARK in node.meta.get("custom", ())
 
 
+def joined_attention(graph: fx.Graph) -> int:
+    """How many times a trace has one op in place of attention that the model writes out."""
+    return sum(is_marked(n) and n.meta["phase"] == "forward" and "attention" in str(n.target) for n in graph.nodes)
+
+
 @dataclass(frozen=True)
 class _Scores:
     """What happens to scores between product and softmax.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from autopar.codegen import ring
 from autopar.codegen.builder import is_collective
 from autopar.codegen.exchange import start_permute
 from autopar.errors import VerifyError
+from autopar.explaining.text import JOINED
 from autopar.pin_mesh import ranks
 from autopar.plans import Plan
 from autopar.rules.ring import RING, RING_BACKWARD
@@ -152,13 +154,15 @@ def test_only_parameters_are_gathered(layout: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", ["grouped-eager", "gpt2-eager", pytest.param("gemma3-eager", marks=pytest.mark.slow)])
 def test_written_out_attention_keeps_no_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rank holds a number for every pair of tokens, nor for all pairs of its own with all."""
+    """No rank holds a number for every pair of tokens, nor for all pairs of its own with all; the report says why."""
     of = case(name)
     plan = planned(of, (4,), monkeypatch, pin={"cp": 4})
     emitted = emit_for(of.traced, plan)
     made = [n.meta["val"] for graph in (emitted.forward, emitted.backward) for n in graph.nodes if "val" in n.meta]
     shapes = {tuple(v.shape[-2:]) for v in made if isinstance(v, torch.Tensor) and v.dim() == 4}
     assert shapes and not shapes & {(SEQ, SEQ), (SEQ // 4, SEQ)}
+    said, layers = str(replace(plan.explain(), solves=False)), of.model.config.num_hidden_layers
+    assert f"{JOINED}: {layers} times" in said and "context parallel" in said
     if name in RINGS:  # with a window, cutting heads may be cheaper
         assert any(n.target is start_permute for n in emitted.forward.nodes)
 

@@ -41,6 +41,7 @@ OPTIONAL = (
         "recomputed_ops",
         "offloaded",
         "replicated_for_want_of_a_rule",
+        "joined_attention",
     ),
 )
 

@@ -264,5 +264,7 @@ def test_narrow_dtypes(dtype: torch.dtype) -> None:
     assert_equal(model, traced, inputs, 1e-5 if dtype == torch.float32 else 0.1)
 
 
-def test_a_sample_is_of_the_model_as_it_is() -> None:
-    assert not attention_nodes(trace_sample(Hand(JOINED["plain"]), call(torch.float32)).trace)
+def test_layouts_elsewhere_are_priced_as_it_is_written() -> None:
+    model, inputs = Hand(JOINED["plain"]), call(torch.float32)
+    assert not attention_nodes(trace_sample(model, inputs, as_written=True).trace)
+    assert attention_nodes(trace_sample(model, inputs).trace)

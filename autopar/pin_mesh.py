@@ -5,7 +5,8 @@ A degree is a number of ranks, {"tp": 4}, or the sizes of several axes of one ro
 rows, columns and contractions of a product may be cut by different ones (2D, 2.5D and 3D
 tensor parallelism). An axis of the role "ep" cuts the experts of mixture-of-experts layers;
 what else it cuts, tokens above all, is for the planner to decide. Where the other degrees fill
-the devices, expert ranks are some of the data ranks, as in `autopar.Layout`.
+the devices, expert ranks are the context ranks, if there are as many, or some of the data ranks,
+as in `autopar.Layout`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def pinned_mesh(degrees: Mapping[str, Sizes], shape: Any, devices: int) -> tuple
     asked = {role: degrees[role] for role in ROLES if role in degrees}
     if not asked:
         return None, ()
-    asked = _experts_of_data(asked, devices)
+    asked = _experts_of_others(asked, devices)
     product = math.prod(math.prod(sizes) for sizes in asked.values())
     rest = next((role for role in _FREE if role not in asked), None)
     if devices % product or (rest is None and product != devices):
@@ -66,13 +67,23 @@ def pinned_mesh(degrees: Mapping[str, Sizes], shape: Any, devices: int) -> tuple
     return mesh, tuple(role for _, role in pairs)
 
 
-def _experts_of_data(asked: dict[str, Sizes], devices: int) -> dict[str, Sizes]:
-    """Degrees as a layout has them, whose expert ranks are some of its data ranks, with these apart."""
+def _experts_of_others(asked: dict[str, Sizes], devices: int) -> dict[str, Sizes]:
+    """Degrees as a layout has them, whose expert ranks are its context ranks or some of its data ranks: these apart."""
     data, experts = math.prod(asked.get("dp", (1,))), math.prod(asked.get("ep", (1,)))
     others = math.prod(math.prod(sizes) for role, sizes in asked.items() if role != "ep")
-    if others != devices or data % experts:
+    if others != devices or experts == 1:
         return asked
-    return {**asked, "dp": (data // experts,)} if experts > 1 else asked
+    if on_context(asked, devices):
+        return {role: sizes for role, sizes in asked.items() if role != "ep"}
+    return asked if data % experts else {**asked, "dp": (data // experts,)}
+
+
+def on_context(degrees: Mapping[str, Sizes], devices: int) -> bool:
+    """Whether the context ranks are the expert ranks, too: as many of one as of the other, and others fill the devices
+    (of what is left out: any number of data ranks)."""
+    experts = math.prod(degrees.get("ep", (1,)))
+    others = math.prod(math.prod(sizes) for role, sizes in degrees.items() if role != "ep" and role in ROLES)
+    return experts > 1 and degrees.get("cp") == degrees.get("ep") and others == devices
 
 
 def _check_axes(mesh: Sizes) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from autopar.dataflow import resolve, result_metas
-from autopar.placements import PARTIAL, REPLICATE, Placement, is_dealt, shard_dim, shard_runs
+from autopar.placements import PARTIAL, REPLICATE, Placement, in_groups, is_dealt, shard_dim, shard_runs
 from autopar.rules import operands
 from autopar.sharding import OpOption
 from autopar.trace import Trace
@@ -25,7 +25,7 @@ def along_sequence(tensor: torch.Tensor, placement: str, lead: tuple[int, ...]) 
     lead: batch and sequence of the model's input.
     """
     dim = shard_dim(placement)
-    if dim is None or not tensor.dim():
+    if dim is None or not tensor.dim() or in_groups(placement):
         return None
     if shard_runs(placement) > 1 or is_dealt(placement):
         return True
@@ -65,6 +65,8 @@ def holds_sequences_whole(
     What is counted (token numbers, labels, positions) may be whole: inputs are. Attention may have whole sequences of
     some heads; what has a row for each token, like logits, is cut along the sequence.
     """
+    if ".new_" in str(node.target):  # takes nothing of its operand but the kind of its numbers
+        return False
     taken = [
         (operand.meta["val"], state[axis])
         for operand, state in zip(operands(node), option.operand_states, strict=True)

@@ -25,7 +25,7 @@ from autopar.dataflow import Operand, is_backward, module_path, resolve, result_
 from autopar.errors import PinError
 from autopar.experts import ExpertSide
 from autopar.grouping import FROM_GROUPS, TO_GROUPS, is_grouped_product
-from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, pinned_mesh
+from autopar.pin_mesh import ROLES, UNSUPPORTED, degree, on_context, pinned_mesh
 from autopar.pin_sequence import allow_context, holds_sequences_whole, lead_of
 from autopar.pin_stream import Stream
 from autopar.pin_vocabulary import holds_vocabulary_whole
@@ -56,8 +56,14 @@ class PinRequest:
     sequence_parallel: bool | None = None
     recompute: str | None = None
     expert_dispatch: str | None = None
+    experts_on_context: bool = False  # the axes "cp" cut the experts, too
     params: tuple[tuple[str, State], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def expert_role(self) -> str:
+        """What the axes that cut experts are called."""
+        return "cp" if self.experts_on_context else "ep"
 
     @property
     def empty(self) -> bool:
@@ -107,10 +113,12 @@ def parse_pins(pin: Mapping[str, Any] | None, devices: int) -> PinRequest:
     if recompute is not None and recompute not in ("none", "selective", "full"):
         raise PinError(f"pin 'recompute' must be none, selective or full, got {recompute!r}")
     dispatch = flags.get("expert_dispatch")
-    if dispatch is not None and (dispatch not in _DISPATCH or "ep" not in roles):
+    together = mesh is not None and on_context(degrees, devices)
+    if dispatch is not None and (dispatch not in _DISPATCH or not ("ep" in roles or together)):
         words = "exchange, local or data"
         raise PinError(f"pin 'expert_dispatch' must be {words}, beside a pinned ep, got {dispatch!r}")
-    return PinRequest(mesh, roles, zero, flags.get("sp"), recompute, dispatch, tuple(params), tuple(modules))
+    sp = flags.get("sp")
+    return PinRequest(mesh, roles, zero, sp, recompute, dispatch, together, tuple(params), tuple(modules))
 
 
 def _placements(key: str, value: Any) -> State:
@@ -160,10 +168,9 @@ def _param_filter(
         if not any(_matches(pattern, name) for p in trace.params for name in (p.fqn, *p.tied)):
             near = _near(pattern, {p.fqn for p in trace.params})
             raise PinError(f"pin {pattern!r} names no parameter of the model; near: {near}")
-    data_axes = [a for a, role in enumerate(request.roles) if role in ("dp", "cp")]
-    expert_axes = (
-        [a for a, role in enumerate(request.roles) if role == "ep"] if request.expert_dispatch == "data" else []
-    )
+    expert_role = request.expert_role if request.experts_on_context or request.expert_dispatch == "data" else None
+    expert_axes = [a for a, role in enumerate(request.roles) if expert_role and role == expert_role]
+    data_axes = [a for a, role in enumerate(request.roles) if role in ("dp", "cp") and a not in expert_axes]
     experts = ExpertSide.of(trace).values if expert_axes else frozenset()
     if not request.params and not expert_axes and (request.zero is None or not data_axes):
         return None
@@ -241,7 +248,10 @@ def _option_filter(
                 return False
             if role == "dp" and not _allow_data(option, axis, slots_of.get(node, [])):
                 return False
-            if role == "cp" and not allow_context(node, option, axis, slots_of.get(node, []), lead):
+            on_experts = role == "cp" and request.experts_on_context and is_grouped_product(node)
+            if role == "cp" and not on_experts and not allow_context(node, option, axis, slots_of.get(node, []), lead):
+                return False
+            if role == "cp" and request.experts_on_context and not _allow_experts(node, option.rules[axis], "data"):
                 return False
             if role == "ep" and not _allow_experts(node, option.rules[axis], request.expert_dispatch):
                 return False
@@ -269,7 +279,8 @@ def _avoided(request: PinRequest, trace: Trace) -> tuple[ChoiceFilter, ...]:
 
 def _check_experts(request: PinRequest, trace: Trace, mesh: tuple[int, ...]) -> None:
     """That there are experts, and as many for each rank as for any other."""
-    parts = math.prod(size for size, role in zip(mesh, request.roles, strict=True) if role == "ep")
+    role_of = request.expert_role
+    parts = math.prod(size for size, role in zip(mesh, request.roles, strict=True) if role == role_of)
     if parts == 1:
         return
     products = [n for n in trace.graph_module.graph.nodes if n.op == "call_function" and is_grouped_product(n)]

@@ -44,17 +44,23 @@ _SHARD = re.compile(r"[SDLE]\((\d+)(?:/([1-9]\d*))?\)\Z")
 class Fold:
     """That dims of `length` are `runs` sequences in a row: what a model makes of [batch, sequence] before a product.
 
-    dealt: whether a sequence that is cut is dealt out ("D"), here and where it is a dim by itself.
+    dealt: whether a sequence that is cut is dealt out ("D"), here and where it is a dim by itself. pairs: the length of
+    dims that have several rows for each token, one for each expert that it goes to; 0 where there are none.
     """
 
     length: int
     runs: int
     dealt: bool = False
+    pairs: int = 0
 
     @property
     def run(self) -> int:
         """The length of one sequence."""
         return self.length // self.runs
+
+    def holds(self, size: int) -> bool:
+        """Whether dims of this size are sequences in a row."""
+        return size in (self.length, self.pairs)
 
 
 @cache

@@ -144,10 +144,10 @@ def enumerate_states(
     groups only if `grouped` (then along dim 0, not together with equal parts of it, and by owners on one axis)."""
     options: list[Placement] = [REPLICATE, *(shard(d) for d in range(len(shape))), *([PARTIAL] if partial else [])]
     if fold is not None and fold.dealt:
-        options += [dealt(d) for d, size in enumerate(shape) if size == fold.run]
-        options += [dealt(d, fold.runs) for d, size in enumerate(shape) if size == fold.length and fold.runs > 1]
+        options += [dealt(d) for d, size in enumerate(shape) if size == fold.run and fold.runs > 1]
+        options += [dealt(d, fold.runs) for d, size in enumerate(shape) if fold.holds(size)]
     elif fold is not None:
-        options += [shard(d, fold.runs) for d, size in enumerate(shape) if size == fold.length]
+        options += [shard(d, fold.runs) for d, size in enumerate(shape) if fold.holds(size)]
     if grouped and shape:
         options += [own(0), experts(0)]
     states = itertools.product(options, repeat=len(mesh))
@@ -156,7 +156,8 @@ def enumerate_states(
 
 def _is_state(state: State) -> bool:
     grouped = [p for p in state if in_groups(p)]
-    return not grouped or (shard(0) not in state and grouped.count(experts(0)) <= 1)
+    equal = any(p[0] in "SD" and shard_dim(p) == 0 for p in state)
+    return not grouped or (not equal and grouped.count(experts(0)) <= 1)
 
 
 def step_s(step: Step, costs: StepCosts) -> float:

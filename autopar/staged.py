@@ -27,17 +27,22 @@ TO_RUN = "autopar.compile(model, cluster, plan=plan) under torchrun, then progra
 
 
 def stage_axes(layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The mesh of one stage and what its axes are for. Expert ranks are some of the data ranks.
+    """The mesh of one stage and what its axes are for. Expert ranks are the context ranks, or some of the data ranks.
 
-    Where they take context ranks, too, no mesh has axes for both: they are left out. Where stages differ in shape it is
+    Where they are some of both, no mesh has axes for both: they are left out. Where stages differ in shape it is
     one mesh for all of them, and an axis has as many roles, "dp/tp".
     """
     if layout.shapes is not None:
         sizes, roles = common_mesh(layout.shapes)
         return sizes, tuple("/".join(of_axis) for of_axis in zip(*roles, strict=True))
-    if layout.ep == 1 or layout.dp % layout.ep:
+    if layout.ep == 1 or experts_on_context(layout) or layout.dp % layout.ep:
         return (layout.dp, layout.cp, layout.tp), tuple(role for role in ROLES if role != "ep")
     return (layout.dp // layout.ep, layout.cp, layout.ep, layout.tp), ROLES
+
+
+def experts_on_context(layout: Layout) -> bool:
+    """Whether the ranks that share a sequence are those that share the experts."""
+    return layout.ep > 1 and layout.ep == layout.cp
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,11 @@ class StagedPlan(Plan):
     def not_yet(self) -> str:
         """What of the plan no program can do yet; "" where one can be made."""
         layout = self.named
-        if layout.ep > 1 and layout.cp > 1:
+        if layout.ep > 1 and not experts_on_context(layout) and layout.dp % layout.ep:
             return (
-                f"a plan with expert and context ranks (ep={layout.ep}, cp={layout.cp}) cannot be run yet, only "
-                "priced: rows of a cut sequence do not find their experts; pin cp=1 or ep=1"
+                f"a plan whose expert ranks are some of its context and some of its data ranks (ep={layout.ep}, "
+                f"cp={layout.cp}, dp={layout.dp}) cannot be run yet, only priced; pin ep={layout.cp}, a divisor of "
+                "dp, or 1"
             )
         if layout.devices != self.cluster.devices:
             return (

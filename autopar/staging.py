@@ -23,7 +23,7 @@ from autopar.plans import PlanOptions
 from autopar.predicting.stages import per_chunk
 from autopar.simulating.schedules import Order, schedule_orders
 from autopar.stage_shapes import common_mesh
-from autopar.staged import StagedPlan
+from autopar.staged import StagedPlan, experts_on_context
 from autopar.trace import Trace
 
 _NO_LIMIT_BYTES = 2**60
@@ -104,7 +104,8 @@ def op_options(plan: StagedPlan, trace: Trace, blocks: Sequence[str]) -> PlanOpt
     layout, again = plan.named, _recompute_pins(plan, trace, blocks)
     pins: dict[str, Any] = {"dp": layout.dp, "tp": layout.tp}
     if layout.ep > 1:
-        pins.update(dp=layout.dp // layout.ep, ep=layout.ep, expert_dispatch="data")
+        dp = layout.dp if experts_on_context(layout) else layout.dp // layout.ep
+        pins.update(dp=dp, ep=layout.ep, expert_dispatch="data")
     if layout.cp > 1:
         pins["cp"] = layout.cp
     if layout.tp > 1:

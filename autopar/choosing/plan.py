@@ -25,7 +25,7 @@ from autopar.predicting.predict import Prediction, Predictor
 from autopar.sample import sample_call
 from autopar.stage_shapes import is_shaped
 from autopar.stage_shapes import several as several_degrees
-from autopar.staged import OtherLayout, StagedPlan, stage_axes
+from autopar.staged import OtherLayout, StagedPlan, experts_on_context, stage_axes
 from autopar.trace import ParamInfo, graph_hash
 
 STAGED_KEYS = ("pp", "cp", "vpp", "schedule", "offload", "cut", "micro_batch")  # cp: where it takes several nodes
@@ -181,13 +181,14 @@ def _parameters(predictor: Predictor, best: Prediction) -> dict[str, State]:
     mesh, roles = stage_axes(best.layout)
     trace, cut = predictor.sample.trace, "S(0)" if best.layout.zero == 3 else "R"
     experts = ExpertSide.of(trace).values
+    expert_role = "cp" if experts_on_context(best.layout) else "ep"
 
     def stored(param: ParamInfo, size: int, role: str) -> Placement:
         if size == 1:
             return "R"
         if role == "tp":
             return predictor.axis.params.get(param.fqn, "R")
-        return "S(0)" if role == "ep" and param.node in experts else cut
+        return "S(0)" if role == expert_role and param.node in experts else cut
 
     return {p.fqn: tuple(stored(p, size, role) for size, role in zip(mesh, roles, strict=True)) for p in trace.params}
 

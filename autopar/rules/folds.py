@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from autopar.placements import REPLICATE, Fold, Placement, dealt, is_dealt, shard, shard_dim, shard_runs
+from autopar.placements import REPLICATE, Fold, Placement, dealt, is_dealt, own, shard, shard_dim, shard_runs
 from autopar.rules.schema import OpCall
 from autopar.rules.types import AxisRule
 
 # Lowerings for which the order of rows means nothing. Not those that count places from where a rank's part starts.
 _ANY_ORDER = frozenset({"local", "mean_partial", "shared_bias", "nll_loss", "nll_loss_backward"})
+_MOVES = frozenset({"to_groups", "from_groups"})
 _RESHAPES = frozenset({"aten.view", "aten._unsafe_view", "aten.reshape"})
 # Ops that have rules for a dim along which they do look at the order.
 _ORDERED = frozenset(
@@ -35,10 +36,11 @@ def folded_rules(call: OpCall, rules: Iterable[AxisRule], fold: Fold) -> Iterato
     if call.name in _ORDERED:
         return
     for rule in rules:
-        if rule.lowering in _ANY_ORDER and not rule.units:
+        moves = rule.lowering in _MOVES and own(0) in rule.inputs  # of a rank's own tokens, whichever these are
+        if (rule.lowering in _ANY_ORDER or moves) and not rule.units:
             inputs = [_folded(t, p, fold) for t, p in zip(call.inputs, rule.inputs, strict=True)]
             outputs = [_folded(t, p, fold) for t, p in zip(call.outputs, rule.outputs, strict=True)]
-            cut = [p for p in (*inputs, *outputs) if p is not None and shard_dim(p) is not None]
+            cut = [p for p in (*inputs, *outputs) if p is not None and p[0] in "SD"]
             if (
                 cut
                 and len({(p[0], shard_runs(p)) for p in cut}) == 1
@@ -64,8 +66,9 @@ def _folded(tensor: torch.Tensor | None, placement: Placement | None, fold: Fold
         return placement
     size = tensor.shape[dim]
     if fold.dealt:
-        return dealt(dim, fold.runs if size == fold.length else 1) if size in (fold.length, fold.run) else placement
-    return shard(dim, fold.runs) if size == fold.length else placement
+        whole = fold.holds(size)
+        return dealt(dim, fold.runs if whole else 1) if whole or size == fold.run else placement
+    return shard(dim, fold.runs) if fold.holds(size) else placement
 
 
 def _reshaped(source: torch.Tensor, made: torch.Tensor, fold: Fold) -> Iterator[AxisRule]:
@@ -82,8 +85,8 @@ def _places(shape: Sequence[int], fold: Fold) -> dict[tuple[int, int], Placement
     sizes = list(map(int, shape))
     for dim, size in enumerate(sizes):
         before = math.prod(sizes[:dim])
-        if size == fold.length:
-            found[before, size] = cut(dim, fold.runs)
+        if fold.holds(size):
+            found[before, fold.length] = cut(dim, fold.runs)
         elif size == fold.runs and dim + 1 < len(sizes) and sizes[dim + 1] == fold.run:
             found[before, fold.length] = cut(dim + 1)
         if fold.dealt and size == fold.run < fold.length:

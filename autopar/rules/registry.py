@@ -42,7 +42,7 @@ def axis_rules(node: fx.Node, axis_size: int, fold: Fold | None = None) -> RuleS
     key = (node.target, axis_size, fold, grouped, tuple((name, _signature(value)) for name, value in bind(node)))
     if key not in _MEMO:
         found = _find(op_call(node), axis_size, grouped)
-        _MEMO[key] = found if fold is None else _with_folds(found, op_call(node), axis_size, fold)
+        _MEMO[key] = found if fold is None else _with_folds(found, op_call(node), axis_size, fold, grouped)
     return _MEMO[key]
 
 
@@ -98,11 +98,11 @@ def _find(call: OpCall, axis_size: int, grouped: bool) -> RuleSet:
     return RuleSet(tuple(rules), known=True)
 
 
-def _with_folds(found: RuleSet, call: OpCall, axis_size: int, fold: Fold) -> RuleSet:
+def _with_folds(found: RuleSet, call: OpCall, axis_size: int, fold: Fold, grouped: bool) -> RuleSet:
     if axis_size == 1 or not found.known or is_random(call):
         return found
     rules = [*folded_rules(call, found.rules, fold), *(dealt_ring(call, axis_size) if fold.dealt else ())]
-    more = (r for r in rules if _is_legal(r, call, axis_size))
+    more = (r for r in rules if _is_legal(r, call, axis_size, grouped))
     return RuleSet(tuple(dict.fromkeys((*found.rules, *more))), known=True)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from autopar._torch_compat import OpOverload, pytree
+from autopar.grouping import TO_GROUPS
 from autopar.placements import Fold
 
 
@@ -143,7 +144,10 @@ class Trace:
         first = next((i for i in self.inputs if i.batch_dim == 0 and len(i.shape) > 1), None)
         if first is None or first.shape[1] < 2:
             return None
-        return Fold(first.shape[0] * first.shape[1], first.shape[0])
+        length = first.shape[0] * first.shape[1]
+        moves = (n for n in self.graph_module.graph.nodes if n.target is TO_GROUPS)
+        rows = {int(n.meta["val"].shape[0]) for n in moves}  # of all experts together, alike in all layers
+        return Fold(length, first.shape[0], pairs=next((n for n in sorted(rows) if n % length == 0 and n > length), 0))
 
     @property
     def results(self) -> tuple[str, ...]:

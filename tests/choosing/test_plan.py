@@ -146,7 +146,7 @@ def test_corrupt_files(changes: dict[str, Any], message: str) -> None:
 
 def test_what_cannot_be_run_yet() -> None:
     for changes, message in (
-        ({"dp": 1, "cp": 2, "ep": 2}, r"expert and context ranks \(ep=2, cp=2\) cannot be run yet.*; pin cp=1"),
+        ({"dp": 2, "cp": 2, "ep": 4}, r"\(ep=4, cp=2, dp=2\) cannot be run yet.*; pin ep=2, a divisor of dp, or 1"),
         ({}, "ranks without work cannot be run yet; plan for a cluster of"),
     ):
         plan = replace(made(), layout_keys={**made().layout_keys, **changes})

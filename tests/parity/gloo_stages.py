@@ -54,6 +54,7 @@ MIXED: dict[str, tuple[Callable[[], ModelAndInputs], dict[str, Any]]] = {  # on 
     "images": (lambda: DEEP["resnet"](0)(), {"pp": 4, "dp": 2, "zero": 2, "micro_batch": 4}),
     "unlike-stages": (lambda: tied_gpt2(2), {"pp": 2, "dp": (2, 4), "tp": (2, 1), "zero": 1, "micro_batch": 1}),
     "experts": (lambda: DEEP["mixtral"](2)(), {"pp": 2, "dp": 4, "ep": 2, "micro_batch": 1}),
+    "experts-context": (lambda: DEEP["mixtral"](2)(), {"pp": 2, "dp": 2, "cp": 2, "ep": 2, "micro_batch": 2}),
 }  # fmt: skip
 CASES: dict[str, tuple[Callable[[], ModelAndInputs], dict[str, Any]]] = {
     **MIXED,

@@ -47,7 +47,7 @@ _ANY_ORDER = frozenset(
 
 
 def put_channels_innermost(graph: fx.Graph, results: int) -> None:
-    """Let the convolutions of `graph` work with channels innermost. Needs the tensors' shapes in `meta["val"]`.
+    """Let the convolutions of `graph` work with channels innermost, where shapes are known (`meta["val"]`).
 
     results: how many of the first results somebody else gets: they are in the usual order.
     """
@@ -107,7 +107,9 @@ def _takes_any_order(node: fx.Node) -> bool:
 def _is_plain(node: fx.Node) -> bool:
     """Whether it is a convolution in two dimensions, in float32 on a CPU, without groups, not transposed."""
     transposed, groups = (node.args[6], node.args[8]) if len(node.args) == 9 else (node.args[7], node.args[9])
-    image = next(_made(node.all_input_nodes[0]))
+    image = next(_made(node.all_input_nodes[0]), None)
+    if image is None:
+        return False  # read back from what `dump_dir` wrote, without shapes
     known = image.device.type == "cpu" and image.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return bool(known and image.dim() == 4 and not transposed and groups == 1)
 

@@ -24,9 +24,11 @@ _LEAST_ROWS = 8  # a product with few rows reads its matrix once, oneDNN would l
 
 
 def take_faster_products(graph: fx.Graph) -> None:
-    """Let the faster library do the products of `graph`. Needs the tensors' shapes in `meta["val"]`."""
+    """Let the faster library do the products of `graph` whose operands' shapes are known (`meta["val"]`)."""
     for target in (aten.mm.default, aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
+            if not all("val" in operand.meta for operand in _operands(node)):
+                continue  # read back from what `dump_dir` wrote
             *bias, left, right = (operand.meta["val"] for operand in _operands(node))
             one_row_added = not bias or bias[0].dim() == 1
             if not node.kwargs and one_row_added and is_faster(left, right):

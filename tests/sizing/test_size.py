@@ -30,7 +30,7 @@ MEMORY = 6 << 30  # so that small sizes must recompute, and the smallest do not 
 @pytest.fixture(autouse=True)
 def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same model and sequence everywhere: traced once."""
-    monkeypatch.setattr(predict, "trace_sample", lambda traced, call, precision: sample(precision, call))
+    monkeypatch.setattr(predict, "trace_sample", lambda traced, call, precision, as_written: sample(precision, call))
 
 
 def sample(precision: str, call: Any) -> Any:

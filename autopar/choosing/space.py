@@ -130,6 +130,7 @@ class Space:
             usable &= dp * group.micro_batch == self.global_batch
         if self.to_run:
             usable &= devices == self.cluster.devices
+            usable &= (dp % group.ep == 0) | (group.ep == group.cp)  # as `autopar.staged.stage_axes` has axes for
         return pp[usable], dp[usable]
 
     def leaves(self, group: Group, pp: int, dp: int) -> Iterator[Layout]:
@@ -198,6 +199,8 @@ class Space:
                 f"micro_batch={pin['micro_batch']} takes dp={self.global_batch // pin['micro_batch']}"
             )
         if self.to_run:
+            if pin.get("ep", 1) > 1 and pin.get("dp", pin["ep"]) % pin["ep"] and pin.get("cp", pin["ep"]) != pin["ep"]:
+                return f": ep={pin['ep']} neither divides dp nor is cp, and experts on some of both ranks cannot be run"
             return f": none of them works on all {self.cluster.devices} devices, and ranks without work cannot be run"
         return ""
 

@@ -10,10 +10,12 @@ import pytest
 import autopar
 import autopar.api
 import autopar.verification
-from autopar.errors import AutoparError
+from autopar.choosing.plan import choose
+from autopar.errors import AutoparError, Infeasible
 from autopar.pins import parse_pins
 from autopar.placements import in_groups, shard_dim
 from autopar.plans import Plan
+from autopar.predicting.predict import Predictor
 from autopar.staged import StagedPlan
 from autopar.trace import trace
 from tests.pipeline.test_expert_stages import BATCH, SEQ, model
@@ -108,3 +110,15 @@ def test_experts_over_data_and_context_ranks_are_priced_only() -> None:
     assert isinstance(plan, StagedPlan)
     with pytest.raises(AutoparError, match=r"some of its context and some of its data ranks .*pin ep=2, a divisor"):
         autopar.compile(model("mixtral"), autopar.ClusterSpec.preset("cpu", gpus=4), plan=plan)
+
+
+def test_what_is_chosen_to_run_has_experts_on_ranks_of_one_kind() -> None:
+    """`plan` may price experts on some of both kinds of ranks, which no program has; `compile` looks for others."""
+    cluster = autopar.ClusterSpec.preset("cpu", gpus=8)
+    predictor = Predictor(model("mixtral"), cluster, seq=SEQ, global_batch=BATCH)
+    both = {"cp": 2, "dp": 2, "ep": 4, "tp": 2}
+    assert choose(predictor, both, 10.0).best.layout.ep == 4
+    with pytest.raises(Infeasible, match=r"ep=4 neither divides dp nor is cp, and experts on some of both ranks"):
+        choose(predictor, both, 10.0, to_run=True)
+    found = choose(predictor, {"cp": 2, "ep": 4}, 10.0, to_run=True).best.layout
+    assert found.dp % 4 == 0

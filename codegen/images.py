@@ -10,10 +10,11 @@ become a copy there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 import torch
 from torch import fx
+
+from autopar.dataflow import result_metas
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
@@ -83,7 +84,7 @@ def _images(graph: fx.Graph, convolutions: list[fx.Node]) -> set[fx.Node]:
     for node in graph.nodes:
         of_weights = node in weights or _is_weight_gradient(node)
         given = node.op == "placeholder" or node.target in _CONVOLUTIONS or found & {*node.all_input_nodes}
-        if given and not of_weights and any(map(_is_image, _made(node))):
+        if given and not of_weights and any(map(_is_image, result_metas(node))):
             found.add(node)
     return found
 
@@ -107,7 +108,7 @@ def _takes_any_order(node: fx.Node) -> bool:
 def _is_plain(node: fx.Node) -> bool:
     """Whether it is a convolution in two dimensions, in float32 on a CPU, without groups, not transposed."""
     transposed, groups = (node.args[6], node.args[8]) if len(node.args) == 9 else (node.args[7], node.args[9])
-    image = next(_made(node.all_input_nodes[0]), None)
+    image = next(iter(result_metas(node.all_input_nodes[0])), None)
     if image is None:
         return False  # read back from what `dump_dir` wrote, without shapes
     known = image.device.type == "cpu" and image.dtype == torch.float32 and torch.backends.mkldnn.is_available()
@@ -132,11 +133,6 @@ def _in_order(graph: fx.Graph, image: fx.Node, before: fx.Node, order: torch.mem
     return new
 
 
-def _made(node: fx.Node) -> Iterator[torch.Tensor]:
-    value = node.meta.get("val")
-    yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor))
-
-
-def _is_image(tensor: torch.Tensor) -> bool:
+def _is_image(tensor: torch.Tensor | None) -> bool:
     """Whether the order of channels in memory makes a difference."""
-    return tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.shape[2] * tensor.shape[3] > 1
+    return tensor is not None and tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.shape[2] * tensor.shape[3] > 1

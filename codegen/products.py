@@ -1,9 +1,9 @@
 """Products of matrices by the library that is fastest at them, where torch has more than one.
 
-On CPUs torch takes MKL for float32. oneDNN, which torch brings along for `Linear` in its own compiled programs, needs 5
-to 20 % less time for matrices that are not small (AMD EPYC with AVX-512, one thread, both by `benchmarks/products.py`).
-It makes contiguous results and takes a first factor that is contiguous: forward products and gradients of their inputs,
-not those of weights.
+On CPUs torch takes MKL for float32. oneDNN, which torch brings along for `Linear` in its own compiled programs, mostly
+needs 5 to 20 % less time for matrices that are not small (AMD EPYC with AVX-512, one thread;
+`benchmarks/products.py`). It makes contiguous results and takes a first factor that is contiguous: forward products
+and gradients of their inputs, not those of weights.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from autopar.plans import Plan
 from autopar.predicting.predict import Predictor
 from autopar.staged import StagedPlan
 from autopar.trace import trace
-from tests.pipeline.test_expert_stages import BATCH, SEQ, model
+from tests.pipeline.test_expert_stages import BATCH, SEQ, assert_as_on_one_device, model
 from tests.widen import widened
 
 
@@ -59,9 +59,7 @@ def test_equal_to_one_device(family: str, devices: int, pin: dict[str, Any]) -> 
     assert "ep" not in plan.roles
     assert (plan.layout_keys["ep"], plan.layout_keys["cp"]) == (pin["ep"], pin["cp"])
     assert all(plan.decisions.params[fqn][axis] == "S(0)" for fqn in plan.decisions.params if ".experts." in fqn)
-    report = autopar.verify(model(family), plan)
-    assert report.ranks == devices
-    assert max(report.loss_error, report.worst_gradient_error) <= 1e-9
+    assert_as_on_one_device(family, devices, plan)
 
 
 def test_rows_of_a_part_of_each_sequence_are_exchanged() -> None:
